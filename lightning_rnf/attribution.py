@@ -1,0 +1,122 @@
+"""Relevance of every unit on reference batches: Zennit's layer-wise relevance propagation on a borrowed module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlus
+from zennit.core import Composite
+
+from lightning_rnf.evaluation import Predict, predict_checked, supervised
+from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.units import UnitLayer
+
+
+def attribute(
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict = supervised,
+    composite: Composite | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> dict[str, Tensor]:
+    """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
+
+    Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was.
+    Relevance is reduced while it flows, so memory depends on the size of a batch and not on how many there are.
+
+    Args:
+        module: the bare model, not a wrapper around it.
+        layers: its unit layers.
+        batches: on the module's device.
+        predict: how to get logits ``(N, classes)`` and labels ``(N,)`` of a batch.
+        composite: Zennit's rules; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for convolutions.
+        progress: called after each batch with the number of samples so far.
+
+    Returns:
+        By layer: float64 ``(units,)`` on the CPU, the signed sum over samples and positions.
+
+    Raises:
+        ValueError: if there is no sample, a relevance is not finite, or as `evaluation.predict_checked`.
+    """
+    rules = EpsilonPlus() if composite is None else composite
+    sums = {layer.name: _Sum(layer) for layer in layers}
+    samples = 0
+    with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
+        module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter gets a gradient
+        _widen(module)
+        roots: list[Tensor] = []
+        for layer in layers:
+            submodule = module.get_submodule(layer.name)
+            hooks.callback(submodule.register_forward_pre_hook(_rooted(roots)).remove)
+            hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
+        for batch in batches:
+            roots.clear()
+            # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
+            with rules.context(module):
+                logits, target = predict_checked(predict, module, batch)
+                true_class = nn.functional.one_hot(target, logits.shape[1])
+                torch.autograd.grad(logits, roots, grad_outputs=logits.detach() * true_class)
+            samples += len(target)
+            progress(samples)
+    if samples == 0:
+        raise ValueError("no reference sample to attribute")
+    return {name: total.value() for name, total in sums.items()}
+
+
+class _Sum:
+    """Relevance that arrives at one layer's output, summed over samples and positions."""
+
+    def __init__(self, layer: UnitLayer) -> None:
+        self.layer = layer
+        self.total: Tensor | None = None
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        output.register_hook(self.add)
+
+    def add(self, relevance: Tensor) -> None:
+        axis = relevance.ndim + self.layer.axis
+        others = [other for other in range(relevance.ndim) if other != axis]
+        # MPS has no float64.
+        wide = torch.float32 if relevance.device.type == "mps" else torch.float64
+        summed = relevance.sum(dim=others, dtype=wide) if others else relevance.to(wide)
+        self.total = summed if self.total is None else self.total + summed
+
+    def value(self) -> Tensor:
+        if self.total is None:
+            raise ValueError(f"no relevance reached layer {self.layer.name!r}: the logits do not depend on it")
+        total = self.total.to("cpu", torch.float64)
+        if not total.isfinite().all():
+            raise ValueError(
+                f"relevance of layer {self.layer.name!r} is not finite in {int((~total.isfinite()).sum())} of "
+                f"{self.layer.units} units"
+            )
+        return total
+
+
+def _rooted(roots: list[Tensor]) -> Any:
+    """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in."""
+
+    def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if args[0].requires_grad:
+            return None
+        roots.append(args[0].detach().requires_grad_())
+        return (roots[-1], *args[1:])
+
+    return root
+
+
+def _autocast_off(module: nn.Module) -> torch.autocast:
+    device = next(module.parameters()).device
+    return torch.autocast(device.type, enabled=False)
+
+
+def _widen(module: nn.Module) -> None:
+    """Half precision is too coarse to propagate relevance in."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()

@@ -1,0 +1,426 @@
+"""`RelevanceFreezing`: the Trainer's events turned into Algorithm 1 of the paper."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from zennit.core import Composite
+
+from lightning_rnf import subnetwork
+from lightning_rnf.attribution import attribute
+from lightning_rnf.criteria import AccuracyDrop, Criterion, as_criterion
+from lightning_rnf.evaluation import Predict, supervised
+from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, elasticities
+from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.heads import MultiHead
+from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
+from lightning_rnf.search import Candidates, Method, Normalize, Ranking, SearchResult, rank, search_cutoff
+from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.units import UnitMap
+
+log = logging.getLogger(__name__)
+
+Retention = Literal["exact", "paper"]
+
+
+class RelevanceFreezing(Callback):
+    """Relevance-based Neural Freezing: what a finished task needs stays bit-equal, the next task learns with the rest.
+
+    When a fit ends, layer-wise relevance propagation scores every unit on reference data; a search finds how many of
+    the least relevant can be silenced before accuracy falls by the tolerance; what remains is frozen for every later
+    fit with this callback. Use one callback for all tasks, a new Trainer for each, and a head of its own per task.
+
+    Example::
+
+        rnf = RelevanceFreezing()
+        for datamodule in tasks:
+            model.heads.activate(datamodule.task)
+            Trainer(max_epochs=4, callbacks=[rnf]).fit(model, datamodule=datamodule)
+        with rnf.recall("digits-01"):
+            logits = model(x)
+
+    Note:
+        The record of a task is made in ``on_train_end``, after ``ModelCheckpoint`` has saved: call
+        ``trainer.save_checkpoint(path)`` after ``fit`` to keep it. A task ends only with a fit that trained to its end:
+        a skipped or interrupted one, a sanity check, ``fast_dev_run`` and the learning rate finder end none.
+
+    Args:
+        reference: a data module or loader to draw reference data from; None: the fit's own validation data.
+        criterion: when pruning stops. A number is the absolute drop of accuracy to tolerate (`AccuracyDrop`); or any
+            callable that is shown a `SubnetworkScore`.
+        elasticity: factor on the learning rate of relevant units (the paper's lr_frozen): 0 freezes them. A number, or
+            numbers by glob of module names. Above 0, recall is not exact.
+        irrelevant_elasticity: the same for the other units (the paper's lr_irrelevant).
+        retention: ``"exact"``: in recall only the task's relevant units speak, so its logits never change.
+            ``"paper"``: Algorithm 1 to the letter: nothing is silenced after the search, and frozen units go on reading
+            free ones.
+        candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
+        composite: Zennit's rules for relevance; None: ``EpsilonPlus``.
+        normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked.
+            ``"none"``: raw.
+        search: ``"bisect"``, or the paper's ``"linear"``.
+        resolution: units per step of the search (the paper's pruning ratio r).
+        reference_samples: how many samples to draw; accuracy is measured on all of them. None: all there are.
+        attribution_samples: relevance is measured on so many of them. None: on all.
+        units: globs of the names of layers to make units of; None: all linear layers and convolutions outside the head.
+            What is left out is frozen whole after the first task.
+        heads: globs of the names of heads; None: they are found by tracing which module makes the logits.
+        predict: ``(module, batch) -> (logits, target)``; None: for batches ``(x, y)``.
+        task: the task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``, else ``"task-<n>"``.
+        seed: of the drawing of reference data.
+
+    Raises:
+        TypeError, ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        reference: ReferenceSource = None,
+        *,
+        criterion: float | Criterion = 0.02,
+        elasticity: ElasticityOption = 0.0,
+        irrelevant_elasticity: ElasticityOption = 1.0,
+        retention: Retention = "exact",
+        candidates: Candidates = "free",
+        composite: Composite | None = None,
+        normalize: Normalize = "layer",
+        search: Method = "bisect",
+        resolution: int = 1,
+        reference_samples: int | None = 5000,
+        attribution_samples: int | None = 1000,
+        units: str | Sequence[str] | None = None,
+        heads: str | Sequence[str] | None = None,
+        predict: Predict | None = None,
+        task: str | Callable[[pl.Trainer, pl.LightningModule], str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.reference = reference
+        self.criterion = as_criterion(criterion)
+        self.elasticity = check_elasticity("elasticity", elasticity)
+        self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
+        self.retention = _one_of("retention", retention, Retention)
+        self.candidates = _one_of("candidates", candidates, Candidates)
+        self.composite = composite
+        self.normalize = _one_of("normalize", normalize, Normalize)
+        self.search = _one_of("search", search, Method)
+        self.resolution = _at_least_one("resolution", resolution)
+        self.reference_samples = _at_least_one("reference_samples", reference_samples)
+        self.attribution_samples = _at_least_one("attribution_samples", attribution_samples)
+        self.units = units
+        self.heads = heads
+        self.predict = supervised if predict is None else predict
+        self.task = task
+        self.seed = seed
+        self.state = FreezeState()
+        self._model: Callable[[], pl.LightningModule | None] = lambda: None
+        self._freezer: Freezer | None = None
+        self._recalled = ExitStack()
+        if self.retention == "exact" and elasticity != 0:
+            rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> RelevanceFreezing:
+        """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
+        return cls(**{"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0, **changes})
+
+    # -- what a user asks ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def recall(self, task: str, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Run the model as the sub-network of a finished task: only the units relevant to it speak.
+
+        Inside the context the model is in eval mode, has the norm statistics of that task's end, and runs that task's
+        head if the heads are a `MultiHead` (activate heads of your own yourself). Its logits are bit-identical at any
+        later time, on the same device with the same dtype, batch and kernels.
+
+        Args:
+            task: name of the task.
+            model: None: the model of the last fit.
+
+        Raises:
+            KeyError: if there is no such finished task.
+            ValueError: if there is no model, or it lacks something that the task uses.
+        """
+        record = self.state.task(task)
+        module = self._model() if model is None else model
+        if module is None:
+            raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
+        self.state.check_module(module)
+        with subnetwork.recall(module, self.state.layers, record, masked=self.retention == "exact"):
+            yield
+
+    @property
+    def free_capacity(self) -> float:
+        """Share of the units that are relevant to no finished task, in [0, 1]."""
+        frozen = self.state.frozen()
+        total = sum(len(units) for units in frozen.values())
+        return 1.0 - sum(int(units.sum()) for units in frozen.values()) / total if total else 1.0
+
+    def capacity(self) -> dict[str, float]:
+        """Free capacity of each unit layer, in execution order."""
+        return {name: 1.0 - int(units.sum()) / len(units) for name, units in self.state.frozen().items()}
+
+    # -- a fit --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Freeze whole parameters before the strategy wraps the model."""
+        if stage != "fit":
+            return
+        _refuse(trainer)
+        self._model = weakref.ref(pl_module)
+        self._task_name(trainer, pl_module)
+        self._begin(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check what the task's end will need while nothing is lost, and hold frozen rows from here on."""
+        self._task_name(trainer, pl_module)
+        reference = self._reference()
+        with isolate_rng():
+            self._trace(pl_module, reference.example(trainer))
+            self._check_size(reference.size(trainer))
+        assert self._freezer is not None
+        self._freezer.attach(trainer.optimizers)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""
+        if trainer.fast_dev_run:
+            return
+        name = self._task_name(trainer, pl_module)
+        seconds: dict[str, float] = {}
+        with isolate_rng():
+            reference = self._reference().draw(trainer)
+            self._check_size(reference.samples)
+            units = self._trace(pl_module, reference.batches[0])
+            with _timed(seconds, "attribution"):
+                relevance = attribute(
+                    pl_module,
+                    units.layers,
+                    reference.for_attribution,
+                    self.predict,
+                    self.composite,
+                    lambda samples: log.debug("%s: relevance, %d samples", name, samples),
+                )
+            ranking = rank(relevance, self.state.frozen(), normalize=self.normalize, candidates=self.candidates)
+            with _timed(seconds, "search"):
+                found = self._search(name, pl_module, units, ranking, reference)
+        record = TaskRecord(
+            name=name,
+            head=units.head,
+            head_parameters=units.head_parameters,
+            relevant=ranking.relevant(found.accepted.cutoff),
+            relevance={layer: values.float() for layer, values in relevance.items()},
+            norm_statistics=_buffers(pl_module, units),
+            cutoff=found.accepted.cutoff,
+            accuracy=found.accepted.baseline,
+            subnetwork_accuracy=found.accepted.accuracy,
+            samples=reference.samples,
+            evaluations=found.evaluations,
+            seconds=seconds,
+        )
+        full = {layer for layer, share in self.capacity().items() if share == 0}
+        self.state.add(record, units)
+        self._report(record, already_full=full)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give everything back at the end of any run."""
+        self._give_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give everything back after an exception: Lightning calls no teardown then."""
+        self._give_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The finished tasks, as plain data for a checkpoint."""
+        return self.state.to_plain()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the finished tasks of a checkpoint; in a fit that is being set up or resumed they count at once.
+
+        Raises:
+            ValueError: if it is no such state, of a newer version, or of another model.
+        """
+        state = FreezeState.from_plain(state_dict)
+        module = self._model()
+        if module is not None and self._freezer is not None:
+            state.check_module(module)
+        self.state = state
+        if module is not None and self._freezer is not None:
+            was_attached = self._freezer.attached
+            self._begin(module)
+            if was_attached:  # the learning rate finder restores a checkpoint in the middle of a fit
+                self._freezer.attach(module.trainer.optimizers)
+
+    # -- validate, test, predict --------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Recall a finished task."""
+        self._recall_finished(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Recall a finished task."""
+        self._recall_finished(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Recall a finished task."""
+        self._recall_finished(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the recall."""
+        self._recalled.close()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the recall."""
+        self._recalled.close()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the recall."""
+        self._recalled.close()
+
+    # -- verbs --------------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: pl.LightningModule) -> None:
+        if self._freezer is not None:
+            self._freezer.detach()
+        self.state.check_module(module)
+        self._freezer = Freezer(module, elasticities(self.state, self.elasticity, self.irrelevant_elasticity))
+        self._freezer.stop_gradients()
+
+    def _give_back(self) -> None:
+        self._recalled.close()
+        if self._freezer is not None:
+            self._freezer.detach()
+            self._freezer = None
+
+    def _reference(self) -> Reference:
+        return Reference(self.reference, self.reference_samples, self.attribution_samples, self.predict, self.seed)
+
+    def _trace(self, module: pl.LightningModule, batch: Any) -> UnitMap:
+        units = UnitMap.of(module, batch, self.predict, self.units, self.heads)
+        self.state.check_units(units)
+        for record in self.state.tasks.values():
+            if record.head == units.head:
+                raise ValueError(
+                    f"head {units.head!r} belongs to the finished task {record.name!r} and is frozen: give each task "
+                    "a head of its own (lightning_rnf.MultiHead does) and activate it before fit"
+                )
+        return units
+
+    def _check_size(self, samples: int | None) -> None:
+        if samples is None or not isinstance(self.criterion, AccuracyDrop):
+            return
+        tolerance = self.criterion.tolerance
+        if 0 < tolerance < 1 / samples:
+            raise ValueError(
+                f"reference data has {samples} samples, so one weighs {1 / samples:.1%}, more than the tolerance of "
+                f"{tolerance:.1%}: give at least {-int(-1 // tolerance)} samples, a larger tolerance, or 0 for no loss"
+            )
+
+    def _search(
+        self, name: str, module: pl.LightningModule, units: UnitMap, ranking: Ranking, reference: ReferenceData
+    ) -> SearchResult:
+        def measure(cutoff: int) -> float:
+            with subnetwork.silence(module, units.layers, ranking.relevant(cutoff)):
+                accuracy = reference.accuracy(module)
+            log.debug("%s: search, %d of %d units silenced, accuracy %.3f", name, cutoff, ranking.candidates, accuracy)
+            return accuracy
+
+        with borrowed(module), evaluating(module):
+            return search_cutoff(ranking, measure, self.criterion, method=self.search, resolution=self.resolution)
+
+    def _report(self, record: TaskRecord, already_full: set[str]) -> None:
+        units = sum(layer.units for layer in self.state.layers)
+        rank_zero_info(
+            f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
+            f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}, "
+            f"{len(record.evaluations)} evaluations on {record.samples} samples); {self.free_capacity:.1%} free"
+        )
+        full = [name for name, share in self.capacity().items() if share == 0 and name not in already_full]
+        if full:
+            rank_zero_warn(f"no free units are left in {', '.join(full)}: later tasks can only reuse what is there")
+
+    def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+        name = self._given_name(trainer, module) or f"task-{len(self.state.tasks)}"
+        if name in self.state.tasks:
+            raise ValueError(
+                f"task {name!r} has ended already; name the new one: datamodule.task, or "
+                f"RelevanceFreezing(task=...). Finished tasks: {list(self.state.tasks)}"
+            )
+        return name
+
+    def _given_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+        if callable(self.task):
+            return self.task(trainer, module)
+        name = self.task if self.task is not None else getattr(trainer.datamodule, "task", None)
+        return name if isinstance(name, str) else None
+
+    def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING or self.retention != "exact" or not self.state.tasks:
+            return
+        name = self._given_name(trainer, module) or self._active_task(module)
+        if name is None:
+            rank_zero_warn(
+                "which task this is can't be told, so nothing is recalled: use a data module with a task attribute, "
+                "or wrap the call in rnf.recall(task)"
+            )
+        elif name in self.state.tasks:
+            self._recalled.enter_context(self.recall(name, module))
+
+    def _active_task(self, module: pl.LightningModule) -> str | None:
+        active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
+        for record in self.state.tasks.values():
+            if any(module.get_submodule(record.head) is head for head in active):
+                return record.name
+        return "" if active else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a callback that has no fit under way.
+        return {**vars(self), "_model": None, "_freezer": None, "_recalled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _model=lambda: None, _recalled=ExitStack())
+
+
+def _buffers(module: pl.LightningModule, units: UnitMap) -> dict[str, torch.Tensor]:
+    own = dict(module.named_buffers(remove_duplicate=False))
+    return {name: own[name].detach().to("cpu", copy=True) for name in units.buffers}
+
+
+def _refuse(trainer: pl.Trainer) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if sum(isinstance(callback, RelevanceFreezing) for callback in callbacks) > 1:
+        raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
+            "use Trainer(devices=1)"
+        )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[what] = time.perf_counter() - start
+
+
+def _one_of(name: str, value: Any, choices: Any) -> Any:
+    if value not in choices.__args__:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices.__args__))}")
+    return value
+
+
+def _at_least_one(name: str, value: int | None) -> Any:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    return value

@@ -1,0 +1,89 @@
+"""What the model says about a batch, and how often it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Predict = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""``(module, batch) -> (logits, target)``: logits ``(N, classes)``, target ``(N,)`` of class indices."""
+
+
+def supervised(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """The default `Predict`, for batches of the form ``(x, y)``: calls ``module(x)``.
+
+    Raises:
+        TypeError: if the batch has another form.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        raise TypeError(
+            f"a reference batch is a {found}, not (x, y): reference data needs labels; "
+            "for another form of batch pass predict=(module, batch) -> (logits, target)"
+        )
+    x, y = batch
+    return module(x), y
+
+
+def predict_checked(predict: Predict, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Call ``predict`` and check what it returns.
+
+    Raises:
+        TypeError: if logits or target are no tensors of floats and of class indices.
+        ValueError: if their shapes disagree, a label lies outside the head, or a logit is not finite.
+    """
+    logits, target = predict(module, batch)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"logits are {_described(logits)}, expected a floating point tensor (N, classes)")
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
+        raise TypeError(f"labels are {_described(target)}, expected an integer tensor (N,) of class indices")
+    if logits.ndim != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(target.shape)}, "
+            "expected (N, classes) and (N,): only single-label classification is supported"
+        )
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise ValueError(
+            f"labels range from {int(target.min())} to {int(target.max())}, but the head has {logits.shape[1]} "
+            f"outputs: labels of a task are 0 to {logits.shape[1] - 1}"
+        )
+    if not logits.isfinite().all():
+        raise ValueError("logits on the reference data are not finite (NaN or infinity): the training has diverged")
+    return logits, target
+
+
+@torch.no_grad()
+def accuracy(
+    module: nn.Module,
+    batches: Iterable[Any],
+    predict: Predict = supervised,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Share of the samples whose largest logit is the label's, in [0, 1]. The module should be in eval mode.
+
+    Args:
+        module: the model.
+        batches: on the module's device.
+        predict: how to get logits and labels of a batch.
+        forward_context: entered around each forward, for autocast.
+
+    Raises:
+        ValueError: if there is no sample, or as `predict_checked`.
+    """
+    correct = samples = 0
+    for batch in batches:
+        with forward_context():
+            logits, target = predict_checked(predict, module, batch)
+        correct += int((logits.argmax(dim=1) == target).sum())
+        samples += len(target)
+    if samples == 0:
+        raise ValueError("no sample to measure accuracy on")
+    return correct / samples
+
+
+def _described(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"of type {type(value).__name__}"

@@ -1,0 +1,202 @@
+"""Keep frozen rows where they are while an optimizer works on the rest, and slow elastic ones down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.state import FreezeState
+
+ElasticityOption = float | dict[str, float]
+"""A factor on the learning rate, or factors by glob of module names (the first match counts; no match: the default)."""
+
+
+def elasticities(
+    state: FreezeState, elasticity: ElasticityOption = 0.0, irrelevant_elasticity: ElasticityOption = 1.0
+) -> dict[str, Tensor]:
+    """The factor on the learning rate of every parameter that the finished tasks know.
+
+    Args:
+        state: the finished tasks.
+        elasticity: of relevant units and shared parameters (the paper's lr_frozen as a factor). Without a match: 0.
+        irrelevant_elasticity: of units that are relevant to no task (the paper's lr_irrelevant). Without a match: 1.
+
+    Returns:
+        By parameter name: one factor per slice along the first dimension, ``(units,)``, or one for the whole, ``()``.
+        Heads of finished tasks are 0: they never train again.
+    """
+    factors: dict[str, Tensor] = {}
+    for layer in state.layers:
+        frozen = state.frozen()[layer.name]
+        relevant = torch.tensor(_factor(elasticity, layer.name, 0.0))
+        irrelevant = torch.tensor(_factor(irrelevant_elasticity, layer.name, 1.0))
+        for name in layer.parameters:
+            factors[name] = torch.where(frozen, relevant, irrelevant)
+    for name in state.shared:
+        factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
+    for record in state.tasks.values():
+        for name in record.head_parameters:
+            factors[name] = torch.tensor(0.0)
+    return factors
+
+
+def check_elasticity(name: str, option: ElasticityOption) -> ElasticityOption:
+    """Return ``option`` if every factor is finite and at least 0.
+
+    Raises:
+        ValueError: naming the factor that is not.
+    """
+    for key, factor in (option if isinstance(option, Mapping) else {"": option}).items():
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"{name}{f'[{key!r}]' if key else ''} is {factor}, expected a factor of at least 0")
+    return option
+
+
+class Freezer:
+    """Holds a module's parameters to their elasticities for the length of one fit.
+
+    Elasticity 0 means bit-equal: gradients of frozen rows are zeroed as they arrive, so that clipping, accumulation and
+    moments see zeros, *and* the rows are put back after every optimizer step, since weight decay and warm moments move
+    what has no gradient. Other factors scale the update: a scaled gradient makes no difference to Adam.
+
+    Args:
+        module: the bare model.
+        factors: by parameter name, as from `elasticities`.
+    """
+
+    def __init__(self, module: nn.Module, factors: Mapping[str, Tensor]) -> None:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._rows = [_Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()]
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._handles: list[Any] = []
+        self._attached = False
+
+    @property
+    def attached(self) -> bool:
+        """Whether rows are being held."""
+        return self._attached
+
+    def stop_gradients(self) -> None:
+        """Take parameters that are frozen whole out of training. Before the strategy wraps the model."""
+        for rows in self._rows:
+            if rows.is_whole and rows.parameter.requires_grad:
+                self._flags.append((rows.parameter, True))
+                rows.parameter.requires_grad_(False)
+
+    def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Start to mask gradients and to hold rows at the values they have now.
+
+        Call it when weights are loaded and on their device, and the optimizers are there.
+
+        Raises:
+            TypeError: if an optimizer has no step hooks to hold rows with.
+        """
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise TypeError(
+                    f"optimizer {type(optimizer).__name__} has no step hooks, so frozen rows can't be held: "
+                    "use a torch.optim.Optimizer"
+                )
+        self._attached = True
+        for rows in self._rows:
+            rows.hold()
+            if rows.parameter.requires_grad and rows.frozen is not None:
+                self._handles.append(rows.parameter.register_post_accumulate_grad_hook(rows.mask_gradient))
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(_each(self._rows, _Rows.remember)))
+            self._handles.append(optimizer.register_step_post_hook(_each(self._rows, _Rows.restore)))
+
+    def detach(self) -> None:
+        """Remove every hook and give back the flags. Safe to call twice."""
+        self._attached = False
+        while self._handles:
+            self._handles.pop().remove()
+        while self._flags:
+            parameter, flag = self._flags.pop()
+            parameter.requires_grad_(flag)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """Some rows of a parameter; None: all of it."""
+
+    index: Tensor | None
+
+    def read(self, parameter: Tensor) -> Tensor:
+        rows = parameter.detach()
+        return rows.clone() if self.index is None else rows.index_select(0, self.index)
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        rows = parameter.detach()
+        if self.index is None:
+            rows.copy_(value)
+        else:
+            rows.index_copy_(0, self.index, value)
+
+
+class _Rows:
+    """One parameter's frozen rows and its elastic ones."""
+
+    def __init__(self, parameter: nn.Parameter, factor: Tensor) -> None:
+        self.parameter = parameter
+        self.factor = factor
+        self.is_whole = not bool(factor.any())
+        self.frozen: _Slice | None = None
+        self.elastic: _Slice | None = None
+        self.pinned: Tensor
+        self.before: Tensor
+        self.weight: Tensor
+
+    def hold(self) -> None:
+        self.frozen = self._where(self.factor == 0)
+        self.elastic = self._where((self.factor != 0) & (self.factor != 1))
+        if self.frozen is not None:
+            self.pinned = self.frozen.read(self.parameter)
+        if self.elastic is not None:
+            factors = self.factor[(self.factor != 0) & (self.factor != 1)]
+            self.weight = factors.view(-1, *[1] * (self.parameter.ndim - 1)).to(self.parameter)
+
+    def _where(self, chosen: Tensor) -> _Slice | None:
+        if not chosen.any():
+            return None
+        return _Slice(None if chosen.all() else chosen.nonzero().view(-1).to(self.parameter.device))
+
+    @torch.no_grad()
+    def mask_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None and self.frozen is not None
+        # Filled, not multiplied: zero times NaN is NaN.
+        if self.frozen.index is None:
+            parameter.grad.zero_()
+        else:
+            parameter.grad.index_fill_(0, self.frozen.index, 0.0)
+
+    def remember(self) -> None:
+        if self.elastic is not None:
+            self.before = self.elastic.read(self.parameter)
+
+    def restore(self) -> None:
+        if self.frozen is not None:
+            self.frozen.write(self.parameter, self.pinned)
+        if self.elastic is not None:
+            self.elastic.write(self.parameter, torch.lerp(self.before, self.elastic.read(self.parameter), self.weight))
+
+
+def _each(rows: list[_Rows], do: Callable[[_Rows], None]) -> Callable[..., None]:
+    def hook(*args: object) -> None:
+        with torch.no_grad():
+            for one in rows:
+                do(one)
+
+    return hook
+
+
+def _factor(option: ElasticityOption, module_name: str, default: float) -> float:
+    if not isinstance(option, Mapping):
+        return float(option)
+    return next((float(factor) for glob, factor in option.items() if fnmatchcase(module_name, glob)), default)

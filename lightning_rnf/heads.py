@@ -1,0 +1,92 @@
+"""One head per task, for models that have none yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class MultiHead(nn.Module):
+    """One output layer per task; the active one is run and trained, the others wait.
+
+    Example::
+
+        self.heads = MultiHead(400, {"digits-01": 2, "digits-23": 2})
+        ...
+        model.heads.activate("digits-01")      # before fit
+
+    Args:
+        in_features: size of the features that all heads read.
+        classes: number of classes by task; the first task is active at the start.
+        make_head: builds a head from ``(in_features, classes)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: Mapping[str, int] | None = None,
+        make_head: Callable[[int, int], nn.Module] = nn.Linear,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.make_head = make_head
+        self.tasks = nn.ModuleDict()
+        self.active: str | None = None
+        for task, number in (classes or {}).items():
+            self.add(task, number)
+        if classes:
+            self.activate(next(iter(classes)))
+
+    def add(self, task: str, classes: int) -> None:
+        """Add a head for ``task`` with ``classes`` outputs; it waits until it is activated.
+
+        Raises:
+            ValueError: if the task has a head already, or its name is empty or has a dot in it (names are module names).
+        """
+        if task in self.tasks:
+            raise ValueError(f"task {task!r} has a head already; heads: {list(self.tasks)}")
+        if not task or "." in task:
+            raise ValueError(f"task name {task!r} can't name a module: expected a name without dots")
+        self.tasks[task] = self.make_head(self.in_features, classes).requires_grad_(False)
+
+    def activate(self, task: str) -> None:
+        """Run this task's head from now on and let it, and no other, be trained.
+
+        Raises:
+            KeyError: if there is no such head.
+        """
+        self._require(task)
+        for name, head in self.tasks.items():
+            head.requires_grad_(name == task)
+        self.active = task
+
+    @contextmanager
+    def running(self, task: str) -> Iterator[None]:
+        """Run this task's head inside the context; what is trained stays as it is.
+
+        Raises:
+            KeyError: if there is no such head.
+        """
+        self._require(task)
+        before, self.active = self.active, task
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``(N, in_features)`` to the active task's logits ``(N, classes)``.
+
+        Raises:
+            RuntimeError: if no head is active.
+        """
+        if self.active is None:
+            raise RuntimeError(f"no head is active: call activate(task) first; heads: {list(self.tasks)}")
+        logits: Tensor = self.tasks[self.active](features)
+        return logits
+
+    def _require(self, task: str) -> None:
+        if task not in self.tasks:
+            raise KeyError(f"no head for task {task!r}: heads are {list(self.tasks)}; add(task, classes) makes one")

@@ -1,0 +1,114 @@
+"""How well old tasks are kept: the accuracy matrix, and the numbers of the field that are read off it.
+
+Entry ``[i, j]`` of the matrix is the test accuracy of task j after training task i, in [0, 1]. The part above the
+diagonal (tasks not yet trained) is not used and may be NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def average_accuracy(matrix: Tensor) -> Tensor:
+    """Mean accuracy of the tasks seen so far, after each task (Lopez-Paz and Ranzato 2017; the paper's figures).
+
+    Args:
+        matrix: ``(tasks, tasks)``.
+
+    Returns:
+        ``(tasks,)``: the last entry is the average over all tasks at the end.
+
+    Raises:
+        ValueError: if the matrix is not square or empty.
+
+    >>> average_accuracy(torch.tensor([[0.9, 0.0, 0.0], [0.8, 0.7, 0.0], [0.6, 0.6, 0.9]]))
+    tensor([0.9000, 0.7500, 0.7000])
+    """
+    _check(matrix)
+    return torch.stack([row[: i + 1].mean() for i, row in enumerate(matrix)])
+
+
+def forgetting(matrix: Tensor) -> Tensor:
+    """Mean over old tasks of how far accuracy at the end lies below its best before (Chaudhry et al. 2018).
+
+    A task that has become better counts as negative. With one task there is nothing to forget: 0.
+
+    Args:
+        matrix: ``(tasks, tasks)``.
+
+    Raises:
+        ValueError: if the matrix is not square or empty.
+
+    >>> forgetting(torch.tensor([[0.9, 0.0, 0.0], [0.8, 0.7, 0.0], [0.6, 0.6, 0.9]]))
+    tensor(0.2000)
+    """
+    _check(matrix)
+    old = range(len(matrix) - 1)
+    return torch.stack([matrix[j:-1, j].max() - matrix[-1, j] for j in old]).mean() if old else matrix.new_zeros(())
+
+
+def backward_transfer(matrix: Tensor) -> Tensor:
+    """Mean over old tasks of accuracy at the end minus accuracy right after training (Lopez-Paz and Ranzato 2017).
+
+    Negative where tasks are forgotten. With one task: 0.
+
+    Args:
+        matrix: ``(tasks, tasks)``.
+
+    Raises:
+        ValueError: if the matrix is not square or empty.
+
+    >>> backward_transfer(torch.tensor([[0.9, 0.0, 0.0], [0.8, 0.7, 0.0], [0.6, 0.6, 0.9]]))
+    tensor(-0.2000)
+    """
+    _check(matrix)
+    old = range(len(matrix) - 1)
+    return torch.stack([matrix[-1, j] - matrix[j, j] for j in old]).mean() if old else matrix.new_zeros(())
+
+
+class AccuracyMatrix(Metric):
+    """The accuracy matrix as a metric: counts add up over batches and processes.
+
+    Entries that were never updated are NaN.
+
+    Args:
+        tasks: how many.
+
+    >>> matrix = AccuracyMatrix(2)
+    >>> matrix.update(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]), trained=0, task=0)
+    >>> matrix.compute()
+    tensor([[0.5000,    nan],
+            [   nan,    nan]])
+    """
+
+    full_state_update = False
+    correct: Tensor
+    samples: Tensor
+
+    def __init__(self, tasks: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.add_state("correct", torch.zeros(tasks, tasks, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros(tasks, tasks, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor, trained: int, task: int) -> None:
+        """Count a batch of test data.
+
+        Args:
+            logits: ``(N, classes)``.
+            target: ``(N,)`` class indices.
+            trained: index of the last task that was trained.
+            task: index of the task that the batch belongs to.
+        """
+        self.correct[trained, task] += (logits.argmax(dim=1) == target).sum()
+        self.samples[trained, task] += target.numel()
+
+    def compute(self) -> Tensor:
+        """The matrix: ``(tasks, tasks)``, float32."""
+        return self.correct / self.samples
+
+
+def _check(matrix: Tensor) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        raise ValueError(f"accuracy matrix has shape {tuple(matrix.shape)}, expected (tasks, tasks)")

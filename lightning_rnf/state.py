@@ -1,0 +1,225 @@
+"""What is known about the finished tasks: plain data, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.criteria import SubnetworkScore
+from lightning_rnf.search import Evaluation
+from lightning_rnf.units import UnitLayer, UnitMap
+
+VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRecord:
+    """One finished task.
+
+    Attributes:
+        name: of the task.
+        head: name of the module that makes its logits.
+        head_parameters: names of the head's parameters.
+        relevant: bool ``(units,)`` by layer: the units of its sub-network.
+        relevance: float32 ``(units,)`` by layer: the signed sum over the attributed samples.
+        norm_statistics: buffers at the task's end, norms' running statistics among them; recall brings them back.
+        cutoff: how many of the least relevant units were pruned.
+        accuracy: of the whole network on the reference data at the task's end, in [0, 1].
+        subnetwork_accuracy: of the sub-network, by the same loop.
+        samples: size of the reference data.
+        evaluations: every measured cutoff, in the order of the search.
+        seconds: wall-clock time of ``"attribution"`` and ``"search"``.
+    """
+
+    name: str
+    head: str
+    head_parameters: tuple[str, ...]
+    relevant: dict[str, Tensor]
+    relevance: dict[str, Tensor]
+    norm_statistics: dict[str, Tensor]
+    cutoff: int
+    accuracy: float
+    subnetwork_accuracy: float
+    samples: int
+    evaluations: tuple[Evaluation, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(eq=False)
+class FreezeState:
+    """The model's units and shared parameters, and a record of every finished task.
+
+    Attributes:
+        layers: unit layers in execution order; empty until the first task has ended.
+        shared: names of the parameters that are frozen whole.
+        tasks: records by name, in the order of training.
+    """
+
+    layers: tuple[UnitLayer, ...] = ()
+    shared: tuple[str, ...] = ()
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
+
+    def add(self, record: TaskRecord, units: UnitMap) -> None:
+        """Keep a task's record, and what its forward has shown of the model.
+
+        Raises:
+            ValueError: if there is a record of that name, or the unit layers are others than before.
+        """
+        if record.name in self.tasks:
+            raise ValueError(f"task {record.name!r} has ended already; finished tasks: {list(self.tasks)}")
+        self.check_units(units)
+        self.layers = units.layers
+        self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
+        self.tasks[record.name] = record
+
+    def task(self, name: str) -> TaskRecord:
+        """The record of a finished task.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        if name not in self.tasks:
+            raise KeyError(f"no finished task {name!r}; finished tasks: {list(self.tasks)}")
+        return self.tasks[name]
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Units that are relevant to at least one finished task: bool ``(units,)`` by layer."""
+        return {
+            layer.name: torch.stack(
+                [torch.zeros(layer.units, dtype=torch.bool)]
+                + [record.relevant[layer.name] for record in self.tasks.values()]
+            ).any(dim=0)
+            for layer in self.layers
+        }
+
+    def check_units(self, units: UnitMap) -> None:
+        """Compare the unit layers of a new trace with the known ones.
+
+        Raises:
+            ValueError: naming a layer that differs.
+        """
+        if not self.tasks:
+            return
+        for known, found in zip(self.layers, units.layers, strict=False):
+            if known != found:
+                raise ValueError(f"the model's layers no longer match the finished tasks: {known}, found {found}")
+        if len(self.layers) != len(units.layers):
+            names = {layer.name for layer in self.layers} ^ {layer.name for layer in units.layers}
+            raise ValueError(
+                f"the model's layers no longer match the finished tasks: {sorted(names)} ran for one task and not for "
+                "another"
+            )
+
+    def check_module(self, module: nn.Module) -> None:
+        """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
+
+        Raises:
+            ValueError: naming a parameter that is missing or of another size.
+        """
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        for layer in self.layers:
+            for name in layer.parameters:
+                found = tuple(parameters[name].shape) if name in parameters else None
+                if found is None or found[0] != layer.units:
+                    raise ValueError(
+                        f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
+                        + ("is missing" if found is None else f"has shape {found}")
+                    )
+        for record in self.tasks.values():
+            missing = [name for name in (*record.head_parameters, *self.shared) if name not in parameters]
+            missing += [
+                name
+                for name, value in record.norm_statistics.items()
+                if name not in buffers or buffers[name].shape != value.shape
+            ]
+            if missing:
+                raise ValueError(
+                    f"this model lacks {missing[0]!r}, which task {record.name!r} uses"
+                    + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+                )
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, built-in types and CPU tensors: loads with ``torch.load(weights_only=True)``."""
+        return {
+            "version": VERSION,
+            "layers": [asdict(layer) for layer in self.layers],
+            "shared": list(self.shared),
+            "tasks": [_record_to_plain(record) for record in self.tasks.values()],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> FreezeState:
+        """The opposite of `to_plain`.
+
+        Raises:
+            ValueError: if the form is newer than this version, or not such a state, naming what is wrong.
+        """
+        version = _get(plain, "version", int)
+        if version > VERSION:
+            raise ValueError(f"the state has version {version}, this lightning_rnf reads up to {VERSION}: update it")
+        layers = tuple(_layer_from_plain(layer) for layer in _get(plain, "layers", list))
+        records = [_record_from_plain(record, layers) for record in _get(plain, "tasks", list)]
+        return cls(layers, tuple(_get(plain, "shared", list)), {record.name: record for record in records})
+
+
+def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
+    return {
+        **{key: value for key, value in vars(record).items() if key not in {"head_parameters", "evaluations"}},
+        "head_parameters": list(record.head_parameters),
+        "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
+    }
+
+
+def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
+    return UnitLayer(
+        name=_get(plain, "name", str),
+        units=_get(plain, "units", int),
+        axis=_get(plain, "axis", int),
+        parameters=tuple(_get(plain, "parameters", (list, tuple))),
+        norm=_get(plain, "norm", (str, type(None))),
+    )
+
+
+def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -> TaskRecord:
+    name = _get(plain, "name", str)
+    relevant = _get(plain, "relevant", dict)
+    relevance = _get(plain, "relevance", dict)
+    for layer in layers:
+        for masks, dtype in ((relevant, torch.bool), (relevance, torch.float32)):
+            value = masks.get(layer.name)
+            if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != (layer.units,):
+                raise ValueError(
+                    f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for layer {layer.name!r}"
+                )
+    return TaskRecord(
+        name=name,
+        head=_get(plain, "head", str),
+        head_parameters=tuple(_get(plain, "head_parameters", list)),
+        relevant=dict(relevant),
+        relevance=dict(relevance),
+        norm_statistics=dict(_get(plain, "norm_statistics", dict)),
+        cutoff=_get(plain, "cutoff", int),
+        accuracy=_get(plain, "accuracy", float),
+        subnetwork_accuracy=_get(plain, "subnetwork_accuracy", float),
+        samples=_get(plain, "samples", int),
+        evaluations=tuple(
+            Evaluation(SubnetworkScore(**_get(evaluation, "score", dict)), _get(evaluation, "accepted", bool))
+            for evaluation in _get(plain, "evaluations", list)
+        ),
+        seconds=dict(_get(plain, "seconds", dict)),
+    )
+
+
+def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:
+    if not isinstance(plain, Mapping) or key not in plain or not isinstance(plain[key], kind):
+        expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+        raise ValueError(f"not a state of lightning_rnf: {key!r} should be there and be a {expected}")
+    value: T = plain[key]
+    return value

@@ -1,0 +1,87 @@
+"""Let only a task's relevant units speak: while searching, and in recall for ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.guard import evaluating
+from lightning_rnf.heads import MultiHead
+from lightning_rnf.state import TaskRecord
+from lightning_rnf.units import UnitLayer
+
+
+@contextmanager
+def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context all units that are not relevant put out zero.
+
+    The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled after
+    the norm that follows: a norm's shift leaks through a zeroed filter.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        relevant: bool ``(units,)`` by layer name.
+    """
+    with ExitStack() as hooks:
+        for layer in layers:
+            irrelevant = ~relevant[layer.name]
+            if irrelevant.any():
+                speaker = module.get_submodule(layer.speaker)
+                device = next(speaker.parameters(), irrelevant).device
+                silent = irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device)
+                hooks.callback(speaker.register_forward_hook(_filler(silent)).remove)
+        yield
+
+
+@contextmanager
+def recall(
+    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool = True
+) -> Iterator[None]:
+    """Run the model as a finished task's sub-network: in eval mode, with the task's head if it is in a `MultiHead`.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        record: of the task.
+        masked: silence the units that are irrelevant to the task and use the statistics that its norms had at its end.
+            If not, the whole network speaks (the paper).
+    """
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(module))
+        head = module.get_submodule(record.head)
+        for multi_head in module.modules():
+            if isinstance(multi_head, MultiHead):
+                for task, candidate in multi_head.tasks.items():
+                    if candidate is head:
+                        stack.enter_context(multi_head.running(task))
+        if masked:
+            stack.enter_context(silence(module, layers, record.relevant))
+            stack.enter_context(_swapped(module, record.norm_statistics))
+        yield
+
+
+def _filler(silent: Tensor) -> Any:
+    def fill(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.masked_fill(silent, 0.0)
+
+    return fill
+
+
+@contextmanager
+def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    own = dict(module.named_buffers())
+    before = {name: own[name].clone() for name in buffers}
+    with torch.no_grad():
+        for name, value in buffers.items():
+            own[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                own[name].copy_(value)

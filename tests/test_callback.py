@@ -1,0 +1,597 @@
+"""The whole way: train task after task under a Trainer, and hold the promises."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from test_guard import changes, snapshot
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
+from zennit.composites import EpsilonPlus
+
+from lightning_rnf import AccuracyDrop, FreeCapacity, RelevanceFreezing
+from lightning_rnf.state import FreezeState
+
+MODELS = pytest.mark.parametrize("model_type", [Classifier, ConvClassifier])
+pytestmark = pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    pl.seed_everything(0, verbose=False)
+
+
+def frozen_rows(model, callback):
+    """Every row of a unit that is relevant to a finished task, by parameter."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: parameters[name].detach()[callback.state.frozen()[layer.name]].clone()
+        for layer in callback.state.layers
+        for name in layer.parameters
+    }
+
+
+@MODELS
+def test_recall_is_bit_identical_after_every_later_task(model_type):
+    model, rnf, before = model_type(), RelevanceFreezing(), {}
+    for task in "abc":
+        train(model, rnf, task)
+        with rnf.recall(task), torch.no_grad():
+            before[task] = model(inputs())
+    for task, logits in before.items():
+        with rnf.recall(task), torch.no_grad():
+            assert torch.equal(model(inputs()), logits)
+
+
+@MODELS
+def test_frozen_rows_and_heads_are_bit_equal_and_free_rows_move(model_type):
+    model, rnf = model_type(weight_decay=0.1), RelevanceFreezing()
+    train(model, rnf, "a")
+    rows, head = frozen_rows(model, rnf), copy.deepcopy(model.heads.tasks["a"].state_dict())
+    everything = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    frozen = rnf.state.frozen()
+    assert 0 < rnf.free_capacity < 1
+    train(model, rnf, "b")
+    after = dict(model.named_parameters())
+    for layer in rnf.state.layers:
+        for name in layer.parameters:
+            assert torch.equal(after[name][frozen[layer.name]], rows[name])
+            free = ~frozen[layer.name]
+            assert not free.any() or not torch.equal(after[name][free], everything[name][free])
+    assert all(torch.equal(value, head[name]) for name, value in model.heads.tasks["a"].state_dict().items())
+
+
+def test_the_next_task_diverging_to_nan_does_not_touch_recall():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    with rnf.recall("a"), torch.no_grad():
+        before = model(inputs())
+    model.heads.activate("b")
+    model.options["lr"] = 1e30
+    with pytest.raises(ValueError, match="logits on the reference data are not finite"):
+        trainer(rnf).fit(model, datamodule=task_data("b"))
+    assert model.body[0].weight.isnan().any()
+    assert list(rnf.state.tasks) == ["a"]
+    with rnf.recall("a"), torch.no_grad():
+        assert torch.equal(model(inputs()), before)
+
+
+def test_the_subnetwork_keeps_accuracy_within_the_tolerance_by_the_same_loop():
+    model, rnf = Classifier(), RelevanceFreezing(criterion=0.05)
+    train(model, rnf, "a")
+    record = rnf.state.tasks["a"]
+    x, y = clusters("a", 320, seed=1).tensors  # the task's validation data
+    with rnf.recall("a"), torch.no_grad():
+        assert (model(x).argmax(1) == y).float().mean().item() == pytest.approx(record.subnetwork_accuracy)
+    model.eval()
+    with torch.no_grad():
+        assert (model(x).argmax(1) == y).float().mean().item() == pytest.approx(record.accuracy)
+    assert record.accuracy - record.subnetwork_accuracy <= 0.05 + 1e-9
+    assert record.samples == 320
+    assert record.evaluations[0].score.cutoff == 0
+    assert record.cutoff in [evaluation.score.cutoff for evaluation in record.evaluations]
+
+
+@MODELS
+def test_same_seed_same_masks(model_type):
+    masks = []
+    for _ in range(2):
+        pl.seed_everything(3, verbose=False)
+        model, rnf = model_type(), RelevanceFreezing()
+        train(model, rnf, "a", "b")
+        masks.append([record.relevant for record in rnf.state.tasks.values()])
+    for first, second in zip(*masks, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Watch(pl.Callback):
+    """Takes a snapshot at the start of on_train_end and one in on_fit_end's stead: after the callbacks behind it."""
+
+    def __init__(self, taken):
+        self.taken = taken
+
+    def on_train_end(self, trainer, pl_module):
+        self.taken.append(snapshot(pl_module))
+
+
+@MODELS
+def test_the_tasks_end_leaves_the_module_as_it_was(model_type):
+    taken, rnf, model = [], RelevanceFreezing(), model_type()
+    model.heads.activate("a")
+    trainer(Watch(taken), rnf, Watch(taken)).fit(model, datamodule=task_data("a"))
+    assert list(rnf.state.tasks) == ["a"]
+    assert changes(*taken) == []
+
+
+def test_a_second_fit_gives_back_flags_and_hooks():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    train(model, rnf, "b")
+    assert {name for name, flag in flags.items() if flag} == {
+        name.replace("tasks.b", "tasks.a") for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_a_layer_that_is_frozen_whole_gets_no_gradient():
+    model, rnf = Classifier(), RelevanceFreezing(criterion=lambda score: False)
+    with pytest.warns(UserWarning, match="no free units are left"):
+        train(model, rnf, "a")
+    assert rnf.free_capacity == 0
+    seen = []
+
+    class Gradients(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append({name: parameter.grad is not None for name, parameter in pl_module.named_parameters()})
+
+    model.heads.activate("b")
+    trainer(rnf, Gradients()).fit(model, datamodule=task_data("b"))
+    assert {name for name, there in seen[-1].items() if there} == {"heads.tasks.b.weight", "heads.tasks.b.bias"}
+
+
+def test_an_exception_in_training_leaves_nothing_attached():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("stop here")
+
+    model.heads.activate("b")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer(rnf, Fail()).fit(model, datamodule=task_data("b"))
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert list(rnf.state.tasks) == ["a"]
+
+
+# -- what ends no task ------------------------------------------------------------------------------------------------
+
+
+def test_fast_dev_run_ends_no_task():
+    model, rnf = Classifier(), RelevanceFreezing()
+    trainer(rnf, fast_dev_run=True).fit(model, datamodule=task_data("a"))
+    assert not rnf.state.tasks
+
+
+def test_a_skipped_fit_ends_no_task():
+    model, rnf = Classifier(), RelevanceFreezing()
+    same = trainer(rnf)
+    same.fit(model, datamodule=task_data("a"))
+    model.heads.activate("b")
+    same.fit(model, datamodule=task_data("b"))  # max_epochs are used up
+    assert list(rnf.state.tasks) == ["a"]
+
+
+def test_no_training_batches_and_the_sanity_check_end_no_task():
+    model, rnf = Classifier(), RelevanceFreezing()
+    trainer(rnf, limit_train_batches=0, num_sanity_val_steps=2).fit(model, datamodule=task_data("a"))
+    assert not rnf.state.tasks
+
+
+def test_an_interrupted_fit_ends_no_task():
+    model, rnf = Classifier(), RelevanceFreezing()
+
+    class Interrupt(pl.Callback):
+        def on_train_epoch_end(self, *args):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        trainer(rnf, Interrupt()).fit(model, datamodule=task_data("a"))
+    assert not rnf.state.tasks
+
+
+@pytest.mark.parametrize("how", ["tuner", "callback"])
+def test_the_learning_rate_finder_ends_no_task_and_loses_none(how, tmp_path):
+    model, rnf = Classifier(), RelevanceFreezing()
+    model.lr = 1e-2
+    train(model, rnf, "a")
+    rows = frozen_rows(model, rnf)
+    model.heads.activate("b")
+    options = {"default_root_dir": tmp_path, "max_epochs": 2}
+    if how == "tuner":
+        Tuner(trainer(rnf, **options)).lr_find(model, datamodule=task_data("b"), num_training=10, update_attr=False)
+        assert list(rnf.state.tasks) == ["a"]
+    else:
+        finder = LearningRateFinder(num_training_steps=10, update_attr=False)
+        trainer(rnf, finder, **options).fit(model, datamodule=task_data("b"))
+        assert list(rnf.state.tasks) == ["a", "b"]
+    now = dict(model.named_parameters())
+    relevant = rnf.state.tasks["a"].relevant
+    for layer in rnf.state.layers:
+        for name in layer.parameters:
+            assert torch.equal(now[name][relevant[layer.name]], rows[name])
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_survives_a_checkpoint_and_a_new_process_goes_on_from_it(tmp_path):
+    model, rnf = Classifier(), RelevanceFreezing()
+    model.heads.activate("a")
+    first = trainer(rnf)
+    first.fit(model, datamodule=task_data("a"))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    with rnf.recall("a"), torch.no_grad():
+        before = model(inputs())
+
+    other, fresh = Classifier(), RelevanceFreezing()
+    other.heads.activate("b")
+    trainer(fresh, max_epochs=5).fit(other, datamodule=task_data("b"), ckpt_path=tmp_path / "a.ckpt")
+    assert list(fresh.state.tasks) == ["a", "b"]
+    with fresh.recall("a"), torch.no_grad():
+        assert torch.equal(other(inputs()), before)
+
+
+def test_stopped_in_the_middle_of_a_task_and_resumed_gives_the_same_weights_and_masks(tmp_path):
+    def run(stop):
+        pl.seed_everything(5, verbose=False)
+        model, rnf = Classifier(), RelevanceFreezing()
+        train(model, rnf, "a")
+        pl.seed_everything(6, verbose=False)  # batches of the resumed fit are drawn anew: fix their order
+        model.heads.activate("b")
+        data = task_data("b")
+        data.train_dataloader = data.val_dataloader
+        model.body[2].p = 0.0
+        if stop:
+            half = trainer(rnf, max_epochs=2)
+            half.callbacks[0].on_train_end = lambda *args: None
+            half.fit(model, datamodule=data)
+            half.save_checkpoint(tmp_path / "half.ckpt")
+            model, rnf = Classifier(), RelevanceFreezing()
+            model.heads.activate("b")
+            model.body[2].p = 0.0
+        trainer(rnf, max_epochs=4).fit(model, datamodule=data, ckpt_path=tmp_path / "half.ckpt" if stop else None)
+        return model, rnf
+
+    (model, rnf), (resumed, again) = run(stop=False), run(stop=True)
+    assert list(again.state.tasks) == ["a", "b"]
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), resumed.parameters(), strict=True))
+    for task, record in rnf.state.tasks.items():
+        other = again.state.tasks[task]
+        assert all(torch.equal(mask, other.relevant[name]) for name, mask in record.relevant.items())
+
+
+def test_a_copy_of_the_callback_keeps_the_tasks():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    for other in (copy.deepcopy(rnf), pickle.loads(pickle.dumps(rnf))):
+        with other.recall("a", model), rnf.recall("a"):
+            pass
+        with pytest.raises(ValueError, match="no model to recall 'a' in"), other.recall("a"):
+            pass
+
+
+# -- validate, test, predict -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["datamodule", "active head"])
+def test_a_trainer_recalls_a_finished_task_by_itself(named):
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", "b", "c")
+    data = task_data("a")
+    if named == "active head":
+        model.heads.activate("a")
+    source = {"datamodule": data} if named == "datamodule" else {"dataloaders": data.test_dataloader()}
+    x, y = clusters("a", 320, seed=2).tensors
+    with rnf.recall("a"), torch.no_grad():
+        logits = model(x)
+    (tested,) = trainer(rnf).test(model, verbose=False, **source)
+    assert tested["test_accuracy"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    if named == "active head":
+        predicted = trainer(rnf).predict(model, data.test_dataloader())
+        assert torch.equal(torch.cat(predicted), logits)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_untrained_task_is_tested_as_it_is():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    model.heads.activate("b")
+    (tested,) = trainer(rnf).test(model, datamodule=task_data("b"), verbose=False)
+    x, y = clusters("b", 320, seed=2).tensors
+    model.eval()
+    with torch.no_grad():
+        assert tested["test_accuracy"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_paper_silences_nothing_in_recall_and_old_logits_drift():
+    model, rnf = Classifier(), RelevanceFreezing.paper(criterion=0.05)
+    train(model, rnf, "a")
+    model.eval()
+    with torch.no_grad():
+        plain = model(inputs())
+    with rnf.recall("a"), torch.no_grad():
+        assert torch.equal(model(inputs()), plain)
+    rows, relevant = frozen_rows(model, rnf), rnf.state.tasks["a"].relevant
+    model.train()
+    train(model, rnf, "b")
+    now = dict(model.named_parameters())
+    for layer in rnf.state.layers:
+        for name in layer.parameters:
+            assert torch.equal(now[name][relevant[layer.name]], rows[name])
+    with rnf.recall("a"), torch.no_grad():
+        assert not torch.equal(model(inputs()), plain)
+
+
+def test_candidates_free_keeps_frozen_units_in_later_subnetworks():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", "b")
+    first, second = rnf.state.tasks.values()
+    assert all((second.relevant[name] | ~mask).all() for name, mask in first.relevant.items())
+
+
+def test_candidates_all_ranks_every_unit_anew():
+    model, rnf = Classifier(), RelevanceFreezing(candidates="all", criterion=0.1)
+    train(model, rnf, "a", "b")
+    first, second = rnf.state.tasks.values()
+    assert any((mask & ~second.relevant[name]).any() for name, mask in first.relevant.items())
+
+
+def test_free_capacity_as_the_criterion_leaves_that_share_free():
+    model, rnf = Classifier(), RelevanceFreezing(criterion=FreeCapacity(0.75))
+    train(model, rnf, "a")
+    assert rnf.free_capacity == 0.75
+    assert sum(rnf.capacity().values()) / 2 == pytest.approx(0.75)  # both layers have 40 units
+
+
+def test_linear_search_and_resolution():
+    model, rnf = Classifier(), RelevanceFreezing(search="linear", resolution=10)
+    train(model, rnf, "a")
+    cutoffs = [evaluation.score.cutoff for evaluation in rnf.state.tasks["a"].evaluations]
+    assert cutoffs == sorted(cutoffs) == list(range(0, 10 * len(cutoffs), 10))
+
+
+def test_units_left_out_are_frozen_whole_after_the_first_task():
+    model, rnf = Classifier(), RelevanceFreezing(units="body.3")
+    train(model, rnf, "a")
+    assert [layer.name for layer in rnf.state.layers] == ["body.3"]
+    first = model.body[0].weight.detach().clone()
+    train(model, rnf, "b")
+    assert torch.equal(model.body[0].weight, first)
+
+
+def test_elasticity_lets_relevant_units_go_on_and_says_that_recall_is_not_exact():
+    with pytest.warns(UserWarning, match="recall will not be exact"):
+        rnf = RelevanceFreezing(elasticity=0.1)
+    model = Classifier()
+    train(model, rnf, "a")
+    rows = frozen_rows(model, rnf)
+    relevant = rnf.state.tasks["a"].relevant
+    train(model, rnf, "b")
+    now = dict(model.named_parameters())
+    assert all(
+        not torch.equal(now[name][relevant[layer.name]], rows[name])
+        for layer in rnf.state.layers
+        for name in layer.parameters
+    )
+
+
+def test_tasks_are_named_by_argument_function_datamodule_or_number():
+    for task, expected in (("mine", "mine"), (lambda trainer, module: module.heads.active + "!", "a!"), (None, "a")):
+        model, rnf = Classifier(), RelevanceFreezing(task=task)
+        train(model, rnf, "a")
+        assert list(rnf.state.tasks) == [expected]
+    model, rnf = Classifier(), RelevanceFreezing()
+    trainer(rnf).fit(model, loader("a"), loader("a"))
+    assert list(rnf.state.tasks) == ["task-0"]
+
+
+def test_batches_of_another_form_are_read_by_predict():
+    class Dictionaries(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            x, y = clusters("a", 64)[index]
+            return {"image": x, "label": y}
+
+    class DictClassifier(Classifier):
+        def training_step(self, batch):
+            return super().training_step((batch["image"], batch["label"]))
+
+        def validation_step(self, batch):
+            pass
+
+    model = DictClassifier()
+    rnf = RelevanceFreezing(predict=lambda module, batch: (module(batch["image"]), batch["label"]))
+    batches = DataLoader(Dictionaries(), 16)
+    trainer(rnf).fit(model, batches, batches)
+    assert rnf.state.tasks["task-0"].samples == 64
+
+
+# -- bad input: one sentence, nothing changed -------------------------------------------------------------------------
+
+
+class NoHidden(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Flatten()
+        self.heads.tasks["a"] = nn.Linear(6, 2)
+
+
+class FunctionalLogits(Classifier):
+    def forward(self, x):
+        return super().forward(x) * 2.0
+
+
+def labelled(y):
+    return DataLoader(TensorDataset(torch.randn(len(y), 6), y), 32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reference", "error", "sentence"),
+    [
+        (NoHidden, None, ValueError, "no unit layers"),
+        (FunctionalLogits, None, ValueError, "head not found.*name the heads' modules with heads="),
+        (Classifier, labelled(torch.zeros(0, dtype=torch.long)), ValueError, "reference data is empty"),
+        (Classifier, [torch.randn(4, 6)], TypeError, "not \\(x, y\\): reference data needs labels"),
+        (Classifier, labelled(torch.rand(80)), TypeError, "labels are a torch.float32 tensor"),
+        (
+            Classifier,
+            labelled(torch.full((80,), 2)),
+            ValueError,
+            "labels range from 2 to 2, but the head has 2 outputs",
+        ),
+        (Classifier, labelled(torch.full((80,), -100)), ValueError, "labels range from -100 to -100"),
+        (Classifier, loader("a", 20), ValueError, "20 samples, so one weighs 5.0%.*at least 50 samples"),
+        (Classifier, [loader("a"), loader("b")], ValueError, "reference has 2 loaders.*can't be told"),
+    ],
+)
+def test_bad_models_and_reference_data_are_refused_before_training(model_type, reference, error, sentence):
+    model, rnf = model_type(), RelevanceFreezing(reference)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=f"(?s){sentence}") as caught:
+        trainer(rnf).fit(model, datamodule=task_data("a"))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not rnf.state.tasks
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_several_validation_loaders_without_reference_are_refused():
+    model, rnf = Classifier(), RelevanceFreezing()
+    model.validation_step = lambda batch, dataloader_idx=0: None
+    with pytest.raises(ValueError, match="validation data has 2 loaders, and which of them belongs to the task"):
+        trainer(rnf).fit(model, loader("a"), [loader("a"), loader("b")])
+
+
+def test_no_validation_data_and_no_reference_is_refused_and_reference_serves():
+    with pytest.raises(ValueError, match="no reference data.*pass reference="):
+        trainer(RelevanceFreezing(), limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
+    rnf = RelevanceFreezing(task_data("a"))
+    trainer(rnf, limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
+    assert rnf.state.tasks["task-0"].samples == 320
+
+
+def test_a_tolerance_of_zero_is_meant_and_needs_no_size():
+    model, rnf = Classifier(), RelevanceFreezing(loader("a", 20), criterion=0)
+    trainer(rnf).fit(model, loader("a"), loader("a"))
+    record = rnf.state.tasks["task-0"]
+    assert record.subnetwork_accuracy >= record.accuracy
+
+
+def test_a_nan_in_relevance_is_refused_by_layer():
+    model, rnf = Classifier(), RelevanceFreezing(composite=EpsilonPlus(epsilon=float("nan")))
+    with pytest.raises(ValueError, match=r"relevance of layer 'body.\d' is not finite in \d+ of 40 units"):
+        trainer(rnf).fit(model, datamodule=task_data("a"))
+    assert not rnf.state.tasks
+
+
+def test_a_second_callback_of_the_kind_is_refused():
+    class Mine(RelevanceFreezing):
+        pass
+
+    with pytest.raises(ValueError, match="more than one RelevanceFreezing"):
+        trainer(RelevanceFreezing(), Mine()).fit(Classifier(), datamodule=task_data("a"))
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `RelevanceFreezing`"):
+        trainer(RelevanceFreezing(), RelevanceFreezing())
+
+
+def test_a_task_name_used_twice_is_refused():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    with pytest.raises(ValueError, match="task 'a' has ended already; name the new one"):
+        train(model, rnf, "a")
+
+
+def test_the_head_of_a_finished_task_is_refused_for_a_new_one():
+    model, rnf = Classifier(), RelevanceFreezing(task=lambda trainer, module: f"task-{len(rnf.state.tasks)}")
+    train(model, rnf, "a")
+    with pytest.raises(ValueError, match=r"head 'heads.tasks.a' belongs to the finished task 'task-0'"):
+        train(model, rnf, "a")
+
+
+def test_a_model_whose_layers_no_longer_match_is_refused():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    wider = Classifier()
+    wider.body[0], wider.body[3] = nn.Linear(6, 30), nn.Linear(30, 40)
+    flags = [parameter.requires_grad for parameter in wider.parameters()]
+    with pytest.raises(ValueError, match=r"layer 'body.0' had 40 units.*has shape \(30, 6\)"):
+        trainer(rnf).fit(wider, datamodule=task_data("b"))
+    deeper = Classifier()
+    deeper.body.append(nn.Linear(40, 40))
+    deeper.heads.activate("b")
+    with pytest.raises(ValueError, match=r"no longer match the finished tasks: \['body.5'\] ran for one task"):
+        trainer(rnf).fit(deeper, datamodule=task_data("b"))
+    assert [parameter.requires_grad for parameter in wider.parameters()] == flags
+    assert list(rnf.state.tasks) == ["a"]
+
+
+def test_a_checkpoint_of_another_model_or_version_is_refused():
+    rnf = RelevanceFreezing()
+    for rubbish in ({}, {"version": 99}, {"version": 1, "layers": "none"}):
+        with pytest.raises(ValueError, match=r"version|not a state"):
+            rnf.load_state_dict(rubbish)
+    assert not rnf.state.tasks
+
+
+def test_unknown_tasks_are_named_in_the_error():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    with pytest.raises(KeyError, match=r"no finished task 'z'; finished tasks: \['a'\]"), rnf.recall("z"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("criterion", -0.1),
+        ("criterion", 2),
+        ("elasticity", -1.0),
+        ("elasticity", {"body.*": float("nan")}),
+        ("irrelevant_elasticity", float("inf")),
+        ("retention", "approximate"),
+        ("candidates", "some"),
+        ("normalize", "global"),
+        ("search", "binary"),
+        ("resolution", 0),
+        ("reference_samples", 0),
+        ("attribution_samples", -1),
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_name(option, value):
+    with pytest.raises(ValueError, match=f"^{option}|tolerance"):
+        RelevanceFreezing(**{option: value})
+
+
+def test_defaults_are_the_documented_ones():
+    assert RelevanceFreezing().criterion == AccuracyDrop(0.02)
+    paper = RelevanceFreezing.paper(criterion=0.05)
+    assert (paper.retention, paper.candidates, paper.normalize) == ("paper", "all", "none")
+    assert paper.criterion == AccuracyDrop(0.05)
+    assert RelevanceFreezing().state_dict() == FreezeState().to_plain()

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_rnf.evaluation import accuracy, predict_checked, supervised
+
+
+class Echo(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_accuracy_counts_samples_and_not_batches():
+    right, wrong = torch.eye(3), 1 - torch.eye(3)
+    batches = [(right, torch.arange(3)), (wrong[:1], torch.tensor([0]))]
+    assert accuracy(Echo(), batches) == 0.75
+
+
+def test_the_forward_context_is_entered_around_each_forward():
+    entered = []
+
+    @contextmanager
+    def context():
+        entered.append(True)
+        yield
+
+    accuracy(Echo(), [(torch.eye(2), torch.arange(2))] * 3, forward_context=context)
+    assert len(entered) == 3
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "error", "sentence"),
+    [
+        (torch.eye(2).long(), torch.arange(2), TypeError, "logits are a torch.int64 tensor"),
+        ("text", torch.arange(2), TypeError, "logits are of type str"),
+        (torch.eye(2), torch.ones(2), TypeError, "labels are a torch.float32 tensor"),
+        (torch.eye(2), torch.arange(3), ValueError, "logits of shape .2, 2. and labels of shape .3,."),
+        (torch.ones(2, 2, 4, 4), torch.ones(2, 4, 4).long(), ValueError, "only single-label classification"),
+        (torch.eye(2), torch.tensor([0, 2]), ValueError, "labels range from 0 to 2, but the head has 2 outputs"),
+        (torch.eye(2) / 0, torch.arange(2), ValueError, "logits on the reference data are not finite"),
+    ],
+)
+def test_what_is_no_classification_is_refused(logits, target, error, sentence):
+    with pytest.raises(error, match=sentence):
+        predict_checked(lambda module, batch: batch, Echo(), (logits, target))
+
+
+def test_other_batches_are_refused_with_the_way_out():
+    for batch in ({"x": torch.ones(1, 2)}, torch.ones(3, 2), (torch.ones(1), torch.ones(1), torch.ones(1)), 3):
+        with pytest.raises(TypeError, match="not \\(x, y\\).*pass predict="):
+            supervised(Echo(), batch)
+    with pytest.raises(ValueError, match="no sample"):
+        accuracy(Echo(), [])

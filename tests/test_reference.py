@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from training import Classifier, trainer
+
+from lightning_rnf.reference import Reference
+
+
+class Numbered(pl.LightningDataModule):
+    """Counts its life cycle; sample i is the number i."""
+
+    def __init__(self, samples=50, **options):
+        super().__init__()
+        self.samples, self.options, self.events = samples, options, []
+
+    def prepare_data(self):
+        self.events.append("prepare")
+
+    def setup(self, stage):
+        self.events.append(f"setup {stage}")
+
+    def teardown(self, stage):
+        self.events.append(f"teardown {stage}")
+
+    def val_dataloader(self):
+        self.events.append("load")
+        return numbered(self.samples, **self.options)
+
+
+def numbered(samples, batch_size=8, **options):
+    numbers = torch.arange(samples)
+    return DataLoader(TensorDataset(numbers.float().view(-1, 1), numbers), batch_size, **options)
+
+
+@pytest.fixture
+def fit():
+    made = trainer()
+    made.strategy.connect(Classifier())
+    return made
+
+
+def numbers(batches):
+    return torch.cat([y for _, y in batches]).tolist()
+
+
+def test_a_draw_is_random_without_repeats_and_the_same_for_a_seed(fit):
+    first, same, other = (Reference(numbered(50), samples=30, seed=seed).draw(fit) for seed in (1, 1, 2))
+    drawn = numbers(first.batches)
+    assert len(set(drawn)) == 30 == first.samples
+    assert drawn == numbers(same.batches) != numbers(other.batches)
+    assert drawn != sorted(drawn)
+
+
+def test_a_draw_leaves_the_order_of_the_user_s_loader_out(fit):
+    shuffled = numbered(50, shuffle=True)
+    assert numbers(Reference(shuffled).draw(fit).batches) == numbers(Reference(numbered(50)).draw(fit).batches)
+
+
+def test_attribution_gets_exactly_the_first_samples_and_accuracy_all(fit):
+    drawn = Reference(numbered(50), samples=40, attribution_samples=13).draw(fit)
+    assert len(numbers(drawn.for_attribution)) == 13
+    assert numbers(drawn.for_attribution) == numbers(drawn.batches)[:13]
+    assert len(numbers(drawn.batches)) == 40
+    everything = Reference(numbered(50), samples=None, attribution_samples=None).draw(fit)
+    assert sorted(numbers(everything.for_attribution)) == list(range(50))
+
+
+def test_a_sampler_of_the_user_s_own_is_respected(fit):
+    mine = numbered(50, sampler=SubsetRandomSampler(range(10, 20)))
+    drawn = Reference(mine).draw(fit)
+    assert sorted(numbers(drawn.batches)) == list(range(10, 20))
+    assert Reference(mine).size(fit) is None
+
+
+def test_streams_and_lists_are_walked_from_their_start(fit):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter((torch.tensor([float(i)]), i) for i in range(100))
+
+    for loader in (DataLoader(Stream(), 8), list(numbered(100))):
+        drawn = Reference(loader, samples=20, attribution_samples=10).draw(fit)
+        assert numbers(drawn.batches) == list(range(24))  # whole batches
+        assert numbers(drawn.for_attribution) == list(range(16))
+
+
+def test_a_data_module_goes_through_its_life_cycle(fit):
+    module = Numbered()
+    Reference(module).draw(fit)
+    assert module.events == ["prepare", "setup validate", "load", "teardown validate"]
+    assert module.trainer is fit
+
+
+def test_size_is_known_before_drawing(fit):
+    assert Reference(numbered(50)).size(fit) == 50
+    assert Reference(numbered(50), samples=20).size(fit) == 20
+
+
+def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back(fit):
+    stages = []
+
+    class Augmenting(Classifier):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            stages.append(self.trainer.validating)
+            return batch
+
+    model = Augmenting()
+    fit.strategy.connect(model)
+    model.trainer = fit
+    fit.training = True
+    Reference(numbered(10)).draw(fit)
+    assert stages == [True, True]
+    assert fit.training

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+from training import Classifier, task_data, trainer
+
+from lightning_rnf import RelevanceFreezing
+from lightning_rnf.streams import fit_stream, permute_pixels, split_by_class
+
+
+def digits(samples=200, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(samples, 1, 4, 4, generator=generator), torch.arange(samples) % 10
+    return TensorDataset(x, y)
+
+
+class TorchvisionStyle(Dataset):
+    def __init__(self, dataset, attribute):
+        self.dataset = dataset
+        if attribute:
+            setattr(self, attribute, dataset.tensors[1].tolist())
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return x, int(y)
+
+
+def samples(dataset):
+    return [(x, int(y)) for x, y in (dataset[index] for index in range(len(dataset)))]
+
+
+@pytest.mark.parametrize("form", ["tensors", "targets", "labels", None])
+def test_a_split_gives_each_task_its_own_classes_with_labels_from_zero(form):
+    train, test = digits(), digits(50, seed=1)
+    if form != "tensors":
+        train, test = TorchvisionStyle(train, form), TorchvisionStyle(test, form)
+    stream = split_by_class(train, test, [(3, 1), (0, 2, 9)], name="digits", validation=0.25)
+    assert [task.task for task in stream] == ["digits-31", "digits-029"]
+    assert [task.classes for task in stream] == [2, 3]
+    first = stream[0]
+    assert (len(first.train), len(first.validation), len(first.test)) == (30, 10, 10)
+    for part, source in ((first.train, train), (first.validation, train), (first.test, test)):
+        originals = [source[index] for index in part.indices]
+        assert all(torch.equal(x, original[0]) for (x, _), original in zip(samples(part), originals, strict=True))
+        assert [y for _, y in samples(part)] == [(3, 1).index(int(original[1])) for original in originals]
+    assert set(first.train.indices).isdisjoint(first.validation.indices)
+    assert all(parts.isdisjoint(stream[1].train.indices) for parts in ({*first.train.indices},))
+
+
+def test_the_same_seed_holds_out_the_same_samples():
+    one, same, other = (split_by_class(digits(), digits(), [(0, 1)], seed=seed)[0] for seed in (1, 1, 2))
+    assert one.validation.indices == same.validation.indices != other.validation.indices
+
+
+def test_permuted_tasks_have_all_pixels_in_one_order_per_task_and_the_first_as_it_was():
+    train = digits()
+    stream = permute_pixels(train, digits(50, seed=1), tasks=3, seed=4)
+    assert [task.task for task in stream] == ["permuted-0", "permuted-1", "permuted-2"]
+    assert all(task.classes == 10 for task in stream)
+    index = stream[0].train.indices[0]
+    assert torch.equal(stream[0].train[0][0], train[index][0])
+    orders = []
+    for task in stream[1:]:
+        for x, original in ((task.train[i][0], train[task.train.indices[i]][0]) for i in range(3)):
+            assert torch.equal(x.flatten().sort().values, original.flatten().sort().values)
+            order = [(original.flatten() == value).nonzero().item() for value in x.flatten()]
+            orders.append(order)
+    assert orders[0] == orders[1] == orders[2] != orders[3] == orders[4]
+    assert torch.equal(stream[1].test[0][0].flatten(), digits(50, seed=1)[0][0].flatten()[torch.tensor(orders[0])])
+
+
+def test_rubbish_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match=r"classes \[1\] are in more than one group"):
+        split_by_class(digits(), digits(), [(0, 1), (1, 2)])
+    with pytest.raises(ValueError, match=r"no training or test samples of classes \[12\]"):
+        split_by_class(digits(), digits(), [(0, 12)])
+    for share in (0, 1, 0.001):
+        with pytest.raises(ValueError, match="expected a share in"):
+            split_by_class(digits(), digits(), [(0, 1)], validation=share)
+    with pytest.raises(ValueError, match="expected at least 1"):
+        permute_pixels(digits(), digits(), tasks=0)
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+def test_fit_stream_tests_every_task_after_each(freezing):
+    pl.seed_everything(0, verbose=False)
+    model, stream = Classifier(), [task_data(task) for task in "abc"]
+    rnf = RelevanceFreezing() if freezing else None
+    matrix = fit_stream(model, stream, rnf, lambda callbacks: trainer(*callbacks))
+    assert torch.equal(matrix.isnan(), torch.ones(3, 3).triu(1).bool())
+    x, y = stream[0].test.tensors
+    model.heads.activate("a")
+    model.eval()
+    with torch.no_grad():
+        now = (model(x).argmax(1) == y).float().mean()
+    if rnf is None:
+        assert matrix[2, 0] == now
+    else:
+        assert matrix[0, 0] == matrix[1, 0] == matrix[2, 0]  # recalled
+        assert matrix[1, 1] == matrix[2, 1]
+
+
+def test_fit_stream_adds_heads_that_are_missing():
+    model = Classifier()
+    model.heads.tasks.clear()
+    fit_stream(model, [task_data("a")], None, lambda callbacks: trainer(*callbacks, max_epochs=1))
+    assert list(model.heads.tasks) == ["a"]
+
+
+def test_fit_stream_asks_how_to_activate_when_it_cannot_know():
+    model = Classifier()
+    model.heads = torch.nn.Linear(40, 2)
+    with pytest.raises(ValueError, match="0 MultiHead modules, expected one: pass activate="):
+        fit_stream(model, [task_data("a")], None, partial(trainer))
