@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
@@ -194,7 +194,7 @@ class RelevanceFreezing(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         name = self._task_name(trainer, pl_module)
         seconds: dict[str, float] = {}
@@ -361,7 +361,7 @@ class RelevanceFreezing(Callback):
     def _given_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         if callable(self.task):
             return self.task(trainer, module)
-        name = self.task if self.task is not None else getattr(trainer.datamodule, "task", None)
+        name = self.task if self.task is not None else getattr(getattr(trainer, "datamodule", None), "task", None)
         return name if isinstance(name, str) else None
 
     def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

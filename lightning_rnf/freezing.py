@@ -169,7 +169,8 @@ class _Rows:
 
     @torch.no_grad()
     def mask_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None and self.frozen is not None
+        assert parameter.grad is not None
+        assert self.frozen is not None
         # Filled, not multiplied: zero times NaN is NaN.
         if self.frozen.index is None:
             parameter.grad.zero_()

@@ -16,13 +16,13 @@ def borrowed(module: nn.Module) -> Iterator[None]:
     """Put back everything reachable from ``module`` when the context is left, after an exception too.
 
     Restored to *identity*: each submodule's attributes, and what its dicts, lists and sets hold (parameters, buffers,
-    children, hooks; Zennit 1.0 replaces the parameters, its canonizers plant attributes); each parameter's storage,
-    ``grad`` and ``requires_grad``; the training flags. Restored by value: the buffers that were written to. The
+    children, hooks; Zennit 1.0 replaces the parameters, its canonizers plant attributes); each parameter's and buffer's
+    storage, ``grad`` and ``requires_grad``; the training flags. Restored by value: the buffers. The
     random states of torch (CPU and the module's device) are forked. Parameters' values must not be written in place.
     """
     modules = [(submodule, _Attributes(submodule)) for submodule in module.modules()]
     tensors = [(tensor, _Tensor(tensor)) for tensor in (*module.parameters(), *module.buffers())]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with _forked_random_state(module):
         try:
             yield
@@ -32,9 +32,8 @@ def borrowed(module: nn.Module) -> Iterator[None]:
             for tensor, saved in tensors:
                 saved.put_back(tensor)
             with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)
+                for buffer, value in buffers:  # batch norm writes to its own without any sign of it
+                    buffer.copy_(value)
 
 
 @contextmanager

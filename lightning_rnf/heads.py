@@ -43,7 +43,7 @@ class MultiHead(nn.Module):
         """Add a head for ``task`` with ``classes`` outputs; it waits until it is activated.
 
         Raises:
-            ValueError: if the task has a head already, or its name is empty or has a dot in it (names are module names).
+            ValueError: if the task has a head already, or its name is empty or has a dot in it.
         """
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a head already; heads: {list(self.tasks)}")

@@ -143,7 +143,7 @@ class Reference:
 
     @contextmanager
     def _loader(self, trainer: Trainer) -> Iterator[Any]:
-        if isinstance(self.source, LightningDataModule) and self.source is not trainer.datamodule:
+        if isinstance(self.source, LightningDataModule) and self.source is not _data_module(trainer):
             with _set_up(self.source, trainer):
                 yield _single(self.source.val_dataloader(), "reference.val_dataloader()")
         elif self.source is not None and not isinstance(self.source, LightningDataModule):
@@ -185,10 +185,14 @@ def _validation_data(trainer: Trainer) -> Any:
         # Lightning does this at the first validation; here it may be asked for earlier.
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         return trainer.val_dataloaders
-    for source in (trainer.datamodule, trainer.lightning_module):
+    for source in (_data_module(trainer), trainer.lightning_module):
         if source is not None and is_overridden("val_dataloader", source):
             return source.val_dataloader()
     return None
+
+
+def _data_module(trainer: Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)  # it is there only once a run has begun
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def accuracy_table(result: StreamResult) -> Table:
     """
     from rich.table import Table
 
-    prefix = commonprefix(result.tasks)
+    prefix = commonprefix(result.tasks)  # noqa: RUF071 - of strings, not of paths
     names = [name.removeprefix(prefix) or name for name in result.tasks]
     table = Table(title=f"{result.method}: test accuracy after each task, %")
     table.add_column(f"after {prefix}…" if prefix else "after")

@@ -196,7 +196,7 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
             value = masks.get(layer.name)
             if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != (layer.units,):
                 raise ValueError(
-                    f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for layer {layer.name!r}"
+                    f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
                 )
     return TaskRecord(
         name=name,

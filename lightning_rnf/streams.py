@@ -1,8 +1,9 @@
-"""Task streams: a data set cut into tasks, each a data module with its own labels, and the loop that trains them all."""
+"""Task streams: a data set cut into tasks, each a data module with its own labels; and the loop that trains them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import torch
@@ -160,9 +161,17 @@ def permute_pixels(
     stream = []
     for index in range(tasks):
         order = torch.randperm(pixels, generator=generator) if index else None
-        views = [TaskView(train, kept, new, order), TaskView(train, held_out, new, order)]
-        views.append(TaskView(test, torch.arange(len(cast(Sized, test))), new, order))
-        stream.append(TaskDataModule(f"{name}-{index}", len(classes), *views, batch_size, num_workers))
+        stream.append(
+            TaskDataModule(
+                f"{name}-{index}",
+                len(classes),
+                TaskView(train, kept, new, order),
+                TaskView(train, held_out, new, order),
+                TaskView(test, torch.arange(len(_labels(test))), new, order),
+                batch_size,
+                num_workers,
+            )
+        )
     return stream
 
 
@@ -237,13 +246,18 @@ def fit_stream(
         model.to(trainer.strategy.root_device)
         for index, seen in enumerate(tasks[: trained + 1]):
             activate(model, seen)
-            finished = callback is not None and seen.task in callback.state.tasks
-            with callback.recall(seen.task, model) if finished else evaluating(model), torch.no_grad():
+            with _tested(model, seen.task, callback), torch.no_grad():
                 for batch in seen.test_dataloader():
                     logits, target = predict_checked(predict, model, trainer.strategy.batch_to_device(batch))
                     matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
         model.cpu()
-    return cast(Tensor, matrix.compute())
+    return matrix.compute()
+
+
+def _tested(model: LightningModule, task: str, callback: RelevanceFreezing | None) -> AbstractContextManager[None]:
+    if callback is not None and task in callback.state.tasks:
+        return callback.recall(task, model)
+    return evaluating(model)
 
 
 def _activate(model: LightningModule, task: Any) -> None:

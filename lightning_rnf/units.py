@@ -115,7 +115,7 @@ class UnitMap:
 
 @dataclass(frozen=True)
 class _Call:
-    """One run of a module: its output, and the node of the autograd graph that made it (in-place functions change it)."""
+    """One run of a module: its output, and the node that made it (a later in-place function changes that)."""
 
     name: str
     output: Tensor | None

@@ -490,7 +490,7 @@ def test_several_validation_loaders_without_reference_are_refused():
 
 
 def test_no_validation_data_and_no_reference_is_refused_and_reference_serves():
-    with pytest.raises(ValueError, match="no reference data.*pass reference="):
+    with pytest.raises(ValueError, match=r"no reference data.*pass reference="):
         trainer(RelevanceFreezing(), limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
     rnf = RelevanceFreezing(task_data("a"))
     trainer(rnf, limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))

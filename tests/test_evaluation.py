@@ -51,7 +51,7 @@ def test_what_is_no_classification_is_refused(logits, target, error, sentence):
 
 def test_other_batches_are_refused_with_the_way_out():
     for batch in ({"x": torch.ones(1, 2)}, torch.ones(3, 2), (torch.ones(1), torch.ones(1), torch.ones(1)), 3):
-        with pytest.raises(TypeError, match="not \\(x, y\\).*pass predict="):
+        with pytest.raises(TypeError, match=r"not \(x, y\).*pass predict="):
             supervised(Echo(), batch)
     with pytest.raises(ValueError, match="no sample"):
         accuracy(Echo(), [])

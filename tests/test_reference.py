@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
-from training import Classifier, trainer
+from training import Classifier, loader, trainer
 
 from lightning_rnf.reference import Reference
 
@@ -98,7 +98,7 @@ def test_size_is_known_before_drawing(fit):
     assert Reference(numbered(50), samples=20).size(fit) == 20
 
 
-def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back(fit):
+def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back():
     stages = []
 
     class Augmenting(Classifier):
@@ -106,10 +106,11 @@ def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back(fit):
             stages.append(self.trainer.validating)
             return batch
 
-    model = Augmenting()
-    fit.strategy.connect(model)
-    model.trainer = fit
-    fit.training = True
-    Reference(numbered(10)).draw(fit)
+    class Draw(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            stages.clear()
+            Reference(loader("a", 64)).draw(trainer)
+            assert trainer.training
+
+    trainer(Draw(), max_epochs=1).fit(Augmenting(), loader("a", 64), loader("a", 64))
     assert stages == [True, True]
-    assert fit.training
