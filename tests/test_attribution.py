@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -319,6 +320,59 @@ def test_token_inputs_are_attributed_from_the_first_layer_on():
     assert difference(found, {"rest.0": expected["0"]}) < 1e-5
 
 
+@pytest.mark.parametrize("wants", ["inputs", "embedded tokens"])
+def test_inputs_that_want_a_gradient_make_no_difference(wants):
+    net = Built(
+        lambda net, x: net.rest(x if x.is_floating_point() else net.embedding(x).mean(1)),
+        embedding=nn.Embedding(10, 4),
+        rest=mlp(),
+    )
+    x, y = labelled(8, 4)
+    if wants == "embedded tokens":
+        x = torch.randint(10, (8, 5))
+    expected = unit_relevance(net, (x, y))
+
+    if wants == "inputs":
+        x.requires_grad_()
+    else:  # what is done to fine-tune with checkpointed blocks
+        net.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    found = unit_relevance(net, (x, y))
+
+    assert difference(found, expected) == 0.0
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_the_integer_type_of_labels_makes_no_difference(dtype):
+    net = mlp()
+    x, y = labelled(8, 4)
+    assert difference(unit_relevance(net, (x, y.to(dtype))), unit_relevance(net, (x, y))) == 0.0
+
+
+def test_a_layer_called_by_keyword_is_attributed_or_refused_by_name():
+    parts = {"first": nn.Linear(4, 8), "second": nn.Linear(8, 6), "head": nn.Linear(6, CLASSES)}
+    batch = labelled(8, 4)
+    expected = unit_relevance(Built(lambda net, x: net.head(net.second(net.first(x).relu()).relu()), **parts), batch)
+    net = Built(lambda net, x: net.head(net.second(input=net.first(x).relu()).relu()), **parts)
+    assert_attributed_or_refused(net, batch, "second", expected)
+
+
+def test_a_backbone_that_runs_without_a_graph_is_no_obstacle_once_it_is_left_out():
+    def forward(net: Built, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = net.backbone(x).relu()
+        return net.rest(features)
+
+    net, batch = Built(forward, backbone=nn.Linear(4, 4), rest=mlp()), labelled(8, 4)
+    expected = unit_relevance(net.rest, (net.backbone(batch[0]).relu().detach(), batch[1]))
+    expected = {f"rest.{name}": relevance for name, relevance in expected.items()}
+
+    layers = UnitMap.of(net, batch, units="rest.*").layers
+
+    assert difference(attribute(net, layers, [batch]), expected) == 0.0
+    assert_attributed_or_refused(net, batch, "backbone", expected)
+
+
 def checkpointed(*, first: bool, use_reentrant: bool) -> tuple[nn.Module, nn.Sequential]:
     """A network with one of its two blocks checkpointed, and the same network without."""
 
@@ -348,12 +402,16 @@ def test_reentrant_checkpointing_is_attributed_or_refused_by_the_name_of_the_lay
     net, plain = checkpointed(first=False, use_reentrant=True)
     batch = labelled(8, 4)
     expected = oracle(plain, *batch)
+    assert_attributed_or_refused(net, batch, "second.0", {"first.0": expected["0"], "second.0": expected["2"]})
+
+
+def assert_attributed_or_refused(net: nn.Module, batch: Any, layer: str, expected: dict[str, Tensor]) -> None:
     try:
         found = unit_relevance(net, batch)
-    except ValueError as error:
-        assert "second.0" in str(error)  # noqa: PT017
+    except ValueError as refusal:
+        assert repr(layer) in str(refusal)  # noqa: PT017
     else:
-        assert difference(found, {"first.0": expected["0"], "second.0": expected["2"]}) < 1e-5
+        assert difference(found, expected) < 1e-5
 
 
 # -- how it goes ------------------------------------------------------------------------------------------------------

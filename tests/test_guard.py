@@ -19,7 +19,7 @@ from lightning_rnf.attribution import attribute
 from lightning_rnf.guard import borrowed, evaluating
 from lightning_rnf.units import UnitMap
 
-# -- everything reachable from a module ---------------------------------------------------------------------------------
+# -- everything reachable from a module -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def changes(before: Snapshot, after: Snapshot) -> list[str]:
     return found
 
 
-# -- a module with something of everything ------------------------------------------------------------------------------
+# -- a module with something of everything ----------------------------------------------------------------------------
 
 IMAGES = (2, 6, 6)
 
@@ -165,7 +165,7 @@ class Breaks:
 
 
 def traced(module: nn.Module, batches: Any, predict: Any) -> None:
-    UnitMap.of(module, next(iter(batches)), predict)
+    UnitMap.of(module, labelled(4, *IMAGES), predict)
 
 
 def attributed(module: nn.Module, batches: Any, predict: Any) -> None:
@@ -186,7 +186,7 @@ def batches() -> DataLoader:
     return DataLoader(TensorDataset(*labelled(9, *IMAGES)), batch_size=4, shuffle=True)
 
 
-# -- identity -----------------------------------------------------------------------------------------------------------
+# -- identity ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("predict", [plain, meddling])
@@ -194,9 +194,6 @@ def batches() -> DataLoader:
 def test_the_module_comes_back_as_it_was(borrower, predict, batches):
     net = furnished()
     before = snapshot(net)
-    if borrower is traced:
-        batches = list(batches)
-        before = snapshot(net)
 
     borrower(net, batches, predict)
 
@@ -204,12 +201,12 @@ def test_the_module_comes_back_as_it_was(borrower, predict, batches):
 
 
 @pytest.mark.parametrize("before_forward", [True, False], ids=["before the forward", "after the forward"])
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("borrower", BORROWERS)
+@pytest.mark.parametrize(
+    ("borrower", "call"),
+    [(traced, 1), (attributed, 1), (attributed, 2), (attributed_canonised, 1), (attributed_canonised, 2)],
+)
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_the_module_comes_back_as_it_was_when_a_prediction_raises(borrower, call, before_forward, error):
-    if borrower is traced and call > 1:
-        pytest.skip("one forward is traced")
     net = furnished()
     before = snapshot(net)
 
@@ -280,7 +277,7 @@ def test_a_module_of_any_precision_comes_back_as_it_was(canonise, dtype):
 
 @pytest.mark.parametrize("borrower", BORROWERS)
 def test_statistics_that_a_norm_moved_come_back(borrower):
-    # Some norms use the batch's statistics in eval mode, too. Batch norm moves its own behind autograd's version counter.
+    # Some norms use the batch's statistics in eval mode, too, and batch norm moves its own without counting a version.
     def normed(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         x, y = batch
         return module(nn.functional.batch_norm(x, module.mean, module.variance, training=True)), y
@@ -308,7 +305,7 @@ def test_tied_weights_stay_tied():
     assert net[4].weight is net[2].weight
 
 
-# -- what follows from it -----------------------------------------------------------------------------------------------
+# -- what follows from it ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
@@ -353,7 +350,7 @@ def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters())
 
 
-# -- the guard alone ----------------------------------------------------------------------------------------------------
+# -- the guard alone --------------------------------------------------------------------------------------------------
 
 
 def test_borrowed_puts_back_replaced_parameters_buffers_and_children():
@@ -394,4 +391,5 @@ def test_the_snapshot_sees_what_zennit_does():
     with EpsilonPlus(canonizers=[SequentialMergeBatchNorm()]).context(net):
         found = changes(before, snapshot(net))
 
-    assert {"features.0.weight value", "features.0.bias", "features.3._forward_hooks keys"} <= set(found)
+    assert "features.3._forward_hooks keys" in found
+    assert any(where.startswith("features.0.") and where.endswith("bias") for where in found)  # what the norm became

@@ -42,10 +42,10 @@ def test_negative_relevance_goes_before_none():
 
 
 def test_each_layer_is_divided_by_the_sum_of_its_absolute_relevance():
-    # a: 100/400, -100/400, 200/400 = 0.25, -0.25, 0.5; b: 0.1/1, -0.3/1, 0.6/1 = 0.1, -0.3, 0.6
-    relevance = {"a": [100.0, -100.0, 200.0], "b": [0.1, -0.3, 0.6]}
-    assert order(relevance) == [4, 1, 3, 0, 2, 5]
-    assert order(relevance, normalize="none") == [1, 4, 3, 5, 0, 2]
+    # a: 100/300, -100/300, 100/300 = 0.33, -0.33, 0.33 (by the signed sum it would be 1, -1, 1); b: 0.3, 0.4, 0.3
+    relevance = {"a": [100.0, -100.0, 100.0], "b": [3.0, 4.0, 3.0]}
+    assert order(relevance) == [1, 3, 5, 0, 2, 4]
+    assert order(relevance, normalize="none") == [1, 3, 5, 4, 0, 2]
 
 
 def test_a_layer_whose_relevance_sums_to_less_than_zero_keeps_its_order():

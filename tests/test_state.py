@@ -280,6 +280,12 @@ def replaced(name: str, value: nn.Module) -> nn.Module:
     return net
 
 
+def with_statistics_of_another_size() -> nn.Module:
+    net = make(ConvNet)
+    net.bn1.register_buffer("running_var", torch.ones(3))
+    return net
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
     [
@@ -287,11 +293,12 @@ def replaced(name: str, value: nn.Module) -> nn.Module:
         (replaced("conv2", nn.Conv2d(4, 5, 3, bias=False)), r"'conv2'.*'conv2\.bias' is missing"),
         (replaced("bn1", nn.Identity()), r"'conv1'.*'bn1\.weight' is missing"),
         (replaced("bn1", nn.BatchNorm2d(4, track_running_stats=False)), r"'bn1\.running_mean'.*'first'"),
+        (with_statistics_of_another_size(), r"'bn1\.running_var'.*'first'"),
         (replaced("heads.tasks.first", nn.Identity()), r"'heads\.tasks\.first\.weight'.*'first'"),
         (nn.Linear(3, 3), "'conv1'"),
         (make(Mlp), "'conv1'"),
     ],
-    ids=["other-size", "no-bias", "no-norm", "no-statistics", "no-head", "linear", "mlp"],
+    ids=["other-size", "no-bias", "no-norm", "no-statistics", "other-statistics", "no-head", "linear", "mlp"],
 )
 def test_another_model_is_refused_by_the_name_that_differs(model, named):
     with pytest.raises(ValueError, match=named):
