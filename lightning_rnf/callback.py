@@ -192,6 +192,13 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.attach(trainer.optimizers)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start counting optimizer steps anew."""
+        assert self._freezer is not None
+        self._freezer.forget_failed_step()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -5,7 +5,6 @@ A criterion is any callable ``SubnetworkScore -> bool``. The search looks for th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ class SubnetworkScore:
         units: how many units the network has.
         relevant: how many of them the sub-network keeps.
         free: how many would be relevant to no task if this cutoff were taken.
+        step: how many units the search prunes at a time.
     """
 
     cutoff: int
@@ -29,6 +29,7 @@ class SubnetworkScore:
     units: int
     relevant: int
     free: int
+    step: int = 1
 
 
 Criterion = Callable[[SubnetworkScore], bool]
@@ -61,7 +62,7 @@ class AccuracyDrop:
 class FreeCapacity:
     """Prune until the given share of all units is free, whatever the accuracy (the paper, section 3, names this).
 
-    Reached to within the search's ``resolution``; it can't be reached where frozen units already take more.
+    The search stops at its first step that leaves so many free. They can't be had where frozen units take more already.
 
     Attributes:
         minimum: share of the network's units to leave free, in [0, 1].
@@ -77,8 +78,8 @@ class FreeCapacity:
             raise ValueError(f"minimum is {self.minimum}, expected a share in [0, 1]: thirty per cent is 0.3")
 
     def __call__(self, score: SubnetworkScore) -> bool:
-        """Whether pruning has not yet gone further than asked for."""
-        return score.free <= math.ceil(self.minimum * score.units)
+        """Whether one step of pruning less would have left too few free."""
+        return score.free - score.step < self.minimum * score.units - 1e-9  # 0.07 × 100 is 7.000000000000001
 
 
 def as_criterion(criterion: float | Criterion) -> Criterion:

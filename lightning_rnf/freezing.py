@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -52,8 +52,8 @@ def check_elasticity(name: str, option: ElasticityOption) -> ElasticityOption:
         ValueError: naming the factor that is not.
     """
     for key, factor in (option if isinstance(option, Mapping) else {"": option}).items():
-        if not 0 <= factor < float("inf"):
-            raise ValueError(f"{name}{f'[{key!r}]' if key else ''} is {factor}, expected a factor of at least 0")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
+            raise ValueError(f"{name}{f'[{key!r}]' if key else ''} is {factor!r}, expected a factor of at least 0")
     return option
 
 
@@ -74,12 +74,12 @@ class Freezer:
         self._rows = [_Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()]
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._handles: list[Any] = []
-        self._attached = False
+        self._nested_steps = 0
 
     @property
     def attached(self) -> bool:
         """Whether rows are being held."""
-        return self._attached
+        return bool(self._handles)
 
     def stop_gradients(self) -> None:
         """Take parameters that are frozen whole out of training. Before the strategy wraps the model."""
@@ -96,6 +96,7 @@ class Freezer:
         Raises:
             TypeError: if an optimizer has no step hooks to hold rows with.
         """
+        self._remove_hooks()
         optimizers = list(optimizers)
         for optimizer in optimizers:
             if not hasattr(optimizer, "register_step_post_hook"):
@@ -103,23 +104,46 @@ class Freezer:
                     f"optimizer {type(optimizer).__name__} has no step hooks, so frozen rows can't be held: "
                     "use a torch.optim.Optimizer"
                 )
-        self._attached = True
         for rows in self._rows:
             rows.hold()
-            if rows.parameter.requires_grad and rows.frozen is not None:
-                self._handles.append(rows.parameter.register_post_accumulate_grad_hook(rows.mask_gradient))
+            if rows.frozen is not None:
+                self._handles.append(rows.mask_gradients())
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(_each(self._rows, _Rows.remember)))
-            self._handles.append(optimizer.register_step_post_hook(_each(self._rows, _Rows.restore)))
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def detach(self) -> None:
         """Remove every hook and give back the flags. Safe to call twice."""
-        self._attached = False
-        while self._handles:
-            self._handles.pop().remove()
+        self._remove_hooks()
         while self._flags:
             parameter, flag = self._flags.pop()
             parameter.requires_grad_(flag)
+
+    def forget_failed_step(self) -> None:
+        """After an exception in a step that somebody caught: its second hook never ran."""
+        self._nested_steps = 0
+
+    def _remove_hooks(self) -> None:
+        self._nested_steps = 0
+        while self._handles:
+            self._handles.pop().remove()
+
+    # An optimizer whose step calls its base's runs these hooks once for each.
+
+    @torch.no_grad()
+    def _before_step(self, *args: object) -> None:
+        if self._nested_steps == 0:
+            for rows in self._rows:
+                rows.remember()
+        self._nested_steps += 1
+
+    @torch.no_grad()
+    def _after_step(self, *args: object) -> None:
+        self._nested_steps -= 1
+        for rows in self._rows:
+            rows.pin()
+            if self._nested_steps == 0:
+                rows.slow_down()
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,14 +185,23 @@ class _Rows:
         if self.elastic is not None:
             factors = self.factor[(self.factor != 0) & (self.factor != 1)]
             self.weight = factors.view(-1, *[1] * (self.parameter.ndim - 1)).to(self.parameter)
+            if self.parameter.ndim == 0:
+                self.weight = self.weight.view(())
 
     def _where(self, chosen: Tensor) -> _Slice | None:
         if not chosen.any():
             return None
         return _Slice(None if chosen.all() else chosen.nonzero().view(-1).to(self.parameter.device))
 
+    def mask_gradients(self) -> Any:
+        # What the user keeps from training may be let go later (BackboneFinetuning), but takes no hook until then.
+        flag = self.parameter.requires_grad
+        handle = self.parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._mask_gradient)
+        self.parameter.requires_grad_(flag)
+        return handle
+
     @torch.no_grad()
-    def mask_gradient(self, parameter: Tensor) -> None:
+    def _mask_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         assert self.frozen is not None
         # Filled, not multiplied: zero times NaN is NaN.
@@ -181,20 +214,13 @@ class _Rows:
         if self.elastic is not None:
             self.before = self.elastic.read(self.parameter)
 
-    def restore(self) -> None:
+    def pin(self) -> None:
         if self.frozen is not None:
             self.frozen.write(self.parameter, self.pinned)
+
+    def slow_down(self) -> None:
         if self.elastic is not None:
             self.elastic.write(self.parameter, torch.lerp(self.before, self.elastic.read(self.parameter), self.weight))
-
-
-def _each(rows: list[_Rows], do: Callable[[_Rows], None]) -> Callable[..., None]:
-    def hook(*args: object) -> None:
-        with torch.no_grad():
-            for one in rows:
-                do(one)
-
-    return hook
 
 
 def _factor(option: ElasticityOption, module_name: str, default: float) -> float:

@@ -32,8 +32,10 @@ def borrowed(module: nn.Module) -> Iterator[None]:
             for tensor, saved in tensors:
                 saved.put_back(tensor)
             with torch.no_grad():
-                for buffer, value in buffers:  # batch norm writes to its own without any sign of it
-                    buffer.copy_(value)
+                for buffer, value in buffers:
+                    # Batch norm writes to its own behind the version counter; an expanded view can't be written to.
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Ranking:
         remaining[self.order[:cutoff]] = False
         return dict(zip(self.sizes, remaining.split(list(self.sizes.values())), strict=True))
 
-    def score(self, cutoff: int, accuracy: float, baseline: float) -> SubnetworkScore:
+    def score(self, cutoff: int, accuracy: float, baseline: float, step: int = 1) -> SubnetworkScore:
         """What the criterion is shown."""
         pruned = self.order[:cutoff]
         return SubnetworkScore(
@@ -55,6 +55,7 @@ class Ranking:
             units=len(self.frozen),
             relevant=len(self.frozen) - cutoff,
             free=int((~self.frozen[pruned]).sum()),
+            step=step,
         )
 
 
@@ -144,7 +145,7 @@ def search_cutoff(
     def accepts(cutoff: int) -> bool:
         accuracy = measure(cutoff)
         baseline = evaluations[0].score.accuracy if evaluations else accuracy
-        score = ranking.score(cutoff, accuracy, baseline)
+        score = ranking.score(cutoff, accuracy, baseline, resolution)
         evaluations.append(Evaluation(score, accepted=cutoff == 0 or bool(criterion(score))))
         return evaluations[-1].accepted
 

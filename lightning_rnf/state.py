@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -120,14 +120,14 @@ class FreezeState:
         """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
 
         Raises:
-            ValueError: naming a parameter that is missing or of another size.
+            ValueError: naming a parameter that is missing or has another number of units.
         """
         parameters = dict(module.named_parameters(remove_duplicate=False))
         buffers = dict(module.named_buffers(remove_duplicate=False))
         for layer in self.layers:
             for name in layer.parameters:
                 found = tuple(parameters[name].shape) if name in parameters else None
-                if found is None or found[0] != layer.units:
+                if found is None or found[:1] != (layer.units,):
                     raise ValueError(
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
@@ -164,14 +164,20 @@ class FreezeState:
         version = _get(plain, "version", int)
         if version > VERSION:
             raise ValueError(f"the state has version {version}, this lightning_rnf reads up to {VERSION}: update it")
+        if version < 1:
+            raise ValueError(f"not a state of lightning_rnf: 'version' is {version}, expected 1 to {VERSION}")
         layers = tuple(_layer_from_plain(layer) for layer in _get(plain, "layers", list))
-        records = [_record_from_plain(record, layers) for record in _get(plain, "tasks", list)]
-        return cls(layers, tuple(_get(plain, "shared", list)), {record.name: record for record in records})
+        tasks: dict[str, TaskRecord] = {}
+        for record in (_record_from_plain(record, layers) for record in _get(plain, "tasks", list)):
+            if record.name in tasks:
+                raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
+            tasks[record.name] = record
+        return cls(layers, _get_names(plain, "shared"), tasks)
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
-    return {
-        **{key: value for key, value in vars(record).items() if key not in {"head_parameters", "evaluations"}},
+    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
+    return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
     }
@@ -182,7 +188,7 @@ def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
         name=_get(plain, "name", str),
         units=_get(plain, "units", int),
         axis=_get(plain, "axis", int),
-        parameters=tuple(_get(plain, "parameters", (list, tuple))),
+        parameters=_get_names(plain, "parameters"),
         norm=_get(plain, "norm", (str, type(None))),
     )
 
@@ -191,34 +197,59 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
     name = _get(plain, "name", str)
     relevant = _get(plain, "relevant", dict)
     relevance = _get(plain, "relevance", dict)
-    for layer in layers:
-        for masks, dtype in ((relevant, torch.bool), (relevance, torch.float32)):
+    for masks, dtype in ((relevant, torch.bool), (relevance, torch.float32)):
+        strangers = set(masks) - {layer.name for layer in layers}
+        if strangers:
+            raise ValueError(
+                f"the state of task {name!r} has layers that it doesn't list: {sorted(map(str, strangers))}"
+            )
+        for layer in layers:
             value = masks.get(layer.name)
             if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != (layer.units,):
                 raise ValueError(
                     f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
                 )
+    statistics = _get(plain, "norm_statistics", dict)
     return TaskRecord(
         name=name,
         head=_get(plain, "head", str),
-        head_parameters=tuple(_get(plain, "head_parameters", list)),
+        head_parameters=_get_names(plain, "head_parameters"),
         relevant=dict(relevant),
         relevance=dict(relevance),
-        norm_statistics=dict(_get(plain, "norm_statistics", dict)),
+        norm_statistics={key: _get(statistics, key, Tensor) for key in statistics},
         cutoff=_get(plain, "cutoff", int),
         accuracy=_get(plain, "accuracy", float),
         subnetwork_accuracy=_get(plain, "subnetwork_accuracy", float),
         samples=_get(plain, "samples", int),
         evaluations=tuple(
-            Evaluation(SubnetworkScore(**_get(evaluation, "score", dict)), _get(evaluation, "accepted", bool))
+            Evaluation(_score_from_plain(_get(evaluation, "score", dict)), _get(evaluation, "accepted", bool))
             for evaluation in _get(plain, "evaluations", list)
         ),
         seconds=dict(_get(plain, "seconds", dict)),
     )
 
 
+def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:
+    kinds = {score.name: float if score.name in {"accuracy", "baseline"} else int for score in fields(SubnetworkScore)}
+    values: dict[str, Any] = {name: _get(plain, name, kind) for name, kind in kinds.items()}
+    return SubnetworkScore(**values)
+
+
+def _get_names(plain: object, key: str) -> tuple[str, ...]:
+    names: list[Any] = _get(plain, key, (list, tuple))
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"not a state of lightning_rnf: {key!r} should be names, it is {names!r:.80}")
+    return tuple(names)
+
+
 def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:
-    if not isinstance(plain, Mapping) or key not in plain or not isinstance(plain[key], kind):
+    # A bool is an int to Python, but not to us.
+    if (
+        not isinstance(plain, Mapping)
+        or key not in plain
+        or not isinstance(plain[key], kind)
+        or (kind is int and isinstance(plain[key], bool))
+    ):
         expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
         raise ValueError(f"not a state of lightning_rnf: {key!r} should be there and be a {expected}")
     value: T = plain[key]

@@ -74,7 +74,9 @@ def _filler(silent: Tensor) -> Any:
 
 @contextmanager
 def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    own = dict(module.named_buffers())
+    own = dict(module.named_buffers(remove_duplicate=False))
+    # Most buffers never change, and some can't be written to (a mask that is an expanded view).
+    buffers = {name: value for name, value in buffers.items() if not torch.equal(own[name].cpu(), value.cpu())}
     before = {name: own[name].clone() for name in buffers}
     with torch.no_grad():
         for name, value in buffers.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from networks import CLASSES, Built, convnet, labelled, mlp, split
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 
@@ -426,21 +428,21 @@ def test_progress_is_told_the_samples_so_far_after_each_batch():
 def test_memory_is_that_of_one_batch():
     net = convnet()
     layers = UnitMap.of(net, labelled(2, *IMAGES)).layers
-    storages, alive = [], []
+    storages, alive, handles = [], [], []
     for submodule in net:
         submodule.register_forward_hook(
             lambda module, args, output: storages.append(StorageWeakRef(output.untyped_storage()))
         )
 
-    attribute(
-        net,
-        layers,
-        (labelled(4, *IMAGES, seed=seed) for seed in range(8)),
-        progress=lambda samples: alive.append(sum(not storage.expired() for storage in storages)),
-    )
+    def count(samples: int) -> None:
+        alive.append(sum(not storage.expired() for storage in storages))
+        handles.append(sum(type(found) is RemovableHandle for found in gc.get_objects()))
 
-    assert len(storages) == 8 * len(net)
+    attribute(net, layers, (labelled(4, *IMAGES, seed=seed) for seed in range(6)), progress=count)
+
+    assert len(storages) == 6 * len(net)
     assert max(alive) <= len(net)  # those of the batch that has just been attributed
+    assert len(set(handles[1:])) == 1
     assert all(storage.expired() for storage in storages)
 
 
