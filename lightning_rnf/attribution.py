@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
-from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
 from lightning_rnf.units import UnitLayer
 
 
@@ -26,7 +27,8 @@ def attribute(
 ) -> dict[str, Tensor]:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
-    Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was.
+    Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was; hooks
+    of the user's on the gradients of its submodules do not run.
     Relevance is reduced while it flows, so memory depends on the size of a batch and not on how many there are.
 
     Args:
@@ -41,7 +43,8 @@ def attribute(
         By layer: float64 ``(units,)`` on the CPU, the signed sum over samples and positions.
 
     Raises:
-        ValueError: if there is no sample, a relevance is not finite, or as `evaluation.predict_checked`.
+        ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
+            `evaluation.predict_checked`.
     """
     rules = EpsilonPlus() if composite is None else composite
     sums = {layer.name: _Sum(layer) for layer in layers}
@@ -49,18 +52,19 @@ def attribute(
     with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
         module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter gets a gradient
         _widen(module)
+        forget_gradient_hooks(module)
         roots: list[Tensor] = []
         for layer in layers:
             submodule = module.get_submodule(layer.name)
-            hooks.callback(submodule.register_forward_pre_hook(_rooted(roots)).remove)
+            hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
             hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
         for batch in batches:
             roots.clear()
             # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
             with rules.context(module):
-                logits, target = predict_checked(predict, module, batch)
-                true_class = nn.functional.one_hot(target, logits.shape[1])
-                torch.autograd.grad(logits, roots, grad_outputs=logits.detach() * true_class)
+                logits, target = predict_checked(predict, module, apply_to_collection(batch, Tensor, _wide))
+                true_class = nn.functional.one_hot(target.long(), logits.shape[1])
+                torch.autograd.grad(logits, roots, grad_outputs=logits.detach() * true_class, allow_unused=True)
             samples += len(target)
             progress(samples)
     if samples == 0:
@@ -98,11 +102,15 @@ class _Sum:
         return total
 
 
-def _rooted(roots: list[Tensor]) -> Any:
+def _rooted(name: str, roots: list[Tensor]) -> Any:
     """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in."""
 
     def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not torch.is_grad_enabled():
+            how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
+            raise ValueError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
         if args[0].requires_grad:
+            roots.append(args[0])  # if it is the user's own leaf nothing else ends in it
             return None
         roots.append(args[0].detach().requires_grad_())
         return (roots[-1], *args[1:])
@@ -115,8 +123,17 @@ def _autocast_off(module: nn.Module) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _widen(module: nn.Module) -> None:
+def _wide(tensor: Tensor) -> Tensor:
     """Half precision is too coarse to propagate relevance in."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor.data = tensor.data.float()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _widen(module: nn.Module) -> None:
+    # Other tensors in the old ones' places: new data in the same ones would cut off DDP's hooks.
+    for submodule in module.modules():
+        for name, parameter in submodule._parameters.items():
+            if parameter is not None and _wide(parameter) is not parameter:
+                submodule._parameters[name] = nn.Parameter(_wide(parameter.detach()), requires_grad=False)
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = _wide(buffer)

@@ -208,7 +208,7 @@ class RelevanceFreezing(Callback):
         with isolate_rng():
             reference = self._reference().draw(trainer)
             self._check_size(reference.samples)
-            units = self._trace(pl_module, reference.batches[0])
+            units = self._trace(pl_module, reference.example)
             with _timed(seconds, "attribution"):
                 relevance = attribute(
                     pl_module,

@@ -51,6 +51,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
+def forget_gradient_hooks(module: nn.Module) -> None:
+    """For a borrowed module: users' hooks would read relevance as gradients, and put nodes of theirs into the graph."""
+    for submodule in module.modules():
+        submodule._backward_hooks.clear()
+        submodule._backward_pre_hooks.clear()
+
+
 def eager() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly: a compiled one ignores hooks that were added after its first call."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing the compiler takes seconds

@@ -41,9 +41,14 @@ class ReferenceData:
     convert: Callable[[Any], Any] = lambda batch: batch
 
     @property
+    def example(self) -> Any:
+        """One batch, in the fit's precision."""
+        return self.convert(self.batches[0])
+
+    @property
     def for_attribution(self) -> list[Any]:
-        """The batches on which relevance is measured."""
-        return self.batches[: self.attributed]
+        """The batches on which relevance is measured, in the fit's precision."""
+        return [self.convert(batch) for batch in self.batches[: self.attributed]]
 
     def accuracy(self, module: nn.Module) -> float:
         """Accuracy of ``module`` on all batches, in [0, 1]."""
@@ -81,14 +86,14 @@ class Reference:
             return min(len(loader.dataset), self.samples or len(loader.dataset)) if _can_be_indexed(loader) else None
 
     def example(self, trainer: Trainer) -> Any:
-        """One batch on the device.
+        """One batch on the device, in the fit's precision.
 
         Raises:
             ValueError: if there is no reference data, or more than one loader.
         """
         with self._loader(trainer) as loader, _validating(trainer):
             for batch in loader:
-                return trainer.strategy.batch_to_device(batch)
+                return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
         raise ValueError("reference data is empty: give the task validation data, or pass reference=")
 
     def draw(self, trainer: Trainer) -> ReferenceData:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
-from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
 
 OUTPUT_AXIS: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
 """Unit layers and the axis of their output that counts units, from the end; weight and bias have units along axis 0."""
@@ -142,6 +142,7 @@ class _Trace:
             for parameter in module.parameters():
                 # The graph has to show what the user keeps from training, too.
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+            forget_gradient_hooks(module)
             for name, submodule in module.named_modules():
                 submodule.register_forward_hook(_recorder(name, calls))
             logits, _ = predict_checked(predict, module, batch)
@@ -158,7 +159,8 @@ class _Trace:
             return True
         # Reentrant checkpointing hides parameters from the graph, but their modules were seen to run.
         owners = {name.rpartition(".")[0] for name in self.owners[parameter]}
-        return any(self.runs[name] and not any(self.modules[name].children()) for name in owners)
+        hidden = {call.name for call in self.calls if call.node is None}
+        return any(self.runs[name] and (name in hidden or not any(self.modules[name].children())) for name in owners)
 
 
 def _recorder(name: str, calls: list[_Call]) -> Any:
@@ -198,12 +200,17 @@ def _find_head(trace: _Trace, globs: tuple[str, ...] | None) -> str:
         and call.output.untyped_storage().data_ptr() == trace.logits.untyped_storage().data_ptr()
         and any(True for _ in trace.modules[call.name].parameters())
     ]
-    if not makers or makers[0] == "":
+    if not makers or makers[0] == "" or _is_all(trace, makers[0]):
         raise ValueError(
             "head not found: no module's output is the logits (they are computed from it by a function, or by the "
             "LightningModule itself); name the heads' modules with heads=, for example heads='heads.*'"
         )
     return _whole_entry(trace, makers[0])
+
+
+def _is_all(trace: _Trace, name: str) -> bool:
+    """Whether a module with parts holds every layer: then it makes logits of its parts' by a function of its own."""
+    return any(trace.modules[name].children()) and all(_inside(call.name, name) for call in _candidates(trace))
 
 
 def _named_head(trace: _Trace, globs: tuple[str, ...]) -> str:
@@ -248,12 +255,13 @@ def _select(trace: _Trace, head: str, globs: tuple[str, ...] | None) -> list[str
     ]
     for glob in globs or ():
         if not any(fnmatchcase(name, glob) for name in names):
-            kind = type(trace.modules[glob]).__name__ if glob in trace.modules else None
-            raise ValueError(
-                f"units={glob!r} "
-                + (f"names a {kind}, whose parameters can't be assigned to units" if kind else "matches no unit layer")
-                + f"; this model's unit layers are {_listed(names)}"
-            )
+            found = "matches no unit layer"
+            if glob in trace.modules:
+                kind = type(trace.modules[glob]).__name__
+                found = f"names a {kind}, whose parameters can't be assigned to units"
+            if _inside(glob, head):
+                found = f"names the head {head!r}, which is never made of units"
+            raise ValueError(f"units={glob!r} {found}; this model's unit layers are {_listed(names)}")
     return [name for name in names if globs is None or _matches(name, globs)]
 
 
@@ -282,14 +290,14 @@ def _unit_layer(trace: _Trace, name: str) -> UnitLayer:
         raise ValueError(f"layer {name!r} {found}; leave it out of units= and it is frozen whole after the first task")
     (call,) = calls
     axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
-    norm = _following_norm(trace, call)
+    norm = _following_norm(trace, call, axis)
     parameters = [*trace.own_parameters(name), *(trace.own_parameters(norm) if norm else ())]
     return UnitLayer(name, len(trace.own_parameters(name)[f"{name}.weight"]), axis, tuple(parameters), norm)
 
 
-def _following_norm(trace: _Trace, call: _Call) -> str | None:
-    """The norm that reads this output, if nothing else does."""
-    if trace.edges[call.node] != 1:
+def _following_norm(trace: _Trace, call: _Call, axis: int) -> str | None:
+    """The norm that reads this output along the axis of its units, if nothing else does."""
+    if call.output is None or call.output.ndim + axis != 1 or trace.edges[call.node] != 1:
         return None
     for other in trace.calls:
         if not isinstance(trace.modules[other.name], _NORMS) or trace.runs[other.name] != 1 or other.node is None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
-from test_guard import changes, snapshot
+from snapshot import changes, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
@@ -408,6 +408,21 @@ def test_tasks_are_named_by_argument_function_datamodule_or_number():
     model, rnf = Classifier(), RelevanceFreezing()
     trainer(rnf).fit(model, loader("a"), loader("a"))
     assert list(rnf.state.tasks) == ["task-0"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_other_precisions(precision):
+    model, rnf = Classifier(), RelevanceFreezing(criterion=0.1)
+    train(model, rnf, "a", precision=precision)
+    rows, relevant = frozen_rows(model, rnf), rnf.state.tasks["a"].relevant
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    train(model, rnf, "b", precision=precision)
+    now = dict(model.named_parameters())
+    for layer in rnf.state.layers:
+        for name in layer.parameters:
+            assert torch.equal(now[name][relevant[layer.name]], rows[name])
+    assert {parameter.dtype for parameter in model.parameters()} == dtypes
+    assert dtypes == {{"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)}
 
 
 def test_batches_of_another_form_are_read_by_predict():

@@ -475,6 +475,26 @@ def test_a_factor_counts_once_when_an_optimizer_calls_the_step_of_its_base():
     torch.testing.assert_close(slowed["fc1.weight"][rows], 0.1 * full["fc1.weight"][rows], rtol=1e-3, atol=1e-10)
 
 
+def test_after_a_step_that_failed_and_was_caught_rows_are_still_held_and_slowed_down():
+    net = make(Mlp).double()
+    net.heads.activate("second")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    freezer = freeze(net, [optimizer], elasticity=0.0, irrelevant_elasticity=0.1)
+
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(fail)
+    rows = every_second(net.layers)["fc1"]
+    before = net.fc1.weight.detach().clone()
+    freezer.forget_failed_step()
+    net.fc1.weight.grad = torch.ones_like(net.fc1.weight)
+    optimizer.step()
+    assert torch.equal(net.fc1.weight[rows], before[rows])
+    torch.testing.assert_close(net.fc1.weight[~rows], before[~rows] - 0.01)
+
+
 def test_a_layer_may_have_its_own_factor_by_glob_of_its_name():
     net = make(ConvNet).double()
     net.heads.activate("second")

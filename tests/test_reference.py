@@ -80,8 +80,8 @@ def test_streams_and_lists_are_walked_from_their_start(fit):
         def __iter__(self):
             return iter((torch.tensor([float(i)]), i) for i in range(100))
 
-    for loader in (DataLoader(Stream(), 8), list(numbered(100))):
-        drawn = Reference(loader, samples=20, attribution_samples=10).draw(fit)
+    for source in (DataLoader(Stream(), 8), list(numbered(100))):
+        drawn = Reference(source, samples=20, attribution_samples=10).draw(fit)
         assert numbers(drawn.batches) == list(range(24))  # whole batches
         assert numbers(drawn.for_attribution) == list(range(16))
 

@@ -578,7 +578,7 @@ def test_a_network_without_unit_layers_is_refused(net):
     [
         ("nothing.*", r"units='nothing\.\*' matches no unit layer.*first, second"),
         ("norm", "units='norm' names a LayerNorm.*first, second"),
-        ("head", "units='head' names a Linear.*first, second"),
+        ("head", "units='head' names the head 'head'.*first, second"),
         (["first", "nothing"], "units='nothing' matches no unit layer"),
     ],
 )
