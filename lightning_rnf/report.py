@@ -111,7 +111,14 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     left.patch.set_visible(False)
     handles = [*left.get_legend_handles_labels()[0], *capacity.get_legend_handles_labels()[0]]
     labels = [*left.get_legend_handles_labels()[1], *capacity.get_legend_handles_labels()[1]]
-    left.legend(handles, labels, loc="lower left", fontsize=8, framealpha=0.9)
+    left.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False)
     right.set(title="Each task", xlabel="tasks trained", ylabel="test accuracy, %", xticks=steps)
-    right.legend(loc="lower left", fontsize=8, title=f"dashed: {results[0].method}", title_fontsize=8)
+    right.legend(
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        fontsize=8,
+        frameon=False,
+        title=f"dashed:\n{results[0].method}",
+        title_fontsize=8,
+    )
     figure.savefig(path, dpi=120)
