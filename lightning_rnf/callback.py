@@ -12,6 +12,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,10 +23,10 @@ from lightning_rnf import subnetwork
 from lightning_rnf.attribution import attribute
 from lightning_rnf.criteria import AccuracyDrop, Criterion, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
-from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, elasticities
+from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities
 from lightning_rnf.guard import borrowed, evaluating
 from lightning_rnf.heads import MultiHead
-from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
+from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource, data_module
 from lightning_rnf.search import Candidates, Method, Normalize, Ranking, SearchResult, rank, search_cutoff
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
@@ -56,7 +58,8 @@ class RelevanceFreezing(Callback):
         a skipped or interrupted one, a sanity check, ``fast_dev_run`` and the learning rate finder end none.
 
     Args:
-        reference: a data module or loader to draw reference data from; None: the fit's own validation data.
+        reference: a data module or loader to draw reference data from, the same for every task; a function
+            ``(trainer, module)`` that returns one, for a source per task; None: the fit's own validation data.
         criterion: when pruning stops. A number is the absolute drop of accuracy to tolerate (`AccuracyDrop`); or any
             callable that is shown a `SubnetworkScore`.
         elasticity: factor on the learning rate of relevant units (the paper's lr_frozen): 0 freezes them. A number, or
@@ -67,8 +70,8 @@ class RelevanceFreezing(Callback):
             free ones.
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
         composite: Zennit's rules for relevance; None: ``EpsilonPlus``.
-        normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked.
-            ``"none"``: raw.
+        normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
+            units without any go first. ``"none"``: raw, the paper.
         search: ``"bisect"``, or the paper's ``"linear"``.
         resolution: units per step of the search (the paper's pruning ratio r).
         reference_samples: how many samples to draw; accuracy is measured on all of them. None: all there are.
@@ -111,22 +114,26 @@ class RelevanceFreezing(Callback):
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
         self.retention = _one_of("retention", retention, Retention)
         self.candidates = _one_of("candidates", candidates, Candidates)
-        self.composite = composite
+        self.composite = _of_type("composite", composite, Composite, "a composite of Zennit")
         self.normalize = _one_of("normalize", normalize, Normalize)
         self.search = _one_of("search", search, Method)
         self.resolution = _at_least_one("resolution", resolution)
-        self.reference_samples = _at_least_one("reference_samples", reference_samples)
-        self.attribution_samples = _at_least_one("attribution_samples", attribution_samples)
+        self.reference_samples = (
+            None if reference_samples is None else _at_least_one("reference_samples", reference_samples)
+        )
+        self.attribution_samples = (
+            None if attribution_samples is None else _at_least_one("attribution_samples", attribution_samples)
+        )
         self.units = units
         self.heads = heads
-        self.predict = supervised if predict is None else predict
-        self.task = task
+        self.predict = _of_type("predict", predict, Callable, "a function (module, batch)") or supervised
+        self.task = _of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
         self.seed = seed
         self.state = FreezeState()
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
         self._recalled = ExitStack()
-        if self.retention == "exact" and elasticity != 0:
+        if self.retention == "exact" and any(elasticity.values() if isinstance(elasticity, dict) else [elasticity]):
             rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
 
     @classmethod
@@ -153,7 +160,7 @@ class RelevanceFreezing(Callback):
             ValueError: if there is no model, or it lacks something that the task uses.
         """
         record = self.state.task(task)
-        module = self._model() if model is None else model
+        module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if module is None:
             raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
         self.state.check_module(module)
@@ -178,17 +185,21 @@ class RelevanceFreezing(Callback):
         if stage != "fit":
             return
         _refuse(trainer)
-        self._model = weakref.ref(pl_module)
         self._task_name(trainer, pl_module)
         self._begin(pl_module)
+        self._model = weakref.ref(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what the task's end will need while nothing is lost, and hold frozen rows from here on."""
         self._task_name(trainer, pl_module)
         reference = self._reference()
         with isolate_rng():
-            self._trace(pl_module, reference.example(trainer))
+            example = reference.example(trainer)
+            units = self._trace(pl_module, example)
             self._check_size(reference.size(trainer))
+            attribute(pl_module, units.layers, [example], self.predict, self.composite)
+        check_globs("elasticity", self.elasticity, units)
+        check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None
         self._freezer.attach(trainer.optimizers)
 
@@ -199,10 +210,19 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.forget_failed_step()
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold frozen rows against callbacks that write weights."""
+        assert self._freezer is not None
+        self._freezer.pin()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        assert self._freezer is not None
+        self._freezer.pin()
         name = self._task_name(trainer, pl_module)
         seconds: dict[str, float] = {}
         with isolate_rng():
@@ -254,12 +274,28 @@ class RelevanceFreezing(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the finished tasks of a checkpoint; in a fit that is being set up or resumed they count at once.
 
+        A checkpoint from before some of the finished tasks had ended does not make them forgotten: ``ModelCheckpoint``
+        saves its best before the task's end, and Lightning restores it in ``test(ckpt_path="best")``.
+
         Raises:
-            ValueError: if it is no such state, of a newer version, or of another model.
+            ValueError: if it is no such state, of a newer version, of another model, or a fit would go on without a
+                finished task.
         """
         state = FreezeState.from_plain(state_dict)
-        module = self._model()
-        if module is not None and self._freezer is not None:
+        module = self._model() if self._freezer is not None else None
+        if self.state.tasks and set(state.tasks) < set(self.state.tasks):
+            lost = sorted(set(self.state.tasks) - set(state.tasks))
+            found = f"the checkpoint was saved before {', '.join(map(repr, lost))} ended"
+            if module is not None:
+                raise ValueError(
+                    f"{found}: this fit would train over what they need; save with trainer.save_checkpoint after fit, "
+                    "or use a new RelevanceFreezing to go back"
+                )
+            rank_zero_warn(
+                f"{found}: these tasks are kept, but their units belong to later weights than the loaded ones"
+            )
+            return
+        if module is not None:
             state.check_module(module)
         self.state = state
         if module is not None and self._freezer is not None:
@@ -357,7 +393,9 @@ class RelevanceFreezing(Callback):
             rank_zero_warn(f"no free units are left in {', '.join(full)}: later tasks can only reuse what is there")
 
     def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        name = self._given_name(trainer, module) or f"task-{len(self.state.tasks)}"
+        name = self._given_name(trainer, module)
+        if name is None:
+            name = f"task-{len(self.state.tasks)}"
         if name in self.state.tasks:
             raise ValueError(
                 f"task {name!r} has ended already; name the new one: datamodule.task, or "
@@ -367,28 +405,28 @@ class RelevanceFreezing(Callback):
 
     def _given_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
         if callable(self.task):
-            return self.task(trainer, module)
-        name = self.task if self.task is not None else getattr(getattr(trainer, "datamodule", None), "task", None)
-        return name if isinstance(name, str) else None
+            name = self.task(trainer, module)
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"task(trainer, module) returned {name!r}, expected the task's name")
+            return name
+        name = self.task if self.task is not None else getattr(data_module(trainer), "task", None)
+        return name if isinstance(name, str) and name else None
 
     def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING or self.retention != "exact" or not self.state.tasks:
+        if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
             return
-        name = self._given_name(trainer, module) or self._active_task(module)
-        if name is None:
+        active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
+        by_head = [name for name, task in self.state.tasks.items() if module.get_submodule(task.head) in active]
+        # A function may name the next task rather than the one that is run; a data module knows its own.
+        given = None if callable(self.task) and by_head else self._given_name(trainer, module)
+        for name in [given] if given is not None else by_head:
+            if name in self.state.tasks:
+                self._recalled.enter_context(self.recall(name, module))
+        if given is None and not active:
             rank_zero_warn(
                 "which task this is can't be told, so nothing is recalled: use a data module with a task attribute, "
                 "or wrap the call in rnf.recall(task)"
             )
-        elif name in self.state.tasks:
-            self._recalled.enter_context(self.recall(name, module))
-
-    def _active_task(self, module: pl.LightningModule) -> str | None:
-        active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
-        for record in self.state.tasks.values():
-            if any(module.get_submodule(record.head) is head for head in active):
-                return record.name
-        return "" if active else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no fit under way.
@@ -407,6 +445,13 @@ def _refuse(trainer: pl.Trainer) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if sum(isinstance(callback, RelevanceFreezing) for callback in callbacks) > 1:
         raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
+    sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or isinstance(trainer.strategy, sharded):
+        raise ValueError(
+            f"RelevanceFreezing can't work under {type(trainer.strategy).__name__} as it is set up here: spawned and "
+            "forked processes take the finished tasks with them, sharded weights can't be attributed; use "
+            "Trainer(strategy='auto', devices=1)"
+        )
     if trainer.world_size > 1:
         raise ValueError(
             f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
@@ -427,7 +472,13 @@ def _one_of(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
-def _at_least_one(name: str, value: int | None) -> Any:
-    if value is not None and (not isinstance(value, int) or value < 1):
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def _of_type(name: str, value: Any, kind: Any, expected: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, expected {expected}")
     return value

@@ -20,7 +20,7 @@ class SubnetworkScore:
         units: how many units the network has.
         relevant: how many of them the sub-network keeps.
         free: how many would be relevant to no task if this cutoff were taken.
-        step: how many units the search prunes at a time.
+        free_before: the same at the search's step before this one.
     """
 
     cutoff: int
@@ -29,7 +29,7 @@ class SubnetworkScore:
     units: int
     relevant: int
     free: int
-    step: int = 1
+    free_before: int
 
 
 Criterion = Callable[[SubnetworkScore], bool]
@@ -78,8 +78,8 @@ class FreeCapacity:
             raise ValueError(f"minimum is {self.minimum}, expected a share in [0, 1]: thirty per cent is 0.3")
 
     def __call__(self, score: SubnetworkScore) -> bool:
-        """Whether one step of pruning less would have left too few free."""
-        return score.free - score.step < self.minimum * score.units - 1e-9  # 0.07 × 100 is 7.000000000000001
+        """Whether the step before left too few free."""
+        return score.free_before < self.minimum * score.units - 1e-9  # 0.07 × 100 is 7.000000000000001
 
 
 def as_criterion(criterion: float | Criterion) -> Criterion:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rnf.state import FreezeState
+from lightning_rnf.units import UnitMap
 
 ElasticityOption = float | dict[str, float]
 """A factor on the learning rate, or factors by glob of module names (the first match counts; no match: the default)."""
@@ -31,8 +32,9 @@ def elasticities(
         Heads of finished tasks are 0: they never train again.
     """
     factors: dict[str, Tensor] = {}
+    all_frozen = state.frozen()
     for layer in state.layers:
-        frozen = state.frozen()[layer.name]
+        frozen = all_frozen[layer.name]
         relevant = torch.tensor(_factor(elasticity, layer.name, 0.0))
         irrelevant = torch.tensor(_factor(irrelevant_elasticity, layer.name, 1.0))
         for name in layer.parameters:
@@ -43,6 +45,18 @@ def elasticities(
         for name in record.head_parameters:
             factors[name] = torch.tensor(0.0)
     return factors
+
+
+def check_globs(name: str, option: ElasticityOption, units: UnitMap) -> None:
+    """Check that each glob names a module that it can be about.
+
+    Raises:
+        ValueError: naming the glob that does not.
+    """
+    names = [*(layer.name for layer in units.layers), *(shared.rpartition(".")[0] for shared in units.shared)]
+    for glob in option if isinstance(option, Mapping) else ():
+        if not any(fnmatchcase(module, glob) for module in names):
+            raise ValueError(f"{name}: {glob!r} matches no unit layer and no module with shared parameters: {names}")
 
 
 def check_elasticity(name: str, option: ElasticityOption) -> ElasticityOption:
@@ -72,7 +86,7 @@ class Freezer:
     def __init__(self, module: nn.Module, factors: Mapping[str, Tensor]) -> None:
         parameters = dict(module.named_parameters(remove_duplicate=False))
         self._rows = [_Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()]
-        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._stopped: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._nested_steps = 0
 
@@ -85,7 +99,7 @@ class Freezer:
         """Take parameters that are frozen whole out of training. Before the strategy wraps the model."""
         for rows in self._rows:
             if rows.is_whole and rows.parameter.requires_grad:
-                self._flags.append((rows.parameter, True))
+                self._stopped.append(rows.parameter)
                 rows.parameter.requires_grad_(False)
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -113,11 +127,18 @@ class Freezer:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def detach(self) -> None:
-        """Remove every hook and give back the flags. Safe to call twice."""
+        """Pin once more, remove every hook and give back the flags. Safe to call twice."""
+        if self.attached:
+            self.pin()
         self._remove_hooks()
-        while self._flags:
-            parameter, flag = self._flags.pop()
-            parameter.requires_grad_(flag)
+        while self._stopped:
+            self._stopped.pop().requires_grad_(True)
+
+    @torch.no_grad()
+    def pin(self) -> None:
+        """Put frozen rows back, whoever moved them: averaging or clamping callbacks write past the optimizer."""
+        for rows in self._rows:
+            rows.pin()
 
     def forget_failed_step(self) -> None:
         """After an exception in a step that somebody caught: its second hook never ran."""
@@ -140,9 +161,9 @@ class Freezer:
     @torch.no_grad()
     def _after_step(self, *args: object) -> None:
         self._nested_steps -= 1
-        for rows in self._rows:
-            rows.pin()
-            if self._nested_steps == 0:
+        self.pin()
+        if self._nested_steps == 0:
+            for rows in self._rows:
                 rows.slow_down()
 
 
@@ -160,8 +181,8 @@ class _Slice:
         rows = parameter.detach()
         if self.index is None:
             rows.copy_(value)
-        else:
-            rows.index_copy_(0, self.index, value)
+        else:  # after the fit the parameter may be on another device
+            rows.index_copy_(0, self.index.to(rows.device), value.to(rows.device))
 
 
 class _Rows:

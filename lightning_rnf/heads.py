@@ -45,10 +45,12 @@ class MultiHead(nn.Module):
         Raises:
             ValueError: if the task has a head already, or its name is empty or has a dot in it.
         """
+        if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
+            raise ValueError(
+                f"task name {task!r} can't name a module: expected a string without dots that is no method of a dict"
+            )
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a head already; heads: {list(self.tasks)}")
-        if not task or "." in task:
-            raise ValueError(f"task name {task!r} can't name a module: expected a name without dots")
         self.tasks[task] = self.make_head(self.in_features, classes).requires_grad_(False)
 
     def activate(self, task: str) -> None:

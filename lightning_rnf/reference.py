@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -16,8 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from lightning_rnf.evaluation import Predict, accuracy, supervised
 
-ReferenceSource = LightningDataModule | Iterable[Any] | None
-"""Where reference data comes from: a data module's validation data, a loader, or None: the fit's validation data."""
+ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
+"""Where reference data comes from: a data module's validation data; a loader; a function ``(trainer, module)`` that
+returns one of them, for a source per task; or None: the fit's validation data."""
+
+
+_EMPTY = "reference data is empty: give the task validation data, or set reference="
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ class Reference:
     def size(self, trainer: Trainer) -> int | None:
         """How many samples would be drawn; None: only drawing can tell."""
         with self._loader(trainer) as loader:
-            return min(len(loader.dataset), self.samples or len(loader.dataset)) if _can_be_indexed(loader) else None
+            sampler = getattr(loader, "sampler", None)
+            if not isinstance(sampler, Sized):
+                return None
+            return len(sampler) if self.samples is None else min(len(sampler), self.samples)
 
     def example(self, trainer: Trainer) -> Any:
         """One batch on the device, in the fit's precision.
@@ -94,7 +101,7 @@ class Reference:
         with self._loader(trainer) as loader, _validating(trainer):
             for batch in loader:
                 return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-        raise ValueError("reference data is empty: give the task validation data, or pass reference=")
+        raise ValueError(_EMPTY)
 
     def draw(self, trainer: Trainer) -> ReferenceData:
         """Draw the task's reference data and put it on the device.
@@ -105,18 +112,22 @@ class Reference:
             ValueError: if there is no reference data, or more than one loader.
         """
         with self._loader(trainer) as loader, _validating(trainer):
-            parts = self._random_parts(loader) if _can_be_indexed(loader) else self._leading_parts(loader)
+            draw = self._random_parts if _can_be_indexed(loader) else self._leading_parts
+            samples, *parts = draw(loader)
             on_device = [[trainer.strategy.batch_to_device(batch) for batch in part] for part in parts]
-        batches = on_device[0] + on_device[1]
-        samples = sum(extract_batch_size(batch) for batch in batches)
         if samples == 0:
-            raise ValueError("reference data is empty: give the task validation data, or pass reference=")
+            raise ValueError(_EMPTY)
         precision = trainer.precision_plugin
         return ReferenceData(
-            batches, len(on_device[0]), samples, self.predict, precision.forward_context, precision.convert_input
+            on_device[0] + on_device[1],
+            len(on_device[0]),
+            samples,
+            self.predict,
+            precision.forward_context,
+            precision.convert_input,
         )
 
-    def _random_parts(self, loader: DataLoader[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    def _random_parts(self, loader: DataLoader[Any]) -> tuple[int, Iterable[Any], Iterable[Any]]:
         dataset: Any = loader.dataset
         drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = drawn[: self.samples]
@@ -132,9 +143,9 @@ class Reference:
             )
 
         # Two loaders, so that the border falls between batches.
-        return batches(drawn[:attributed]), batches(drawn[attributed:])
+        return len(drawn), batches(drawn[:attributed]), batches(drawn[attributed:])
 
-    def _leading_parts(self, loader: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    def _leading_parts(self, loader: Iterable[Any]) -> tuple[int, Iterable[Any], Iterable[Any]]:
         batches: list[Any] = []
         seen = attributed = 0
         for batch in loader:
@@ -144,17 +155,18 @@ class Reference:
                 attributed += 1
             batches.append(batch)
             seen += extract_batch_size(batch)
-        return batches[:attributed], batches[attributed:]
+        return seen, batches[:attributed], batches[attributed:]
 
     @contextmanager
     def _loader(self, trainer: Trainer) -> Iterator[Any]:
-        if isinstance(self.source, LightningDataModule) and self.source is not _data_module(trainer):
-            with _set_up(self.source, trainer):
-                yield _single(self.source.val_dataloader(), "reference.val_dataloader()")
-        elif self.source is not None and not isinstance(self.source, LightningDataModule):
-            yield _single(self.source, "reference")
-        else:
+        source = self.source(trainer, trainer.lightning_module) if callable(self.source) else self.source
+        if source is None or source is data_module(trainer):
             yield _single(_validation_data(trainer), "the fit's validation data")
+        elif isinstance(source, LightningDataModule):
+            with set_up(source, trainer, "validate"):
+                yield _single(source.val_dataloader(), "reference.val_dataloader()")
+        else:
+            yield _single(source, "reference")
 
 
 def _can_be_indexed(loader: object) -> bool:
@@ -169,7 +181,11 @@ def _can_be_indexed(loader: object) -> bool:
 
 def _single(loaders: Any, where: str) -> Any:
     if loaders is None:
-        raise ValueError(f"no reference data: {where} is missing; give the task validation data, or pass reference=")
+        raise ValueError(f"no reference data: {where} is missing; give the task validation data, or set reference=")
+    if not isinstance(loaders, Iterable) or iter(loaders) is loaders:
+        raise TypeError(
+            f"{where} is of type {type(loaders).__name__}, expected a data module or a loader that can be walked twice"
+        )
     if isinstance(loaders, DataLoader):
         return loaders
     several = list(loaders.values()) if isinstance(loaders, dict) else loaders
@@ -180,7 +196,7 @@ def _single(loaders: Any, where: str) -> Any:
     if all(isinstance(one, DataLoader) for one in several) and several:
         raise ValueError(
             f"{where} has {len(several)} loaders, and which of them belongs to the task can't be told: "
-            "pass the task's own as reference="
+            "set the task's own as reference= (a function of trainer and module, or rnf.reference before each fit)"
         )
     return loaders  # batches in a list
 
@@ -190,28 +206,31 @@ def _validation_data(trainer: Trainer) -> Any:
         # Lightning does this at the first validation; here it may be asked for earlier.
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         return trainer.val_dataloaders
-    for source in (_data_module(trainer), trainer.lightning_module):
+    for source in (data_module(trainer), trainer.lightning_module):
         if source is not None and is_overridden("val_dataloader", source):
             return source.val_dataloader()
     return None
 
 
-def _data_module(trainer: Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)  # it is there only once a run has begun
+def data_module(trainer: Trainer) -> LightningDataModule | None:
+    """The data module of the run that is under way; None if it was given loaders."""
+    # trainer.datamodule is still the last run's if this one was given loaders, but the loops' sources are this one's.
+    source = trainer.fit_loop._data_source.instance
+    return source if isinstance(source, LightningDataModule) else None
 
 
 @contextmanager
-def _set_up(data: LightningDataModule, trainer: Trainer) -> Iterator[None]:
+def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[None]:
     """The life cycle that Lightning gives only to the Trainer's own data module."""
     data.trainer = trainer
     if trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0):
         data.prepare_data()
     trainer.strategy.barrier("lightning_rnf_prepare_data")
-    data.setup("validate")
+    data.setup(stage)
     try:
         yield
     finally:
-        data.teardown("validate")
+        data.teardown(stage)
 
 
 @contextmanager

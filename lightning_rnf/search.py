@@ -45,17 +45,20 @@ class Ranking:
         remaining[self.order[:cutoff]] = False
         return dict(zip(self.sizes, remaining.split(list(self.sizes.values())), strict=True))
 
-    def score(self, cutoff: int, accuracy: float, baseline: float, step: int = 1) -> SubnetworkScore:
+    def free(self, cutoff: int) -> int:
+        """How many units are relevant to no task when the ``cutoff`` least relevant candidates are pruned."""
+        return int((~self.frozen[self.order[:cutoff]]).sum())
+
+    def score(self, cutoff: int, accuracy: float, baseline: float, resolution: int = 1) -> SubnetworkScore:
         """What the criterion is shown."""
-        pruned = self.order[:cutoff]
         return SubnetworkScore(
             cutoff=cutoff,
             accuracy=accuracy,
             baseline=baseline,
             units=len(self.frozen),
             relevant=len(self.frozen) - cutoff,
-            free=int((~self.frozen[pruned]).sum()),
-            step=step,
+            free=self.free(cutoff),
+            free_before=self.free(max(cutoff - 1, 0) // resolution * resolution),
         )
 
 
@@ -85,11 +88,12 @@ def rank(
     """Order the units by relevance, ascending; ties by layer order, then by index.
 
     Args:
-        relevance: one score per unit, ``(units,)``, by layer, in layer order. Signed: a unit that speaks against the
-            true class goes first.
+        relevance: one score per unit, ``(units,)``, by layer, in layer order. Signed: units that speak against the
+            true class go before those that speak for it.
         frozen: bool ``(units,)`` by layer, for all layers or for none: relevant to an earlier task.
         normalize: ``"layer"`` divides each layer's relevance by the sum of its absolute values, so that wide and deep
-            layers compare; ``"none"`` compares raw relevance (the paper).
+            layers compare, and puts units without any relevance first: on the reference data they are silent anyway.
+            ``"none"`` compares raw relevance (the paper).
         candidates: ``"free"``: frozen units are never pruned, they serve every later task at no cost. ``"all"``: every
             unit is ranked anew (the paper).
 
@@ -103,9 +107,12 @@ def rank(
         if not values.isfinite().all():
             raise ValueError(f"relevance of layer {name!r} is not finite in {int((~values.isfinite()).sum())} units")
         score = values.detach().to("cpu", torch.float64)
-        # The sum of signed relevance may be near zero or negative and would turn the order round; this sum can't.
-        scale = score.abs().sum() if normalize == "layer" else torch.tensor(1.0, dtype=torch.float64)
-        scores.append(score / scale if scale > 0 else score)
+        if normalize == "layer":
+            # The sum of signed relevance may be near zero or negative and would turn the order round; this sum can't.
+            score = score / score.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            # Silencing a unit without relevance costs nothing, one that speaks against the true class may cost much.
+            score = torch.where(score == 0, -torch.inf, score)
+        scores.append(score)
     sizes = {name: len(values) for name, values in relevance.items()}
     is_frozen = torch.cat([frozen.get(name, torch.zeros(size, dtype=torch.bool)) for name, size in sizes.items()])
     order = torch.argsort(torch.cat(scores), stable=True)

@@ -107,8 +107,12 @@ class FreezeState:
         if not self.tasks:
             return
         for known, found in zip(self.layers, units.layers, strict=False):
-            if known != found:
-                raise ValueError(f"the model's layers no longer match the finished tasks: {known}, found {found}")
+            for what, had in vars(known).items():
+                if getattr(found, what) != had:
+                    raise ValueError(
+                        f"the model's layers no longer match the finished tasks: layer {known.name!r} had {what} {had!r}, "
+                        f"in its place is one with {getattr(found, what)!r}"
+                    )
         if len(self.layers) != len(units.layers):
             names = {layer.name for layer in self.layers} ^ {layer.name for layer in units.layers}
             raise ValueError(
@@ -133,17 +137,16 @@ class FreezeState:
                         + ("is missing" if found is None else f"has shape {found}")
                     )
         for record in self.tasks.values():
-            missing = [name for name in (*record.head_parameters, *self.shared) if name not in parameters]
-            missing += [
-                name
-                for name, value in record.norm_statistics.items()
-                if name not in buffers or buffers[name].shape != value.shape
-            ]
-            if missing:
-                raise ValueError(
-                    f"this model lacks {missing[0]!r}, which task {record.name!r} uses"
-                    + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-                )
+            tensors = {**parameters, **buffers}
+            for name in (*record.head_parameters, *self.shared, *record.norm_statistics):
+                if name not in tensors:
+                    raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
+            for name, value in record.norm_statistics.items():
+                if buffers[name].shape != value.shape:
+                    raise ValueError(
+                        f"{name!r} has shape {tuple(buffers[name].shape)} in this model, and had {tuple(value.shape)} "
+                        f"when task {record.name!r} ended"
+                    )
 
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, built-in types and CPU tensors: loads with ``torch.load(weights_only=True)``."""

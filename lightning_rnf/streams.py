@@ -17,6 +17,7 @@ from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.guard import evaluating
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
+from lightning_rnf.reference import set_up
 
 
 class TaskDataModule(LightningDataModule):
@@ -149,9 +150,12 @@ def permute_pixels(
 
     Raises:
         ValueError: if ``tasks`` or the share is out of its range.
+        TypeError: if x is no tensor.
     """
     if tasks < 1:
         raise ValueError(f"tasks is {tasks}, expected at least 1")
+    if not isinstance(train[0][0], Tensor):
+        raise TypeError(f"samples are of type {type(train[0][0]).__name__}, expected tensors: add a transform")
     labels = _labels(train)
     classes = sorted(int(label) for label in labels.unique())
     new = {label: index for index, label in enumerate(classes)}
@@ -246,9 +250,12 @@ def fit_stream(
         model.to(trainer.strategy.root_device)
         for index, seen in enumerate(tasks[: trained + 1]):
             activate(model, seen)
-            with _tested(model, seen.task, callback), torch.no_grad():
+            precision = trainer.precision_plugin
+            with set_up(seen, trainer, "test"), _tested(model, seen.task, callback), torch.no_grad():
                 for batch in seen.test_dataloader():
-                    logits, target = predict_checked(predict, model, trainer.strategy.batch_to_device(batch))
+                    on_device = precision.convert_input(trainer.strategy.batch_to_device(batch))
+                    with precision.forward_context():
+                        logits, target = predict_checked(predict, model, on_device)
                     matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
         model.cpu()
     return matrix.compute()
@@ -281,6 +288,9 @@ def _labels(dataset: Any) -> Tensor:
 def _hold_out(indices: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     number = round(share * len(indices))
     if not 0 < share < 1 or not 0 < number < len(indices):
-        raise ValueError(f"validation={share} of {len(indices)} samples leaves {number}: expected a share in (0, 1)")
+        raise ValueError(
+            f"validation={share} of {len(indices)} samples holds out {number}: expected a share in (0, 1) that leaves "
+            "some for either part"
+        )
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
     return indices[order[:number]].sort().values, indices[order[number:]].sort().values

@@ -157,10 +157,9 @@ class _Trace:
         """Whether the logits depend on it."""
         if parameter in self.leaves:
             return True
-        # Reentrant checkpointing hides parameters from the graph, but their modules were seen to run.
-        owners = {name.rpartition(".")[0] for name in self.owners[parameter]}
+        # torch.no_grad and reentrant checkpointing hide parameters from the graph, but their modules were seen to run.
         hidden = {call.name for call in self.calls if call.node is None}
-        return any(self.runs[name] and (name in hidden or not any(self.modules[name].children())) for name in owners)
+        return any(name.rpartition(".")[0] in hidden for name in self.owners[parameter])
 
 
 def _recorder(name: str, calls: list[_Call]) -> Any:
@@ -205,7 +204,7 @@ def _find_head(trace: _Trace, globs: tuple[str, ...] | None) -> str:
             "head not found: no module's output is the logits (they are computed from it by a function, or by the "
             "LightningModule itself); name the heads' modules with heads=, for example heads='heads.*'"
         )
-    return _whole_entry(trace, makers[0])
+    return _whole_entry(trace, makers[0]) or makers[0]
 
 
 def _is_all(trace: _Trace, name: str) -> bool:
@@ -221,11 +220,15 @@ def _named_head(trace: _Trace, globs: tuple[str, ...]) -> str:
             f"head not found: heads={list(globs)} matches {outermost or 'no module'} of those that ran, expected "
             "exactly one, the active task's"
         )
-    return outermost[0]
+    (found,) = outermost
+    # A glob may name the container of all heads: the head is the entry that ran last.
+    parts = [call.name for call in trace.calls if _inside(call.name, found) and trace.own_parameters(call.name)]
+    entry = _whole_entry(trace, parts[-1]) if parts else None
+    return entry if entry is not None and _inside(entry, found) else found
 
 
-def _whole_entry(trace: _Trace, name: str) -> str:
-    """The outermost entry of a container of alternatives that ``name`` is in, or ``name`` itself."""
+def _whole_entry(trace: _Trace, name: str) -> str | None:
+    """The outermost entry of a container of alternatives that ``name`` is in, if there is one."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         container = trace.modules[".".join(parts[:depth])]
@@ -239,11 +242,15 @@ def _whole_entry(trace: _Trace, name: str) -> str:
         leaves_units = any(call.name and not _inside(call.name, entry) for call in _candidates(trace))
         if alternatives and leaves_units and not any(trace.runs[other] for other in others):
             return entry
-    return name
+    return None
 
 
 def _candidates(trace: _Trace) -> Iterator[_Call]:
-    return (call for call in trace.calls if isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)))
+    """Runs of layers that the logits may depend on: an auxiliary decoder's, say, are none of them."""
+    for call in trace.calls:
+        reached = call.node is None or trace.edges[call.node] or call.node is trace.logits.grad_fn
+        if reached and isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)):
+            yield call
 
 
 def _select(trace: _Trace, head: str, globs: tuple[str, ...] | None) -> list[str]:
@@ -327,7 +334,7 @@ def _assign(trace: _Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tupl
         for name, module in trace.modules.items()
         if trace.runs[name]
         for key, buffer in module.named_buffers(recurse=False)
-        if isinstance(buffer, Tensor)
+        if name and isinstance(buffer, Tensor)  # the model's own are a replay memory, say, and no layer's
     ]
     return tuple(of_head), tuple(shared), tuple(idle), tuple(buffers)
 

@@ -113,8 +113,14 @@ def record_of(
         "subnetwork_accuracy": 0.5,
         "samples": 8,
         "evaluations": (
-            Evaluation(SubnetworkScore(cutoff=0, accuracy=0.75, baseline=0.75, units=9, relevant=9, free=0), True),
-            Evaluation(SubnetworkScore(cutoff=4, accuracy=0.5, baseline=0.75, units=9, relevant=5, free=4), False),
+            Evaluation(
+                SubnetworkScore(cutoff=0, accuracy=0.75, baseline=0.75, units=9, relevant=9, free=0, free_before=0),
+                True,
+            ),
+            Evaluation(
+                SubnetworkScore(cutoff=4, accuracy=0.5, baseline=0.75, units=9, relevant=5, free=4, free_before=3),
+                False,
+            ),
         ),
         "seconds": {"attribution": 0.5, "search": 1.25},
     }

@@ -16,7 +16,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf.attribution import attribute
-from lightning_rnf.units import UnitMap
+from lightning_rnf.units import UnitLayer, UnitMap
 
 # -- the oracle: the paper's equations in matrix form, in double precision --------------------------------------------
 
@@ -507,5 +507,7 @@ def test_a_layer_that_the_logits_do_not_depend_on_is_refused_by_name():
         detached=nn.Linear(4, 5),
         head=nn.Linear(5, CLASSES),
     )
+    layers = [UnitLayer(name, 5, -1, (f"{name}.weight", f"{name}.bias")) for name in ("used", "detached")]
     with pytest.raises(ValueError, match="'detached'"):
-        unit_relevance(net, labelled(4, 4))
+        attribute(net, layers, [labelled(4, 4)])
+    assert [layer.name for layer in UnitMap.of(net, labelled(4, 4)).layers] == ["used"]  # so none is made of it

@@ -157,6 +157,32 @@ def test_a_layer_that_is_frozen_whole_gets_no_gradient():
     assert {name for name, there in seen[-1].items() if there} == {"heads.tasks.b.weight", "heads.tasks.b.bias"}
 
 
+def test_rows_are_held_against_callbacks_that_write_weights():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    with rnf.recall("a"), torch.no_grad():
+        before = model(inputs())
+
+    class Clamp(pl.Callback):
+        def clamp(self, trainer, pl_module, *args):
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.clamp_(-0.01, 0.01)
+
+        on_train_batch_end = on_train_end = clamp
+
+    for callbacks in ((Clamp(), rnf), (rnf, Clamp())):
+        model.heads.activate("b")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rnf, "task", f"task-{len(rnf.state.tasks)}")
+            patch.setattr(model.heads, "tasks", model.heads.tasks)
+            if len(rnf.state.tasks) == 2:
+                model.heads.activate("c")
+            trainer(*callbacks, max_epochs=1).fit(model, datamodule=task_data(model.heads.active))
+        with rnf.recall("a"), torch.no_grad():
+            assert torch.equal(model(inputs()), before)
+
+
 def test_an_exception_in_training_leaves_nothing_attached():
     model, rnf = Classifier(), RelevanceFreezing()
     train(model, rnf, "a")
@@ -292,6 +318,21 @@ def test_a_copy_of_the_callback_keeps_the_tasks():
             pass
 
 
+def test_the_best_checkpoint_of_before_the_tasks_end_does_not_make_it_forgotten(tmp_path):
+    model, rnf = Classifier(), RelevanceFreezing()
+    model.heads.activate("a")
+    best = trainer(rnf, enable_checkpointing=True, default_root_dir=tmp_path)
+    best.fit(model, datamodule=task_data("a"))
+    with pytest.warns(UserWarning, match="saved before 'a' ended: these tasks are kept"):
+        best.test(model, datamodule=task_data("a"), ckpt_path="best", verbose=False)
+    assert list(rnf.state.tasks) == ["a"]
+    model.heads.activate("b")
+    best.fit_loop.max_epochs = 6
+    with pytest.raises(ValueError, match=r"saved before 'a' ended: this fit would train over what they need"):
+        best.fit(model, datamodule=task_data("b"), ckpt_path="best")
+    assert list(rnf.state.tasks) == ["a"]
+
+
 # -- validate, test, predict -------------------------------------------------------------------------------------------
 
 
@@ -312,6 +353,38 @@ def test_a_trainer_recalls_a_finished_task_by_itself(named):
         predicted = trainer(rnf).predict(model, data.test_dataloader())
         assert torch.equal(torch.cat(predicted), logits)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_data_module_of_an_earlier_run_names_nothing():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    model.heads.activate("b")
+    last = trainer(rnf)
+    last.fit(model, datamodule=task_data("b"))
+    model.heads.activate("a")
+    with rnf.recall("a"), torch.no_grad():
+        logits = model(inputs())
+    assert torch.equal(torch.cat(last.predict(model, DataLoader(TensorDataset(inputs()), 32))), logits)
+
+
+def test_paper_runs_the_head_of_the_task_that_is_tested():
+    model, rnf = Classifier(), RelevanceFreezing.paper(criterion=0.05)
+    train(model, rnf, "a", "b")
+    (tested,) = trainer(rnf).test(model, datamodule=task_data("a"), verbose=False)
+    x, y = clusters("a", 320, seed=2).tensors
+    with rnf.recall("a"), torch.no_grad():
+        assert tested["test_accuracy"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+
+
+def test_a_compiled_model_can_be_recalled():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    with rnf.recall("a"), torch.no_grad():
+        logits = model(inputs())
+    compiled = torch.compile(model, backend="eager")
+    compiled(inputs())
+    with rnf.recall("a", compiled), torch.no_grad():
+        assert torch.equal(compiled(inputs()), logits)
 
 
 def test_an_untrained_task_is_tested_as_it_is():
@@ -398,6 +471,38 @@ def test_elasticity_lets_relevant_units_go_on_and_says_that_recall_is_not_exact(
         for layer in rnf.state.layers
         for name in layer.parameters
     )
+
+
+def test_heads_may_be_named_by_their_container():
+    for heads in ("heads", "heads*", "heads.tasks.*"):
+        model, rnf = Classifier(), RelevanceFreezing(heads=heads)
+        train(model, rnf, "a", "b")
+        assert [record.head for record in rnf.state.tasks.values()] == ["heads.tasks.a", "heads.tasks.b"]
+
+
+def test_an_auxiliary_branch_is_none_of_our_business():
+    class Auxiliary(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Linear(40, 6)
+            self.register_buffer("memory", torch.zeros(10, 6))
+
+        def forward(self, x):
+            features = self.body(x)
+            self.reconstruction = self.decoder(features)
+            return self.heads(features)
+
+        def training_step(self, batch):
+            return super().training_step(batch) + (self.reconstruction - batch[0]).square().mean()
+
+    model, rnf = Auxiliary(), RelevanceFreezing()
+    train(model, rnf, "a")
+    assert [layer.name for layer in rnf.state.layers] == ["body.0", "body.3"]
+    assert not rnf.state.shared
+    assert not rnf.state.tasks["a"].norm_statistics
+    before = model.decoder.weight.detach().clone()
+    train(model, rnf, "b")
+    assert not torch.equal(model.decoder.weight, before)
 
 
 def test_tasks_are_named_by_argument_function_datamodule_or_number():
@@ -505,7 +610,7 @@ def test_several_validation_loaders_without_reference_are_refused():
 
 
 def test_no_validation_data_and_no_reference_is_refused_and_reference_serves():
-    with pytest.raises(ValueError, match=r"no reference data.*pass reference="):
+    with pytest.raises(ValueError, match=r"no reference data.*set reference="):
         trainer(RelevanceFreezing(), limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
     rnf = RelevanceFreezing(task_data("a"))
     trainer(rnf, limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
@@ -524,6 +629,50 @@ def test_a_nan_in_relevance_is_refused_by_layer():
     with pytest.raises(ValueError, match=r"relevance of layer 'body.\d' is not finite in \d+ of 40 units"):
         trainer(rnf).fit(model, datamodule=task_data("a"))
     assert not rnf.state.tasks
+
+
+def test_a_refused_model_does_not_take_the_place_of_the_last_one():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    other = Classifier()
+    other.body[0], other.body[3] = nn.Linear(6, 30), nn.Linear(30, 40)
+    with pytest.raises(ValueError, match=r"layer 'body.0' had 40 units"):
+        trainer(rnf).fit(other, datamodule=task_data("b"))
+    with rnf.recall("a"):
+        model(inputs())
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_launchers_that_lose_the_state_are_refused(strategy):
+    with pytest.raises(
+        ValueError, match=r"take the finished tasks with them.*use Trainer\(strategy='auto', devices=1\)"
+    ):
+        trainer(RelevanceFreezing(), strategy=strategy, devices=1).fit(Classifier(), datamodule=task_data("a"))
+
+
+def test_a_layer_that_relevance_cannot_reach_is_refused_before_training():
+    class Keyword(Classifier):
+        def forward(self, x):
+            x = self.body[0](input=x).relu()
+            return self.heads(self.body[3](x).relu())
+
+    model = Keyword()
+    before = model.body[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"layer 'body.0' is called by keyword.*leave it out of units="):
+        trainer(RelevanceFreezing()).fit(model, datamodule=task_data("a"))
+    assert torch.equal(model.body[0].weight, before)
+
+
+def test_a_glob_of_elasticity_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"irrelevant_elasticity: 'bdoy.\*' matches no unit layer"):
+        trainer(RelevanceFreezing(irrelevant_elasticity={"bdoy.*": 0.1})).fit(Classifier(), datamodule=task_data("a"))
+
+
+@pytest.mark.parametrize("name", [3, "", None])
+def test_a_function_that_returns_no_name_is_refused(name):
+    rnf = RelevanceFreezing(task=lambda trainer, module: name)
+    with pytest.raises(TypeError, match=rf"task\(trainer, module\) returned {name!r}, expected the task's name"):
+        trainer(rnf).fit(Classifier(), datamodule=task_data("a"))
 
 
 def test_a_second_callback_of_the_kind_is_refused():
@@ -597,10 +746,15 @@ def test_unknown_tasks_are_named_in_the_error():
         ("resolution", 0),
         ("reference_samples", 0),
         ("attribution_samples", -1),
+        ("reference_samples", True),
+        ("resolution", None),
+        ("predict", 5),
+        ("task", 5),
+        ("composite", "EpsilonPlus"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(option, value):
-    with pytest.raises(ValueError, match=f"^{option}|tolerance"):
+    with pytest.raises((ValueError, TypeError), match=f"^{option}|tolerance"):
         RelevanceFreezing(**{option: value})
 
 

@@ -12,7 +12,7 @@ from lightning_rnf.search import rank, search_cutoff
 
 
 def score(accuracy: float, baseline: float) -> SubnetworkScore:
-    return SubnetworkScore(cutoff=1, accuracy=accuracy, baseline=baseline, units=10, relevant=9, free=1)
+    return SubnetworkScore(cutoff=1, accuracy=accuracy, baseline=baseline, units=10, relevant=9, free=1, free_before=0)
 
 
 # -- AccuracyDrop -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_wrong_use_is_refused_in_a_sentence():
     heads.add("a", 2)
     with pytest.raises(ValueError, match="task 'a' has a head already"):
         heads.add("a", 2)
-    for name in ("a.b", ""):
+    for name in ("a.b", "", "pop", 3):
         with pytest.raises(ValueError, match="without dots"):
             heads.add(name, 2)
     with pytest.raises(KeyError, match="no head for task 'z'"):

@@ -72,7 +72,7 @@ def test_a_sampler_of_the_user_s_own_is_respected(fit):
     mine = numbered(50, sampler=SubsetRandomSampler(range(10, 20)))
     drawn = Reference(mine).draw(fit)
     assert sorted(numbers(drawn.batches)) == list(range(10, 20))
-    assert Reference(mine).size(fit) is None
+    assert Reference(mine).size(fit) == 10
 
 
 def test_streams_and_lists_are_walked_from_their_start(fit):
@@ -84,6 +84,23 @@ def test_streams_and_lists_are_walked_from_their_start(fit):
         drawn = Reference(source, samples=20, attribution_samples=10).draw(fit)
         assert numbers(drawn.batches) == list(range(24))  # whole batches
         assert numbers(drawn.for_attribution) == list(range(16))
+
+
+def test_a_function_gives_each_task_its_own(fit):
+    asked = []
+
+    def of_task(trainer, module):
+        asked.append((trainer, module))
+        return numbered(20)
+
+    assert sorted(numbers(Reference(of_task).draw(fit).batches)) == list(range(20))
+    assert asked == [(fit, fit.lightning_module)]
+
+
+@pytest.mark.parametrize("source", [iter(numbered(20)), (batch for batch in numbered(20)), 5])
+def test_what_can_be_walked_only_once_or_not_at_all_is_refused(fit, source):
+    with pytest.raises(TypeError, match="expected a data module or a loader that can be walked twice"):
+        Reference(source).draw(fit)
 
 
 def test_a_data_module_goes_through_its_life_cycle(fit):

@@ -52,8 +52,10 @@ def test_a_layer_whose_relevance_sums_to_less_than_zero_keeps_its_order():
     assert order({"a": [-3.0, 1.0, -1.0]}) == [0, 2, 1]
 
 
-def test_a_layer_without_relevance_does_not_disturb_the_others():
-    assert order({"dead": [0.0, 0.0], "a": [1.0, -1.0]}) == [3, 0, 1, 2]
+def test_units_without_relevance_go_first_and_cost_nothing():
+    relevance = {"dead": [0.0, 0.0], "a": [1.0, -1.0, 0.0]}
+    assert order(relevance) == [0, 1, 4, 3, 2]
+    assert order(relevance, normalize="none") == [3, 0, 1, 4, 2]
 
 
 FROZEN = {"a": [1, 0, 0], "b": [0, 1]}

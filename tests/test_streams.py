@@ -107,6 +107,33 @@ def test_fit_stream_tests_every_task_after_each(freezing):
         assert matrix[1, 1] == matrix[2, 1]
 
 
+def test_fit_stream_sets_up_data_modules_that_load_late_and_keeps_the_precision():
+    class Late(pl.LightningDataModule):
+        task = "a"
+
+        def setup(self, stage):
+            data = task_data("a")
+            self.loaders = {
+                "fit": data.train_dataloader(),
+                "validate": data.val_dataloader(),
+                "test": data.test_dataloader(),
+            }
+            self.stage = stage
+
+        def train_dataloader(self):
+            return self.loaders["fit"]
+
+        def val_dataloader(self):
+            return self.loaders["validate"]
+
+        def test_dataloader(self):
+            assert self.stage == "test"
+            return self.loaders["test"]
+
+    matrix = fit_stream(Classifier(), [Late()], None, lambda callbacks: trainer(*callbacks, precision="64-true"))
+    assert 0.5 < matrix.item() <= 1
+
+
 def test_fit_stream_adds_heads_that_are_missing():
     model = Classifier()
     model.heads.tasks.clear()
