@@ -110,8 +110,8 @@ class FreezeState:
             for what, had in vars(known).items():
                 if getattr(found, what) != had:
                     raise ValueError(
-                        f"the model's layers no longer match the finished tasks: layer {known.name!r} had {what} {had!r}, "
-                        f"in its place is one with {getattr(found, what)!r}"
+                        f"the model's layers no longer match the finished tasks: layer {known.name!r} had {what} "
+                        f"{had!r}, in its place is one with {getattr(found, what)!r}"
                     )
         if len(self.layers) != len(units.layers):
             names = {layer.name for layer in self.layers} ^ {layer.name for layer in units.layers}
