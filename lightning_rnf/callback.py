@@ -197,7 +197,7 @@ class RelevanceFreezing(Callback):
             example = reference.example(trainer)
             units = self._trace(pl_module, example)
             self._check_size(reference.size(trainer))
-            attribute(pl_module, units.layers, [example], self.predict, self.composite)
+            self._attribute("a first batch", pl_module, units, [example])
         check_globs("elasticity", self.elasticity, units)
         check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None
@@ -224,40 +224,33 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.pin()
         name = self._task_name(trainer, pl_module)
-        seconds: dict[str, float] = {}
         with isolate_rng():
             reference = self._reference().draw(trainer)
             self._check_size(reference.samples)
             units = self._trace(pl_module, reference.example)
-            with _timed(seconds, "attribution"):
-                relevance = attribute(
-                    pl_module,
-                    units.layers,
-                    reference.for_attribution,
-                    self.predict,
-                    self.composite,
-                    lambda samples: log.debug("%s: relevance, %d samples", name, samples),
-                )
+            started = time.perf_counter()
+            relevance = self._attribute(name, pl_module, units, reference.for_attribution)
+            attributed = time.perf_counter()
             ranking = rank(relevance, self.state.frozen(), normalize=self.normalize, candidates=self.candidates)
-            with _timed(seconds, "search"):
-                found = self._search(name, pl_module, units, ranking, reference)
+            found = self._search(name, pl_module, units, ranking, reference)
+            searched = time.perf_counter()
         record = TaskRecord(
             name=name,
             head=units.head,
             head_parameters=units.head_parameters,
             relevant=ranking.relevant(found.accepted.cutoff),
             relevance={layer: values.float() for layer, values in relevance.items()},
-            norm_statistics=_buffers(pl_module, units),
+            norm_statistics=subnetwork.statistics(pl_module, units),
             cutoff=found.accepted.cutoff,
             accuracy=found.accepted.baseline,
             subnetwork_accuracy=found.accepted.accuracy,
             samples=reference.samples,
             evaluations=found.evaluations,
-            seconds=seconds,
+            seconds={"attribution": attributed - started, "search": searched - attributed},
         )
-        full = {layer for layer, share in self.capacity().items() if share == 0}
+        full_before = self._full_layers()
         self.state.add(record, units)
-        self._report(record, already_full=full)
+        self._report(record, full_before)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give everything back at the end of any run."""
@@ -306,29 +299,16 @@ class RelevanceFreezing(Callback):
 
     # -- validate, test, predict --------------------------------------------------------------------------------------
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Recall a finished task."""
-        self._recall_finished(trainer, pl_module)
-
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Recall a finished task."""
+        """Recall the task if it is a finished one, until the run ends."""
         self._recall_finished(trainer, pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Recall a finished task."""
-        self._recall_finished(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the recall."""
-        self._recalled.close()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the recall."""
         self._recalled.close()
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the recall."""
-        self._recalled.close()
+    on_validation_start = on_predict_start = on_test_start
+    on_validation_end = on_predict_end = on_test_end
 
     # -- verbs --------------------------------------------------------------------------------------------------------
 
@@ -360,14 +340,16 @@ class RelevanceFreezing(Callback):
         return units
 
     def _check_size(self, samples: int | None) -> None:
-        if samples is None or not isinstance(self.criterion, AccuracyDrop):
-            return
-        tolerance = self.criterion.tolerance
-        if 0 < tolerance < 1 / samples:
-            raise ValueError(
-                f"reference data has {samples} samples, so one weighs {1 / samples:.1%}, more than the tolerance of "
-                f"{tolerance:.1%}: give at least {-int(-1 // tolerance)} samples, a larger tolerance, or 0 for no loss"
-            )
+        if samples is not None and isinstance(self.criterion, AccuracyDrop):
+            self.criterion.check_samples(samples)
+
+    def _attribute(
+        self, name: str, module: pl.LightningModule, units: UnitMap, batches: list[Any]
+    ) -> dict[str, torch.Tensor]:
+        def progress(samples: int) -> None:
+            log.debug("%s: relevance, %d samples", name, samples)
+
+        return attribute(module, units.layers, batches, self.predict, self.composite, progress)
 
     def _search(
         self, name: str, module: pl.LightningModule, units: UnitMap, ranking: Ranking, reference: ReferenceData
@@ -381,16 +363,19 @@ class RelevanceFreezing(Callback):
         with borrowed(module), evaluating(module):
             return search_cutoff(ranking, measure, self.criterion, method=self.search, resolution=self.resolution)
 
-    def _report(self, record: TaskRecord, already_full: set[str]) -> None:
+    def _full_layers(self) -> set[str]:
+        return {layer for layer, share in self.capacity().items() if share == 0}
+
+    def _report(self, record: TaskRecord, full_before: set[str]) -> None:
         units = sum(layer.units for layer in self.state.layers)
         rank_zero_info(
             f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
             f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}, "
             f"{len(record.evaluations)} evaluations on {record.samples} samples); {self.free_capacity:.1%} free"
         )
-        full = [name for name, share in self.capacity().items() if share == 0 and name not in already_full]
+        full = self._full_layers() - full_before
         if full:
-            rank_zero_warn(f"no free units are left in {', '.join(full)}: later tasks can only reuse what is there")
+            rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
 
     def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
         name = self._given_name(trainer, module)
@@ -416,7 +401,8 @@ class RelevanceFreezing(Callback):
         if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
             return
         active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
-        by_head = [name for name, task in self.state.tasks.items() if module.get_submodule(task.head) in active]
+        modules = dict(module.named_modules())
+        by_head = [name for name, task in self.state.tasks.items() if modules.get(task.head) in active]
         # A function may name the next task rather than the one that is run; a data module knows its own.
         given = None if callable(self.task) and by_head else self._given_name(trainer, module)
         for name in [given] if given is not None else by_head:
@@ -436,11 +422,6 @@ class RelevanceFreezing(Callback):
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())
 
 
-def _buffers(module: pl.LightningModule, units: UnitMap) -> dict[str, torch.Tensor]:
-    own = dict(module.named_buffers(remove_duplicate=False))
-    return {name: own[name].detach().to("cpu", copy=True) for name in units.buffers}
-
-
 def _refuse(trainer: pl.Trainer) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if sum(isinstance(callback, RelevanceFreezing) for callback in callbacks) > 1:
@@ -457,13 +438,6 @@ def _refuse(trainer: pl.Trainer) -> None:
             f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
             "use Trainer(devices=1)"
         )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[what] = time.perf_counter() - start
 
 
 def _one_of(name: str, value: Any, choices: Any) -> Any:

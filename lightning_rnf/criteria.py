@@ -5,6 +5,7 @@ A criterion is any callable ``SubnetworkScore -> bool``. The search looks for th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,19 @@ class AccuracyDrop:
         """Whether the drop is within the tolerance."""
         # Two accuracies are quotients of integers; the slack only undoes the rounding of their difference.
         return score.baseline - score.accuracy <= self.tolerance + 1e-12
+
+    def check_samples(self, samples: int) -> None:
+        """Check that so many samples can tell a drop of the tolerance from none. A tolerance of 0 is meant, and fine.
+
+        Raises:
+            ValueError: if one sample weighs more than the tolerance.
+        """
+        if 0 < self.tolerance < 1 / samples:
+            raise ValueError(
+                f"reference data has {samples} samples, so one weighs {1 / samples:.1%}, more than the tolerance of "
+                f"{self.tolerance:.1%}: give at least {math.ceil(1 / self.tolerance)} samples, a larger tolerance, "
+                "or 0 for no loss"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_rnf.guard import evaluating
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.state import TaskRecord
-from lightning_rnf.units import UnitLayer
+from lightning_rnf.units import UnitLayer, UnitMap
 
 
 @contextmanager
@@ -63,6 +63,12 @@ def recall(
             stack.enter_context(silence(module, layers, record.relevant))
             stack.enter_context(_swapped(module, record.norm_statistics))
         yield
+
+
+def statistics(module: nn.Module, units: UnitMap) -> dict[str, Tensor]:
+    """What `recall` brings back: copies on the CPU of the buffers of the modules that ran."""
+    own = dict(module.named_buffers(remove_duplicate=False))
+    return {name: own[name].detach().to("cpu", copy=True) for name in units.buffers}
 
 
 def _filler(silent: Tensor) -> Any:
