@@ -215,7 +215,7 @@ class RelevanceFreezing(Callback):
     ) -> None:
         """Hold frozen rows against callbacks that write weights."""
         assert self._freezer is not None
-        self._freezer.pin()
+        self._freezer.pin(written_only=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""

@@ -135,10 +135,15 @@ class Freezer:
             self._stopped.pop().requires_grad_(True)
 
     @torch.no_grad()
-    def pin(self) -> None:
-        """Put frozen rows back, whoever moved them: averaging or clamping callbacks write past the optimizer."""
+    def pin(self, *, written_only: bool = False) -> None:
+        """Put frozen rows back, whoever moved them: averaging or clamping callbacks write past the optimizer.
+
+        Args:
+            written_only: only where torch has counted a write since the last time; writes to ``.data`` it doesn't.
+        """
         for rows in self._rows:
-            rows.pin()
+            if not written_only or rows.parameter._version != rows.pinned_version:
+                rows.pin()
 
     def forget_failed_step(self) -> None:
         """After an exception in a step that somebody caught: its second hook never ran."""
@@ -195,6 +200,7 @@ class _Rows:
         self.frozen: _Slice | None = None
         self.elastic: _Slice | None = None
         self.pinned: Tensor
+        self.pinned_version = -1
         self.before: Tensor
         self.weight: Tensor
 
@@ -238,6 +244,7 @@ class _Rows:
     def pin(self) -> None:
         if self.frozen is not None:
             self.frozen.write(self.parameter, self.pinned)
+            self.pinned_version = self.parameter._version
 
     def slow_down(self) -> None:
         if self.elastic is not None:

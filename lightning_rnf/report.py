@@ -69,7 +69,7 @@ def accuracy_table(result: StreamResult) -> Table:
 def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -> None:
     """Draw average accuracy with free capacity, and the accuracy of each task, over the stream.
 
-    The first result is drawn dashed: it is what the others are compared with.
+    Line styles are the methods'; the first is drawn dashed, as what the others are compared with.
 
     Args:
         results: of one stream.
@@ -88,23 +88,27 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     styles = ["--", "-", "-.", ":"]
     colours = ["0.45", "tab:blue", "tab:red", "tab:green"]
     capacity = left.twinx()
+    freezing = [result for result in results if result.free_capacity]
     for result, style, colour in zip(results, styles, colours, strict=False):
         left.plot(
             steps, 100 * average_accuracy(result.matrix), style, color=colour, marker="o", lw=2, label=result.method
         )
-        if result.free_capacity:
+        if result in freezing:
+            width = 0.6 / len(freezing)
+            places = [step - 0.3 + width * (freezing.index(result) + 0.5) for step in steps]
             free = [100 * share for share in result.free_capacity]
-            capacity.bar(steps, free, width=0.5, color=colour, alpha=0.18, label=f"free units, {result.method}")
+            capacity.bar(places, free, width=width, color=colour, alpha=0.18, label=f"free units, {result.method}")
         for task in range(len(result.tasks)):
             right.plot(
                 list(steps)[task:],
                 100 * result.matrix[task:, task],
                 style,
-                color=f"C{task}",
+                color=f"C{task % 10}",
                 marker="os^Dv<>p*h"[task % 10],
                 ms=4,
-                label=result.tasks[task] if result is results[-1] else None,
             )
+    for task, name in enumerate(results[0].tasks):  # for the legend: styles are the methods', as on the left
+        right.plot([], [], color=f"C{task % 10}", marker="os^Dv<>p*h"[task % 10], ms=4, ls="none", label=name)
     left.set(title="Average over the tasks seen", xlabel="tasks trained", ylabel="test accuracy, %", xticks=steps)
     capacity.set(ylim=(0, 100), ylabel="free units, %")
     left.set_zorder(capacity.get_zorder() + 1)
@@ -113,12 +117,5 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     labels = [*left.get_legend_handles_labels()[1], *capacity.get_legend_handles_labels()[1]]
     left.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False)
     right.set(title="Each task", xlabel="tasks trained", ylabel="test accuracy, %", xticks=steps)
-    right.legend(
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        fontsize=8,
-        frameon=False,
-        title=f"dashed:\n{results[0].method}",
-        title_fontsize=8,
-    )
+    right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
