@@ -28,7 +28,8 @@ class TaskRecord:
         head_parameters: names of the head's parameters.
         relevant: bool ``(units,)`` by layer: the units of its sub-network.
         relevance: float32 ``(units,)`` by layer: the signed sum over the attributed samples.
-        norm_statistics: buffers at the task's end, norms' running statistics among them; recall brings them back.
+        norm_statistics: buffers of the modules that ran, norms' running statistics among them, as they were at the
+            task's end; recall brings them back.
         cutoff: how many of the least relevant units were pruned.
         accuracy: of the whole network on the reference data at the task's end, in [0, 1].
         subnetwork_accuracy: of the sub-network, by the same loop.

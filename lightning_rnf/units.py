@@ -57,7 +57,7 @@ class UnitMap:
         head_parameters: parameters of the head.
         shared: parameters that belong to no unit and no head.
         idle: parameters that took no part in the forward: other tasks' heads, or unused.
-        buffers: of the modules that ran: a norm's statistics among them.
+        buffers: of the modules that ran, but for the outermost: norms' statistics, and whatever else may move.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -330,11 +330,10 @@ def _assign(trace: _Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tupl
         else:
             idle.append(owners[0])
     buffers = [
-        f"{name}.{key}" if name else key
+        f"{name}.{key}"
         for name, module in trace.modules.items()
-        if trace.runs[name]
-        for key, buffer in module.named_buffers(recurse=False)
-        if name and isinstance(buffer, Tensor)  # the model's own are a replay memory, say, and no layer's
+        if name and trace.runs[name]  # the outermost module's own are a replay memory, say, and no layer's
+        for key, _ in module.named_buffers(recurse=False)
     ]
     return tuple(of_head), tuple(shared), tuple(idle), tuple(buffers)
 
