@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
+from lightning_rnf.additions import ConservingAdditions
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
 from lightning_rnf.units import UnitLayer
@@ -62,7 +63,8 @@ def attribute(
             roots.clear()
             # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
             with rules.context(module):
-                logits, target = predict_checked(predict, module, apply_to_collection(batch, Tensor, _wide))
+                with ConservingAdditions():
+                    logits, target = predict_checked(predict, module, apply_to_collection(batch, Tensor, _wide))
                 true_class = nn.functional.one_hot(target.long(), logits.shape[1])
                 torch.autograd.grad(logits, roots, grad_outputs=logits.detach() * true_class, allow_unused=True)
             samples += len(target)
