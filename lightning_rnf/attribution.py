@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +48,49 @@ def attribute(
             `evaluation.predict_checked`.
     """
     rules = EpsilonPlus() if composite is None else composite
-    sums = {layer.name: _Sum(layer) for layer in layers}
+
+    def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
+        return logits * nn.functional.one_hot(target.long(), logits.shape[1])
+
+    def summed(layer: UnitLayer, output: Tensor, relevance: Tensor) -> Tensor:
+        return over_positions(layer, relevance).sum(dim=0)
+
+    def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        with ConservingAdditions():
+            return predict(module, batch)
+
+    return propagate(module, layers, batches, conserving, true_class_logit, summed, rules.context, progress)
+
+
+def propagate(
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict,
+    start: Callable[[Tensor, Tensor], Tensor],
+    reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor],
+    rules: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> dict[str, Tensor]:
+    """Send something back from the logits and add up what arrives at the units, on a borrowed module.
+
+    Args:
+        module: the bare model.
+        layers: its unit layers.
+        batches: on the module's device.
+        predict: how to get logits and labels of a batch.
+        start: ``(logits, target)`` to what is sent back from the logits, ``(N, classes)``.
+        reduce: ``(layer, output, what arrives at it)`` to one number per unit, ``(units,)``; called while it flows.
+        rules: entered around each batch: how it flows. None: as gradients do.
+        progress: called after each batch with the number of samples so far.
+
+    Returns:
+        By layer: float64 ``(units,)`` on the CPU, summed over batches.
+
+    Raises:
+        ValueError: as `attribute`.
+    """
+    sums = {layer.name: _Sum(layer, reduce) for layer in layers}
     samples = 0
     with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
         module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter gets a gradient
@@ -62,11 +104,9 @@ def attribute(
         for batch in batches:
             roots.clear()
             # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
-            with rules.context(module):
-                with ConservingAdditions():
-                    logits, target = predict_checked(predict, module, apply_to_collection(batch, Tensor, _wide))
-                true_class = nn.functional.one_hot(target.long(), logits.shape[1])
-                torch.autograd.grad(logits, roots, grad_outputs=logits.detach() * true_class, allow_unused=True)
+            with rules(module):
+                logits, target = predict_checked(predict, module, apply_to_collection(batch, Tensor, _wide))
+                torch.autograd.grad(logits, roots, grad_outputs=start(logits.detach(), target), allow_unused=True)
             samples += len(target)
             progress(samples)
     if samples == 0:
@@ -74,23 +114,29 @@ def attribute(
     return {name: total.value() for name, total in sums.items()}
 
 
-class _Sum:
-    """Relevance that arrives at one layer's output, summed over samples and positions."""
+def over_positions(layer: UnitLayer, values: Tensor) -> Tensor:
+    """Sum the values at a layer's output over positions: ``(N, units)`` in float64 (MPS has none: float32)."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    positions = [axis for axis in range(1, values.ndim) if axis != values.ndim + layer.axis]
+    return values.sum(dim=positions, dtype=wide) if positions else values.to(wide)
 
-    def __init__(self, layer: UnitLayer) -> None:
+
+class _Sum:
+    """What arrives at one layer's output, reduced to units and summed over batches."""
+
+    def __init__(self, layer: UnitLayer, reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor]) -> None:
         self.layer = layer
+        self.reduce = reduce
         self.total: Tensor | None = None
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        output.register_hook(self.add)
+        value = output.detach()  # an in-place ReLU behind it shows: a negative output whose gradient is 0 anyway
 
-    def add(self, relevance: Tensor) -> None:
-        axis = relevance.ndim + self.layer.axis
-        others = [other for other in range(relevance.ndim) if other != axis]
-        # MPS has no float64.
-        wide = torch.float32 if relevance.device.type == "mps" else torch.float64
-        summed = relevance.sum(dim=others, dtype=wide) if others else relevance.to(wide)
-        self.total = summed if self.total is None else self.total + summed
+        def add(arrived: Tensor) -> None:
+            summed = self.reduce(self.layer, value, arrived)
+            self.total = summed if self.total is None else self.total + summed
+
+        output.register_hook(add)
 
     def value(self) -> Tensor:
         if self.total is None:

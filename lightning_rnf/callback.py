@@ -26,6 +26,7 @@ from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities
 from lightning_rnf.guard import borrowed, evaluating
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource, data_module
 from lightning_rnf.search import Candidates, Method, Normalize, Ranking, SearchResult, rank, search_cutoff
 from lightning_rnf.state import FreezeState, TaskRecord
@@ -69,6 +70,8 @@ class RelevanceFreezing(Callback):
             ``"paper"``: Algorithm 1 to the letter: nothing is silenced after the search, and frozen units go on reading
             free ones.
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
+        importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
+            ``"magnitude"``, ``"random"``, or an `Importance` of your own.
         composite: Zennit's rules for relevance; None: ``EpsilonPlus``.
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
             units without any go first. ``"none"``: raw, the paper.
@@ -96,6 +99,7 @@ class RelevanceFreezing(Callback):
         irrelevant_elasticity: ElasticityOption = 1.0,
         retention: Retention = "exact",
         candidates: Candidates = "free",
+        importance: ImportanceName | Importance = "lrp",
         composite: Composite | None = None,
         normalize: Normalize = "layer",
         search: Method = "bisect",
@@ -114,6 +118,9 @@ class RelevanceFreezing(Callback):
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
         self.retention = _one_of("retention", retention, Retention)
         self.candidates = _one_of("candidates", candidates, Candidates)
+        self.importance = importance if callable(importance) else _one_of("importance", importance, ImportanceName)
+        if composite is not None and importance != "lrp":
+            raise ValueError(f"composite holds rules for importance='lrp', which is {importance!r} here: leave one out")
         self.composite = _of_type("composite", composite, Composite, "a composite of Zennit")
         self.normalize = _one_of("normalize", normalize, Normalize)
         self.search = _one_of("search", search, Method)
@@ -349,7 +356,10 @@ class RelevanceFreezing(Callback):
         def progress(samples: int) -> None:
             log.debug("%s: relevance, %d samples", name, samples)
 
-        return attribute(module, units.layers, batches, self.predict, self.composite, progress)
+        if self.importance == "lrp":
+            return attribute(module, units.layers, batches, self.predict, self.composite, progress)
+        importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
+        return check_scores(importance(module, units.layers, batches, self.predict), units.layers)
 
     def _search(
         self, name: str, module: pl.LightningModule, units: UnitMap, ranking: Ranking, reference: ReferenceData

@@ -1,0 +1,108 @@
+"""Other scores than relevance, to compare it with: each goes through the same ranking, search and freezing.
+
+All are signed like relevance, or not negative: the larger, the more important.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.attribution import over_positions, propagate
+from lightning_rnf.evaluation import Predict
+from lightning_rnf.units import UnitLayer
+
+ImportanceName = Literal["lrp", "gradient_x_activation", "taylor", "activation", "magnitude", "random"]
+Importance = Callable[[nn.Module, Sequence[UnitLayer], Iterable[Any], Predict], dict[str, Tensor]]
+"""``(module, layers, batches, predict) -> {layer name: one score per unit, (units,)}``."""
+
+
+def gradient_x_activation(
+    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+) -> dict[str, Tensor]:
+    """Output times gradient of the true class's logit, summed over positions and samples; signed."""
+
+    def true_class(logits: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.one_hot(target.long(), logits.shape[1]).to(logits)
+
+    def contribution(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
+        return over_positions(layer, output * gradient).sum(dim=0)
+
+    return propagate(module, layers, batches, predict, true_class, contribution)
+
+
+def taylor(
+    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+) -> dict[str, Tensor]:
+    """First-order change of the loss without the unit (Molchanov et al. 2017, equation 8): absolute for each sample.
+
+    The loss is cross entropy; the sum over positions stands for the mean there, and is the same to a ranking within a layer.
+    """
+
+    def of_loss(logits: Tensor, target: Tensor) -> Tensor:
+        return logits.softmax(dim=1) - nn.functional.one_hot(target.long(), logits.shape[1])
+
+    def change(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
+        return over_positions(layer, output * gradient).abs().sum(dim=0)
+
+    return propagate(module, layers, batches, predict, of_loss, change)
+
+
+def activation(
+    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+) -> dict[str, Tensor]:
+    """What units say: the positive part of their output, as a ReLU passes it on, summed over positions and samples."""
+
+    def nothing(logits: Tensor, target: Tensor) -> Tensor:
+        return torch.zeros_like(logits)
+
+    def said(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
+        return over_positions(layer, output.clamp(min=0)).sum(dim=0)
+
+    return propagate(module, layers, batches, predict, nothing, said)
+
+
+def magnitude(
+    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+) -> dict[str, Tensor]:
+    """Sum of the absolute weights of each row or filter (Li et al. 2017); looks at no data."""
+    return {
+        layer.name: module.get_parameter(f"{layer.name}.weight").detach().abs().flatten(1).sum(dim=1).cpu().double()
+        for layer in layers
+    }
+
+
+def random(
+    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict, seed: int = 0
+) -> dict[str, Tensor]:
+    """Uniform in (0, 1]: what any score has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {layer.name: 1 - torch.rand(layer.units, generator=generator, dtype=torch.float64) for layer in layers}
+
+
+def check_scores(scores: dict[str, Tensor], layers: Sequence[UnitLayer]) -> dict[str, Tensor]:
+    """The scores in layer order, if there is one for each unit.
+
+    Raises:
+        ValueError: naming a layer that lacks them.
+    """
+    for layer in layers:
+        found = scores.get(layer.name)
+        if not isinstance(found, Tensor) or found.shape != (layer.units,):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else found
+            raise ValueError(
+                f"importance gave {shape} for layer {layer.name!r}, expected one score for each of {layer.units} units"
+            )
+    return {layer.name: scores[layer.name] for layer in layers}
+
+
+IMPORTANCES: dict[str, Importance] = {
+    "gradient_x_activation": gradient_x_activation,
+    "taylor": taylor,
+    "activation": activation,
+    "magnitude": magnitude,
+    "random": random,
+}
