@@ -27,11 +27,17 @@ from torchvision.datasets import MNIST
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.demo import MLP
+from lightning_rnf.importance import IMPORTANCES
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting
 from lightning_rnf.report import StreamResult, free_capacity_over_tasks, plot_retention
 from lightning_rnf.streams import fit_stream, split_by_class
 
-METHODS = {"naive": lambda: None, "default": RelevanceFreezing, "paper": RelevanceFreezing.paper}
+METHODS = {
+    "naive": lambda: None,
+    "default": RelevanceFreezing,
+    "paper": RelevanceFreezing.paper,
+    **{name: partial(RelevanceFreezing, importance=name) for name in IMPORTANCES},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:
@@ -39,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST in torchvision's layout")
     parser.add_argument("--download", action="store_true", help="fetch MNIST into the folder if it is not there")
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (%(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
     parser.add_argument("--epochs", type=int, default=4, help="per task (%(default)s)")
     parser.add_argument("--samples", type=int, help="use so many training and test images only: for a quick look")
     parser.add_argument("--output", type=Path, default=Path("split_mnist"), help="folder for JSON and figure")

@@ -39,7 +39,7 @@ def taylor(
 ) -> dict[str, Tensor]:
     """First-order change of the loss without the unit (Molchanov et al. 2017, equation 8): absolute for each sample.
 
-    The loss is cross entropy; the sum over positions stands for the mean there, and is the same to a ranking within a layer.
+    The loss is cross entropy. The equation has the mean over positions: to a ranking within a layer that is the same.
     """
 
     def of_loss(logits: Tensor, target: Tensor) -> Tensor:
