@@ -47,7 +47,7 @@ def attribute(
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
             `evaluation.predict_checked`.
     """
-    rules = EpsilonPlus() if composite is None else composite
+    rules = _applicable(EpsilonPlus() if composite is None else composite)
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
         return logits * nn.functional.one_hot(target.long(), logits.shape[1])
@@ -60,6 +60,15 @@ def attribute(
             return predict(module, batch)
 
     return propagate(module, layers, batches, conserving, true_class_logit, summed, rules.context, progress)
+
+
+def _applicable(composite: Composite) -> Composite:
+    """Without rules for attention: Zennit takes it for an activation, and fails on its three inputs."""
+
+    def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
+        return None if isinstance(module, nn.MultiheadAttention) else composite.module_map(context, name, module)
+
+    return Composite(module_map, composite.canonizers)
 
 
 def propagate(
@@ -105,7 +114,9 @@ def propagate(
             roots.clear()
             # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
             with rules(module):
-                logits, target = predict_checked(predict, module, apply_to_collection(batch, Tensor, _wide))
+                logits, target = predict_checked(
+                    predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
+                )
                 torch.autograd.grad(logits, roots, grad_outputs=start(logits.detach(), target), allow_unused=True)
             samples += len(target)
             progress(samples)

@@ -131,11 +131,11 @@ class RelevanceFreezing(Callback):
         self.attribution_samples = (
             None if attribution_samples is None else _at_least_one("attribution_samples", attribution_samples)
         )
-        self.units = units
-        self.heads = heads
+        self.units = _globs("units", units)
+        self.heads = _globs("heads", heads)
         self.predict = _of_type("predict", predict, Callable, "a function (module, batch)") or supervised
         self.task = _of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
-        self.seed = seed
+        self.seed = _of_type("seed", seed, int, "a whole number")
         self.state = FreezeState()
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
@@ -210,6 +210,11 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.attach(trainer.optimizers)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Follow optimizers that were put in place of others."""
+        assert self._freezer is not None
+        self._freezer.follow(trainer.optimizers)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -229,6 +234,7 @@ class RelevanceFreezing(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self._freezer is not None
+        self._freezer.follow(trainer.optimizers)
         self._freezer.pin()
         name = self._task_name(trainer, pl_module)
         with isolate_rng():
@@ -283,8 +289,8 @@ class RelevanceFreezing(Callback):
         """
         state = FreezeState.from_plain(state_dict)
         module = self._model() if self._freezer is not None else None
-        if self.state.tasks and set(state.tasks) < set(self.state.tasks):
-            lost = sorted(set(self.state.tasks) - set(state.tasks))
+        lost = sorted(set(self.state.tasks) - set(state.tasks))
+        if lost and (module is not None or set(state.tasks) <= set(self.state.tasks)):
             found = f"the checkpoint was saved before {', '.join(map(repr, lost))} ended"
             if module is not None:
                 raise ValueError(
@@ -314,8 +320,14 @@ class RelevanceFreezing(Callback):
         """End the recall."""
         self._recalled.close()
 
-    on_validation_start = on_predict_start = on_test_start
+    on_predict_start = on_test_start
     on_validation_end = on_predict_end = on_test_end
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In a fit: hold frozen rows before they are looked at. Else recall, as in a test."""
+        if self._freezer is not None:
+            self._freezer.pin()
+        self._recall_finished(trainer, pl_module)
 
     # -- verbs --------------------------------------------------------------------------------------------------------
 
@@ -413,12 +425,13 @@ class RelevanceFreezing(Callback):
         active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
         modules = dict(module.named_modules())
         by_head = [name for name, task in self.state.tasks.items() if modules.get(task.head) in active]
-        # A function may name the next task rather than the one that is run; a data module knows its own.
-        given = None if callable(self.task) and by_head else self._given_name(trainer, module)
-        for name in [given] if given is not None else by_head:
-            if name in self.state.tasks:
-                self._recalled.enter_context(self.recall(name, module))
-        if given is None and not active:
+        # What task= says is about the fits: it may name the last one or the next. The data and the head know better.
+        of_data = getattr(data_module(trainer), "task", None)
+        known = isinstance(of_data, str) and (of_data in self.state.tasks or self.task is None)
+        name = of_data if known else by_head[0] if by_head else self._given_name(trainer, module)
+        if name in self.state.tasks:
+            self._recalled.enter_context(self.recall(name, module))
+        elif name is None and not active:
             rank_zero_warn(
                 "which task this is can't be told, so nothing is recalled: use a data module with a task attribute, "
                 "or wrap the call in rnf.recall(task)"
@@ -460,6 +473,14 @@ def _at_least_one(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
     return value
+
+
+def _globs(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
+        raise TypeError(f"{name} is {value!r}, expected a glob of module names, or several")
+    return tuple(value)
 
 
 def _of_type(name: str, value: Any, kind: Any, expected: str) -> Any:

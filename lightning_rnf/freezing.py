@@ -85,7 +85,9 @@ class Freezer:
 
     def __init__(self, module: nn.Module, factors: Mapping[str, Tensor]) -> None:
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        self._rows = [_Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()]
+        self._module = module
+        self._rows = {name: _Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()}
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._stopped: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._nested_steps = 0
@@ -97,7 +99,7 @@ class Freezer:
 
     def stop_gradients(self) -> None:
         """Take parameters that are frozen whole out of training. Before the strategy wraps the model."""
-        for rows in self._rows:
+        for rows in self._rows.values():
             if rows.is_whole and rows.parameter.requires_grad:
                 self._stopped.append(rows.parameter)
                 rows.parameter.requires_grad_(False)
@@ -118,13 +120,29 @@ class Freezer:
                     f"optimizer {type(optimizer).__name__} has no step hooks, so frozen rows can't be held: "
                     "use a torch.optim.Optimizer"
                 )
-        for rows in self._rows:
+        for rows in self._rows.values():
             rows.hold()
             if rows.frozen is not None:
                 self._handles.append(rows.mask_gradients())
+        self.follow(optimizers)
+
+    def follow(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Hold rows against these optimizers too, if they are new, and check that the parameters are still the same.
+
+        Raises:
+            ValueError: if somebody has put another parameter in the place of one that is held.
+        """
+        for name, rows in self._rows.items():
+            if self._module.get_parameter(name) is not rows.parameter:
+                raise ValueError(
+                    f"parameter {name!r} was replaced by another during the fit, so its frozen rows can't be held: "
+                    "write into the one that is there"
+                )
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            if not any(optimizer is known for known in self._optimizers):
+                self._optimizers.append(optimizer)
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def detach(self) -> None:
         """Pin once more, remove every hook and give back the flags. Safe to call twice."""
@@ -141,7 +159,7 @@ class Freezer:
         Args:
             written_only: only where torch has counted a write since the last time; writes to ``.data`` it doesn't.
         """
-        for rows in self._rows:
+        for rows in self._rows.values():
             if not written_only or rows.parameter._version != rows.pinned_version:
                 rows.pin()
 
@@ -151,6 +169,7 @@ class Freezer:
 
     def _remove_hooks(self) -> None:
         self._nested_steps = 0
+        self._optimizers.clear()
         while self._handles:
             self._handles.pop().remove()
 
@@ -159,7 +178,7 @@ class Freezer:
     @torch.no_grad()
     def _before_step(self, *args: object) -> None:
         if self._nested_steps == 0:
-            for rows in self._rows:
+            for rows in self._rows.values():
                 rows.remember()
         self._nested_steps += 1
 
@@ -168,7 +187,7 @@ class Freezer:
         self._nested_steps -= 1
         self.pin()
         if self._nested_steps == 0:
-            for rows in self._rows:
+            for rows in self._rows.values():
                 rows.slow_down()
 
 

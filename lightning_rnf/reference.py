@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lightning_rnf.evaluation import Predict, accuracy, supervised
 
 ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
 """Where reference data comes from: a data module's validation data; a loader; a function ``(trainer, module)`` that
-returns one of them, for a source per task; or None: the fit's validation data."""
+returns one of them, for a source per task, and is called several times in a fit; or None: the fit's validation data."""
 
 
 _EMPTY = "reference data is empty: give the task validation data, or set reference="
@@ -88,9 +89,13 @@ class Reference:
         """How many samples would be drawn; None: only drawing can tell."""
         with self._loader(trainer) as loader:
             sampler = getattr(loader, "sampler", None)
-            if not isinstance(sampler, Sized):
+            batch_size = getattr(loader, "batch_size", None)
+            if not isinstance(sampler, Sized) or batch_size is None:
                 return None
-            return len(sampler) if self.samples is None else min(len(sampler), self.samples)
+            if self.samples is None:
+                return len(sampler)
+            whole_batches = batch_size if not _can_be_indexed(loader) else 1
+            return min(len(sampler), math.ceil(self.samples / whole_batches) * whole_batches)
 
     def example(self, trainer: Trainer) -> Any:
         """One batch on the device, in the fit's precision.
@@ -222,7 +227,7 @@ def data_module(trainer: Trainer) -> LightningDataModule | None:
 @contextmanager
 def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[None]:
     """The life cycle that Lightning gives only to the Trainer's own data module."""
-    data.trainer = trainer
+    before, data.trainer = data.trainer, trainer
     if trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0):
         data.prepare_data()
     trainer.strategy.barrier("lightning_rnf_prepare_data")
@@ -231,6 +236,7 @@ def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[
         yield
     finally:
         data.teardown(stage)
+        data.trainer = before
 
 
 @contextmanager

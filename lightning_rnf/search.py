@@ -92,7 +92,7 @@ def rank(
             true class go before those that speak for it.
         frozen: bool ``(units,)`` by layer, for all layers or for none: relevant to an earlier task.
         normalize: ``"layer"`` divides each layer's relevance by the sum of its absolute values, so that wide and deep
-            layers compare, and puts units without any relevance first: on the reference data they are silent anyway.
+            layers compare, and puts units without any relevance first: they add nothing to the true class.
             ``"none"`` compares raw relevance (the paper).
         candidates: ``"free"``: frozen units are never pruned, they serve every later task at no cost. ``"all"``: every
             unit is ranked anew (the paper).

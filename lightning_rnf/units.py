@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
@@ -55,9 +56,10 @@ class UnitMap:
         layers: in execution order.
         head: name of the module that made the logits.
         head_parameters: parameters of the head.
-        shared: parameters that belong to no unit and no head.
+        shared: parameters that belong to no unit and no head; of modules that ran detached from the logits, too.
         idle: parameters that took no part in the forward: other tasks' heads, or unused.
-        buffers: of the modules that ran, but for the outermost: norms' statistics, and whatever else may move.
+        buffers: of the modules that ran, and those of the outermost that were read: norms' statistics, and whatever
+            else may move.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -125,9 +127,10 @@ class _Call:
 class _Trace:
     """Everything that one forward tells: which modules ran in which order, and which tensors the logits depend on."""
 
-    def __init__(self, module: nn.Module, calls: list[_Call], logits: Tensor) -> None:
+    def __init__(self, module: nn.Module, calls: list[_Call], read: set[int], logits: Tensor) -> None:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.calls = calls
+        self.read = read
         self.logits = logits
         self.runs = Counter(call.name for call in calls)
         self.edges, self.leaves = _walk_graph(logits)
@@ -145,8 +148,9 @@ class _Trace:
             forget_gradient_hooks(module)
             for name, submodule in module.named_modules():
                 submodule.register_forward_hook(_recorder(name, calls))
-            logits, _ = predict_checked(predict, module, batch)
-            return cls(module, calls, logits)
+            with _Reads() as reads:
+                logits, _ = predict_checked(predict, module, batch)
+            return cls(module, calls, reads.tensors, logits)
 
     def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of this module alone, by full name."""
@@ -157,9 +161,29 @@ class _Trace:
         """Whether the logits depend on it."""
         if parameter in self.leaves:
             return True
-        # torch.no_grad and reentrant checkpointing hide parameters from the graph, but their modules were seen to run.
-        hidden = {call.name for call in self.calls if call.node is None}
-        return any(name.rpartition(".")[0] in hidden for name in self.owners[parameter])
+        # detach, no_grad and reentrant checkpointing hide what the logits depend on: what ran unseen may be needed.
+        unseen = {call.name for call in self.calls if not self.reached(call)}
+        return any(name.rpartition(".")[0] in unseen for name in self.owners[parameter])
+
+    def reached(self, call: _Call) -> bool:
+        """Whether the graph of the logits has this output in it."""
+        return call.node is not None and (self.edges[call.node] > 0 or call.node is self.logits.grad_fn)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes the identity of every tensor that a function is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            several = argument if isinstance(argument, (list, tuple)) else (argument,)
+            self.tensors.update(id(tensor) for tensor in several if isinstance(tensor, Tensor))
+        return function(*args, **(kwargs or {}))
 
 
 def _recorder(name: str, calls: list[_Call]) -> Any:
@@ -246,10 +270,9 @@ def _whole_entry(trace: _Trace, name: str) -> str | None:
 
 
 def _candidates(trace: _Trace) -> Iterator[_Call]:
-    """Runs of layers that the logits may depend on: an auxiliary decoder's, say, are none of them."""
+    """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
     for call in trace.calls:
-        reached = call.node is None or trace.edges[call.node] or call.node is trace.logits.grad_fn
-        if reached and isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)):
+        if isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)) and (call.node is None or trace.reached(call)):
             yield call
 
 
@@ -332,9 +355,12 @@ def _assign(trace: _Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tupl
     buffers = [
         f"{name}.{key}"
         for name, module in trace.modules.items()
-        if name and trace.runs[name]  # the outermost module's own are a replay memory, say, and no layer's
+        if name and trace.runs[name]
         for key, _ in module.named_buffers(recurse=False)
     ]
+    # The outermost module's own may be anything: a replay memory, say, that is not read when it predicts.
+    own = trace.modules[""].named_buffers(recurse=False)
+    buffers += [key for key, buffer in own if id(buffer) in trace.read]
     return tuple(of_head), tuple(shared), tuple(idle), tuple(buffers)
 
 

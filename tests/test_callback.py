@@ -362,6 +362,20 @@ def test_the_data_module_of_an_earlier_run_names_nothing():
     assert torch.equal(torch.cat(last.predict(model, DataLoader(TensorDataset(inputs()), 32))), logits)
 
 
+def test_a_name_that_was_given_for_the_last_fit_does_not_name_the_test():
+    model, rnf = Classifier(), RelevanceFreezing()
+    for task in "ab":
+        rnf.task = task
+        train(model, rnf, task)
+    x, y = clusters("a", 320, seed=2).tensors
+    with rnf.recall("a"), torch.no_grad():
+        expected = (model(x).argmax(1) == y).float().mean().item()
+    model.heads.activate("a")
+    for source in ({"datamodule": task_data("a")}, {"dataloaders": task_data("a").test_dataloader()}):
+        (tested,) = trainer(rnf).test(model, verbose=False, **source)
+        assert tested["test_accuracy"] == pytest.approx(expected)
+
+
 def test_paper_runs_the_head_of_the_task_that_is_tested():
     model, rnf = Classifier(), RelevanceFreezing.paper(criterion=0.05)
     train(model, rnf, "a", "b")
@@ -475,20 +489,15 @@ def test_heads_may_be_named_by_their_container():
         assert [record.head for record in rnf.state.tasks.values()] == ["heads.tasks.a", "heads.tasks.b"]
 
 
-def test_an_auxiliary_branch_is_none_of_our_business():
+def test_what_only_training_runs_is_none_of_our_business():
     class Auxiliary(Classifier):
         def __init__(self):
             super().__init__()
             self.decoder = nn.Linear(40, 6)
             self.register_buffer("memory", torch.zeros(10, 6))
 
-        def forward(self, x):
-            features = self.body(x)
-            self.reconstruction = self.decoder(features)
-            return self.heads(features)
-
         def training_step(self, batch):
-            return super().training_step(batch) + (self.reconstruction - batch[0]).square().mean()
+            return super().training_step(batch) + (self.decoder(self.body(batch[0])) - batch[0]).square().mean()
 
     model, rnf = Auxiliary(), RelevanceFreezing()
     train(model, rnf, "a")
@@ -498,6 +507,90 @@ def test_an_auxiliary_branch_is_none_of_our_business():
     before = model.decoder.weight.detach().clone()
     train(model, rnf, "b")
     assert not torch.equal(model.decoder.weight, before)
+
+
+class DetachedEncoder(Classifier):
+    """Its encoder learns from a loss of its own; the logits depend on it without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return super().forward(self.encoder(x).relu().detach())
+
+    def training_step(self, batch):
+        reconstruction = self.decoder(self.encoder(batch[0]).relu())
+        return super().training_step(batch) + (reconstruction - batch[0]).square().mean()
+
+
+class CentredInput(Classifier):
+    """A running mean of the model's own, which its forward reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.mean(dim=0) + 1, 0.1)
+        return super().forward(x - self.mean)
+
+
+class Attention(Classifier):
+    """Attention between two linear layers: its parameters are shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(1, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.body[0] = nn.Linear(8, 40)
+
+    def forward(self, x):
+        tokens = self.embed(x[..., None])
+        return super().forward(self.attention(tokens, tokens, tokens)[0].mean(dim=1))
+
+
+@pytest.mark.parametrize("model_type", [DetachedEncoder, CentredInput, Attention])
+def test_recall_is_bit_identical_where_units_are_not_all(model_type):
+    model, rnf = model_type(), RelevanceFreezing(criterion=0.1)
+    train(model, rnf, "a")
+    with rnf.recall("a"), torch.no_grad():
+        before = model(inputs())
+    train(model, rnf, "b")
+    with rnf.recall("a"), torch.no_grad():
+        assert torch.equal(model(inputs()), before)
+
+
+def test_a_parameter_that_is_replaced_during_the_fit_is_refused():
+    class Replace(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.body[0].weight = nn.Parameter(pl_module.body[0].weight.detach().clone())
+
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    model.heads.activate("b")
+    with pytest.raises(ValueError, match=r"parameter 'body.0.weight' was replaced by another during the fit"):
+        trainer(Replace(), rnf).fit(model, datamodule=task_data("b"))
+    assert list(rnf.state.tasks) == ["a"]
+
+
+def test_new_optimizers_in_the_middle_of_a_fit_are_followed():
+    class Renew(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.strategy.setup_optimizers(trainer)
+
+    model, rnf = Classifier(weight_decay=0.5), RelevanceFreezing()
+    train(model, rnf, "a")
+    rows, relevant = frozen_rows(model, rnf), rnf.state.tasks["a"].relevant
+    model.heads.activate("b")
+    trainer(Renew(), rnf).fit(model, datamodule=task_data("b"))
+    now = dict(model.named_parameters())
+    assert all(
+        torch.equal(now[name][relevant[layer.name]], rows[name])
+        for layer in rnf.state.layers
+        for name in layer.parameters
+    )
 
 
 def test_tasks_are_named_by_argument_function_datamodule_or_number():
@@ -718,6 +811,23 @@ def test_a_checkpoint_of_another_model_or_version_is_refused():
     assert not rnf.state.tasks
 
 
+def test_a_state_that_lacks_a_finished_task_is_refused_in_a_fit():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    other, other_model = copy.deepcopy(rnf), copy.deepcopy(model)
+    train(model, rnf, "b")
+    train(other_model, other, "c")
+
+    class Load(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            rnf.load_state_dict(other.state_dict())
+
+    model.heads.activate("c")
+    with pytest.raises(ValueError, match="saved before 'b' ended: this fit would train over what they need"):
+        trainer(rnf, Load()).fit(model, datamodule=task_data("c"))
+    assert list(rnf.state.tasks) == ["a", "b"]
+
+
 def test_unknown_tasks_are_named_in_the_error():
     model, rnf = Classifier(), RelevanceFreezing()
     train(model, rnf, "a")
@@ -745,6 +855,9 @@ def test_unknown_tasks_are_named_in_the_error():
         ("predict", 5),
         ("task", 5),
         ("composite", "EpsilonPlus"),
+        ("seed", 1.5),
+        ("units", 5),
+        ("heads", [5]),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(option, value):

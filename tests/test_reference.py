@@ -3,7 +3,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 from training import Classifier, loader, trainer
 
 from lightning_rnf.reference import Reference
@@ -107,12 +107,20 @@ def test_a_data_module_goes_through_its_life_cycle(fit):
     module = Numbered()
     Reference(module).draw(fit)
     assert module.events == ["prepare", "setup validate", "load", "teardown validate"]
-    assert module.trainer is fit
+    assert module.trainer is None  # as before
 
 
 def test_size_is_known_before_drawing(fit):
     assert Reference(numbered(50)).size(fit) == 50
     assert Reference(numbered(50), samples=20).size(fit) == 20
+
+
+def test_size_of_loaders_that_are_walked_counts_whole_batches_or_is_not_known(fit):
+    mine = numbered(50, batch_size=16, sampler=SubsetRandomSampler(range(40)))
+    assert Reference(mine, samples=20).size(fit) == 32 == Reference(mine, samples=20).draw(fit).samples
+    batches = DataLoader(numbered(50).dataset, batch_sampler=BatchSampler(SubsetRandomSampler(range(10)), 5, False))
+    assert Reference(batches).size(fit) is None
+    assert Reference(batches).draw(fit).samples == 10
 
 
 def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back():
