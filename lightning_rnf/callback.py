@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import subnetwork
+from lightning_rnf import arguments, subnetwork
 from lightning_rnf.attribution import attribute
 from lightning_rnf.criteria import AccuracyDrop, Criterion, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
@@ -116,26 +116,28 @@ class RelevanceFreezing(Callback):
         self.criterion = as_criterion(criterion)
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
-        self.retention = _one_of("retention", retention, Retention)
-        self.candidates = _one_of("candidates", candidates, Candidates)
-        self.importance = importance if callable(importance) else _one_of("importance", importance, ImportanceName)
+        self.retention = arguments.one_of("retention", retention, Retention)
+        self.candidates = arguments.one_of("candidates", candidates, Candidates)
+        self.importance = (
+            importance if callable(importance) else arguments.one_of("importance", importance, ImportanceName)
+        )
         if composite is not None and importance != "lrp":
             raise ValueError(f"composite holds rules for importance='lrp', which is {importance!r} here: leave one out")
-        self.composite = _of_type("composite", composite, Composite, "a composite of Zennit")
-        self.normalize = _one_of("normalize", normalize, Normalize)
-        self.search = _one_of("search", search, Method)
-        self.resolution = _at_least_one("resolution", resolution)
+        self.composite = arguments.of_type("composite", composite, Composite, "a composite of Zennit")
+        self.normalize = arguments.one_of("normalize", normalize, Normalize)
+        self.search = arguments.one_of("search", search, Method)
+        self.resolution = arguments.at_least_one("resolution", resolution)
         self.reference_samples = (
-            None if reference_samples is None else _at_least_one("reference_samples", reference_samples)
+            None if reference_samples is None else arguments.at_least_one("reference_samples", reference_samples)
         )
         self.attribution_samples = (
-            None if attribution_samples is None else _at_least_one("attribution_samples", attribution_samples)
+            None if attribution_samples is None else arguments.at_least_one("attribution_samples", attribution_samples)
         )
-        self.units = _globs("units", units)
-        self.heads = _globs("heads", heads)
-        self.predict = _of_type("predict", predict, Callable, "a function (module, batch)") or supervised
-        self.task = _of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
-        self.seed = _of_type("seed", seed, int, "a whole number")
+        self.units = arguments.globs("units", units)
+        self.heads = arguments.globs("heads", heads)
+        self.predict = arguments.of_type("predict", predict, Callable, "a function (module, batch)") or supervised
+        self.task = arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
+        self.seed = arguments.of_type("seed", seed, int, "a whole number")
         self.state = FreezeState()
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
@@ -461,29 +463,3 @@ def _refuse(trainer: pl.Trainer) -> None:
             f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
             "use Trainer(devices=1)"
         )
-
-
-def _one_of(name: str, value: Any, choices: Any) -> Any:
-    if value not in choices.__args__:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices.__args__))}")
-    return value
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-    return value
-
-
-def _globs(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
-        raise TypeError(f"{name} is {value!r}, expected a glob of module names, or several")
-    return tuple(value)
-
-
-def _of_type(name: str, value: Any, kind: Any, expected: str) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name} is {value!r}, expected {expected}")
-    return value

@@ -1,0 +1,52 @@
+"""Checks of constructor arguments: each says in one sentence what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def one_of(name: str, value: Any, choices: Any) -> Any:
+    """Return ``value`` if it is one of a ``Literal``'s.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value not in choices.__args__:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices.__args__))}")
+    return value
+
+
+def at_least_one(name: str, value: int) -> int:
+    """Return ``value`` if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def globs(name: str, value: Any) -> Any:
+    """Return ``value`` if it is None, a glob of module names, or several, then as a tuple.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
+        raise TypeError(f"{name} is {value!r}, expected a glob of module names, or several")
+    return tuple(value)
+
+
+def of_type(name: str, value: Any, kind: Any, expected: str) -> Any:
+    """Return ``value`` if it is None or of this kind.
+
+    Raises:
+        TypeError: if it is not, saying what is ``expected``.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, expected {expected}")
+    return value
