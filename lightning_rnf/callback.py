@@ -12,8 +12,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -25,9 +23,9 @@ from lightning_rnf.criteria import AccuracyDrop, Criterion, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities
 from lightning_rnf.guard import borrowed, evaluating
-from lightning_rnf.heads import MultiHead
 from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores
-from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource, data_module
+from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
+from lightning_rnf.runs import TaskOption, given_name, refuse_strategies, task_of_evaluation
 from lightning_rnf.search import Candidates, Method, Normalize, Ranking, SearchResult, rank, search_cutoff
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
@@ -109,7 +107,7 @@ class RelevanceFreezing(Callback):
         units: str | Sequence[str] | None = None,
         heads: str | Sequence[str] | None = None,
         predict: Predict | None = None,
-        task: str | Callable[[pl.Trainer, pl.LightningModule], str] | None = None,
+        task: TaskOption = None,
         seed: int = 0,
     ) -> None:
         self.reference = reference
@@ -193,7 +191,9 @@ class RelevanceFreezing(Callback):
         """Freeze whole parameters before the strategy wraps the model."""
         if stage != "fit":
             return
-        _refuse(trainer)
+        if sum(isinstance(callback, RelevanceFreezing) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
+        refuse_strategies(trainer)
         self._task_name(trainer, pl_module)
         self._begin(pl_module)
         self._model = weakref.ref(pl_module)
@@ -402,7 +402,7 @@ class RelevanceFreezing(Callback):
             rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
 
     def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        name = self._given_name(trainer, module)
+        name = given_name(self.task, trainer, module)
         if name is None:
             name = f"task-{len(self.state.tasks)}"
         if name in self.state.tasks:
@@ -412,28 +412,13 @@ class RelevanceFreezing(Callback):
             )
         return name
 
-    def _given_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
-        if callable(self.task):
-            name = self.task(trainer, module)
-            if not isinstance(name, str) or not name:
-                raise TypeError(f"task(trainer, module) returned {name!r}, expected the task's name")
-            return name
-        name = self.task if self.task is not None else getattr(data_module(trainer), "task", None)
-        return name if isinstance(name, str) and name else None
-
     def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
             return
-        active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
-        modules = dict(module.named_modules())
-        by_head = [name for name, task in self.state.tasks.items() if modules.get(task.head) in active]
-        # What task= says is about the fits: it may name the last one or the next. The data and the head know better.
-        of_data = getattr(data_module(trainer), "task", None)
-        known = isinstance(of_data, str) and (of_data in self.state.tasks or self.task is None)
-        name = of_data if known else by_head[0] if by_head else self._given_name(trainer, module)
+        name, is_known = task_of_evaluation(self.task, self.state, trainer, module)
         if name in self.state.tasks:
             self._recalled.enter_context(self.recall(name, module))
-        elif name is None and not active:
+        elif not is_known:
             rank_zero_warn(
                 "which task this is can't be told, so nothing is recalled: use a data module with a task attribute, "
                 "or wrap the call in rnf.recall(task)"
@@ -445,21 +430,3 @@ class RelevanceFreezing(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())
-
-
-def _refuse(trainer: pl.Trainer) -> None:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if sum(isinstance(callback, RelevanceFreezing) for callback in callbacks) > 1:
-        raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
-    sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or isinstance(trainer.strategy, sharded):
-        raise ValueError(
-            f"RelevanceFreezing can't work under {type(trainer.strategy).__name__} as it is set up here: spawned and "
-            "forked processes take the finished tasks with them, sharded weights can't be attributed; use "
-            "Trainer(strategy='auto', devices=1)"
-        )
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
-            "use Trainer(devices=1)"
-        )

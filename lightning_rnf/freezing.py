@@ -113,36 +113,36 @@ class Freezer:
             TypeError: if an optimizer has no step hooks to hold rows with.
         """
         self._remove_hooks()
-        optimizers = list(optimizers)
-        for optimizer in optimizers:
-            if not hasattr(optimizer, "register_step_post_hook"):
-                raise TypeError(
-                    f"optimizer {type(optimizer).__name__} has no step hooks, so frozen rows can't be held: "
-                    "use a torch.optim.Optimizer"
-                )
+        self.follow(optimizers)
         for rows in self._rows.values():
             rows.hold()
             if rows.frozen is not None:
                 self._handles.append(rows.mask_gradients())
-        self.follow(optimizers)
 
     def follow(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Hold rows against these optimizers too, if they are new, and check that the parameters are still the same.
 
         Raises:
+            TypeError: if an optimizer has no step hooks to hold rows with.
             ValueError: if somebody has put another parameter in the place of one that is held.
         """
+        new = [one for one in optimizers if not any(one is known for known in self._optimizers)]
+        for optimizer in new:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise TypeError(
+                    f"optimizer {type(optimizer).__name__} has no step hooks, so frozen rows can't be held: "
+                    "use a torch.optim.Optimizer"
+                )
         for name, rows in self._rows.items():
             if self._module.get_parameter(name) is not rows.parameter:
                 raise ValueError(
                     f"parameter {name!r} was replaced by another during the fit, so its frozen rows can't be held: "
                     "write into the one that is there"
                 )
-        for optimizer in optimizers:
-            if not any(optimizer is known for known in self._optimizers):
-                self._optimizers.append(optimizer)
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        for optimizer in new:
+            self._optimizers.append(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def detach(self) -> None:
         """Pin once more, remove every hook and give back the flags. Safe to call twice."""

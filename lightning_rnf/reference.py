@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from lightning_rnf.evaluation import Predict, accuracy, supervised
+from lightning_rnf.runs import data_module
 
 ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
 """Where reference data comes from: a data module's validation data; a loader; a function ``(trainer, module)`` that
@@ -217,25 +218,20 @@ def _validation_data(trainer: Trainer) -> Any:
     return None
 
 
-def data_module(trainer: Trainer) -> LightningDataModule | None:
-    """The data module of the run that is under way; None if it was given loaders."""
-    # trainer.datamodule is still the last run's if this one was given loaders, but the loops' sources are this one's.
-    source = trainer.fit_loop._data_source.instance
-    return source if isinstance(source, LightningDataModule) else None
-
-
 @contextmanager
 def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[None]:
     """The life cycle that Lightning gives only to the Trainer's own data module."""
     before, data.trainer = data.trainer, trainer
-    if trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0):
-        data.prepare_data()
-    trainer.strategy.barrier("lightning_rnf_prepare_data")
-    data.setup(stage)
     try:
-        yield
+        if trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0):
+            data.prepare_data()
+        trainer.strategy.barrier("lightning_rnf_prepare_data")
+        data.setup(stage)
+        try:
+            yield
+        finally:
+            data.teardown(stage)
     finally:
-        data.teardown(stage)
         data.trainer = before
 
 

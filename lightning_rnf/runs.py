@@ -1,0 +1,73 @@
+"""What a Trainer's run is about: whether it can be worked with, whose data it runs on, and which task that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lightning_rnf.heads import MultiHead
+from lightning_rnf.state import FreezeState
+
+TaskOption = str | Callable[[Trainer, LightningModule], str] | None
+"""A task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``."""
+
+
+def refuse_strategies(trainer: Trainer) -> None:
+    """Check that there is one process, and that it keeps what it finds.
+
+    Raises:
+        ValueError: if not, naming what to use.
+    """
+    sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or isinstance(trainer.strategy, sharded):
+        raise ValueError(
+            f"RelevanceFreezing can't work under {type(trainer.strategy).__name__} as it is set up here: spawned and "
+            "forked processes take the finished tasks with them, sharded weights can't be attributed; use "
+            "Trainer(strategy='auto', devices=1)"
+        )
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
+            "use Trainer(devices=1)"
+        )
+
+
+def data_module(trainer: Trainer) -> LightningDataModule | None:
+    """The data module of the run that is under way; None if it was given loaders."""
+    # trainer.datamodule is still the last run's if this one was given loaders, but the loops' sources are this one's.
+    source = trainer.fit_loop._data_source.instance
+    return source if isinstance(source, LightningDataModule) else None
+
+
+def given_name(task: TaskOption, trainer: Trainer, module: LightningModule) -> str | None:
+    """The task's name as the user gives it; None if nothing does.
+
+    Raises:
+        TypeError: if the user's function returns no name.
+    """
+    if callable(task):
+        name: Any = task(trainer, module)
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"task(trainer, module) returned {name!r}, expected the task's name")
+        return name
+    name = task if task is not None else getattr(data_module(trainer), "task", None)
+    return name if isinstance(name, str) and name else None
+
+
+def task_of_evaluation(
+    task: TaskOption, state: FreezeState, trainer: Trainer, module: LightningModule
+) -> tuple[str | None, bool]:
+    """The task that is validated, tested or predicted, and whether anything tells which it is."""
+    active = [head.tasks[head.active] for head in module.modules() if isinstance(head, MultiHead) and head.active]
+    modules = dict(module.named_modules())
+    by_head = [name for name, record in state.tasks.items() if modules.get(record.head) in active]
+    # What task= says is about the fits: it may name the last one or the next. The data and the head know better.
+    of_data = getattr(data_module(trainer), "task", None)
+    if isinstance(of_data, str) and (of_data in state.tasks or task is None):
+        return of_data, True
+    name = by_head[0] if by_head else given_name(task, trainer, module)
+    return name, name is not None or bool(active)
