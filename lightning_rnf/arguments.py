@@ -17,14 +17,25 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
-def at_least_one(name: str, value: int) -> int:
-    """Return ``value`` if it is a whole number of at least 1.
+def at_least(name: str, value: int, least: int) -> int:
+    """Return ``value`` if it is a whole number of at least ``least``.
 
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return value
+
+
+def share(name: str, value: float | None) -> float | None:
+    """Return ``value`` if it is None or in (0, 1].
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1):
+        raise ValueError(f"{name} is {value!r}, expected a share above 0 and up to 1")
     return value
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,22 +16,24 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import arguments, subnetwork
-from lightning_rnf.attribution import attribute
-from lightning_rnf.criteria import AccuracyDrop, Criterion, as_criterion
+from lightning_rnf import arguments, initial, norms, subnetwork
+from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities
-from lightning_rnf.guard import borrowed, evaluating
-from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores
+from lightning_rnf.guard import recompiled
+from lightning_rnf.importance import Importance, ImportanceName
+from lightning_rnf.norms import NormStatistics
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.runs import TaskOption, given_name, refuse_strategies, task_of_evaluation
-from lightning_rnf.search import Candidates, Method, Normalize, Ranking, SearchResult, rank, search_cutoff
+from lightning_rnf.search import Candidates, Method, Normalize
+from lightning_rnf.selection import Selection
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
 
-log = logging.getLogger(__name__)
-
 Retention = Literal["exact", "paper"]
+CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
+
+_CONTEXTS = ("_recalled", "_in_training")
 
 
 class RelevanceFreezing(Callback):
@@ -68,6 +69,15 @@ class RelevanceFreezing(Callback):
             ``"paper"``: Algorithm 1 to the letter: nothing is silenced after the search, and frozen units go on reading
             free ones.
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
+        recovery_epochs: the task's last epochs, so many, train inside the sub-network: the search comes before them,
+            against ``recovery_criterion``; then only the head and the free units that are relevant learn, and the
+            network, pruned harder, gets its accuracy back. The tolerance is checked at the end.
+        recovery_criterion: what the search before the recovery may take; a number is the absolute drop of accuracy.
+            None: 0.1.
+        recovery_search: if the recovery falls short of ``criterion``, take a milder cutoff of those that were measured.
+        ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
+            beyond it are pruned too. None: no limit.
+        reset_free: give free units their initial values back before each new task.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
         composite: Zennit's rules for relevance; None: ``EpsilonPlus``.
@@ -75,6 +85,11 @@ class RelevanceFreezing(Callback):
             units without any go first. ``"none"``: raw, the paper.
         search: ``"bisect"``, or the paper's ``"linear"``.
         resolution: units per step of the search (the paper's pruning ratio r).
+        norm_statistics: ``"per_task"``: recall brings back the running statistics of the task's end. ``"pinned"``:
+            besides, frozen channels normalise with their stored statistics in training. ``"shared"``: later tasks move
+            them, and recall is not exact.
+        recalibrate_norm: estimate the running statistics of each candidate sub-network anew, from the inputs that
+            relevance is measured on, before it is scored; recall brings those back.
         reference_samples: how many samples to draw; accuracy is measured on all of them. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
         units: globs of the names of layers to make units of; None: all linear layers and convolutions outside the head.
@@ -92,16 +107,23 @@ class RelevanceFreezing(Callback):
         self,
         reference: ReferenceSource = None,
         *,
-        criterion: float | Criterion = 0.02,
+        criterion: CriterionOption = 0.02,
         elasticity: ElasticityOption = 0.0,
         irrelevant_elasticity: ElasticityOption = 1.0,
         retention: Retention = "exact",
         candidates: Candidates = "free",
+        recovery_epochs: int = 0,
+        recovery_criterion: CriterionOption | None = None,
+        recovery_search: bool = False,
+        ration: float | None = None,
+        reset_free: bool = False,
         importance: ImportanceName | Importance = "lrp",
         composite: Composite | None = None,
         normalize: Normalize = "layer",
         search: Method = "bisect",
         resolution: int = 1,
+        norm_statistics: NormStatistics = "per_task",
+        recalibrate_norm: bool = True,
         reference_samples: int | None = 5000,
         attribution_samples: int | None = 1000,
         units: str | Sequence[str] | None = None,
@@ -115,21 +137,28 @@ class RelevanceFreezing(Callback):
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
         self.retention = arguments.one_of("retention", retention, Retention)
-        self.candidates = arguments.one_of("candidates", candidates, Candidates)
-        self.importance = (
-            importance if callable(importance) else arguments.one_of("importance", importance, ImportanceName)
+        self.recovery_epochs = arguments.at_least("recovery_epochs", recovery_epochs, 0)
+        self.recovery_criterion = as_criterion(0.1 if recovery_criterion is None else recovery_criterion)
+        self.recovery_search = arguments.of_type("recovery_search", recovery_search, bool, "True or False")
+        self.reset_free = arguments.of_type("reset_free", reset_free, bool, "True or False")
+        self.selection = Selection(
+            importance if callable(importance) else arguments.one_of("importance", importance, ImportanceName),
+            arguments.of_type("composite", composite, Composite, "a composite of Zennit"),
+            arguments.one_of("normalize", normalize, Normalize),
+            arguments.one_of("candidates", candidates, Candidates),
+            arguments.share("ration", ration),
+            arguments.one_of("search", search, Method),
+            arguments.at_least("resolution", resolution, 1),
+            arguments.one_of("norm_statistics", norm_statistics, NormStatistics),
+            arguments.of_type("recalibrate_norm", recalibrate_norm, bool, "True or False"),
         )
         if composite is not None and importance != "lrp":
             raise ValueError(f"composite holds rules for importance='lrp', which is {importance!r} here: leave one out")
-        self.composite = arguments.of_type("composite", composite, Composite, "a composite of Zennit")
-        self.normalize = arguments.one_of("normalize", normalize, Normalize)
-        self.search = arguments.one_of("search", search, Method)
-        self.resolution = arguments.at_least_one("resolution", resolution)
         self.reference_samples = (
-            None if reference_samples is None else arguments.at_least_one("reference_samples", reference_samples)
+            None if reference_samples is None else arguments.at_least("reference_samples", reference_samples, 1)
         )
         self.attribution_samples = (
-            None if attribution_samples is None else arguments.at_least_one("attribution_samples", attribution_samples)
+            None if attribution_samples is None else arguments.at_least("attribution_samples", attribution_samples, 1)
         )
         self.units = arguments.globs("units", units)
         self.heads = arguments.globs("heads", heads)
@@ -140,13 +169,24 @@ class RelevanceFreezing(Callback):
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
         self._recalled = ExitStack()
+        self._in_training = ExitStack()
+        if self.retention == "exact" and norm_statistics == "shared":
+            rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
         if self.retention == "exact" and any(elasticity.values() if isinstance(elasticity, dict) else [elasticity]):
             rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
 
     @classmethod
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
-        return cls(**{"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0, **changes})
+        paper = {
+            "retention": "paper",
+            "candidates": "all",
+            "normalize": "none",
+            "recovery_epochs": 0,
+            "recalibrate_norm": False,
+            "elasticity": 0.0,
+        }
+        return cls(**{**paper, **changes})
 
     # -- what a user asks ---------------------------------------------------------------------------------------------
 
@@ -195,27 +235,50 @@ class RelevanceFreezing(Callback):
             raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
         refuse_strategies(trainer)
         self._task_name(trainer, pl_module)
+        self._check_epochs(trainer)
+        self.state.stop_recovery()  # of a fit that was given up; a checkpoint brings back that of one to resume
         self._begin(pl_module)
         self._model = weakref.ref(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what the task's end will need while nothing is lost, and hold frozen rows from here on."""
-        self._task_name(trainer, pl_module)
+        name = self._task_name(trainer, pl_module)
         reference = self._reference()
         with isolate_rng():
             example = reference.example(trainer)
             units = self._trace(pl_module, example)
             self._check_size(reference.size(trainer))
-            self._attribute("a first batch", pl_module, units, [example])
+            self.selection.relevance(pl_module, units, ReferenceData([example], 1, 1, self.predict))
         check_globs("elasticity", self.elasticity, units)
         check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None
+        if self.state.recovering is not None and self.state.recovering.name != name:
+            self.state.stop_recovery()
+            self._freezer.change(self._elasticities())
+        if self.reset_free:
+            if not self.state.tasks:
+                initial.remember(self.state, pl_module, units)
+            initial.reset_free(self.state, pl_module)
         self._freezer.attach(trainer.optimizers)
+        if self.selection.norm_statistics == "pinned":
+            channels = norms.frozen_channels(self.state, pl_module)
+            self._in_training.enter_context(recompiled())
+            self._in_training.enter_context(norms.pinned(pl_module, channels))
+        if self.state.recovering is not None:
+            self._silence_the_rest(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Follow optimizers that were put in place of others."""
+        """Follow optimizers that were put in place of others; go on inside the sub-network when it is time."""
         assert self._freezer is not None
         self._freezer.follow(trainer.optimizers)
+        if self._is_time_to_recover(trainer):
+            name = self._task_name(trainer, pl_module)
+            with isolate_rng():
+                units, reference = self._observe(trainer, pl_module)
+                record = self.selection.select(name, pl_module, units, reference, self.state, self.recovery_criterion)
+            self.state.recover(replace(record, recovery_epochs=self.recovery_epochs), units)
+            self._freezer.change(self._elasticities())
+            self._silence_the_rest(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -238,31 +301,19 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.follow(trainer.optimizers)
         self._freezer.pin()
+        self._in_training.close()
         name = self._task_name(trainer, pl_module)
+        recovered = self.state.recovering
         with isolate_rng():
-            reference = self._reference().draw(trainer)
-            self._check_size(reference.samples)
-            units = self._trace(pl_module, reference.example)
-            started = time.perf_counter()
-            relevance = self._attribute(name, pl_module, units, reference.for_attribution)
-            attributed = time.perf_counter()
-            ranking = rank(relevance, self.state.frozen(), normalize=self.normalize, candidates=self.candidates)
-            found = self._search(name, pl_module, units, ranking, reference)
-            searched = time.perf_counter()
-        record = TaskRecord(
-            name=name,
-            head=units.head,
-            head_parameters=units.head_parameters,
-            relevant=ranking.relevant(found.accepted.cutoff),
-            relevance={layer: values.float() for layer, values in relevance.items()},
-            norm_statistics=subnetwork.statistics(pl_module, units),
-            cutoff=found.accepted.cutoff,
-            accuracy=found.accepted.baseline,
-            subnetwork_accuracy=found.accepted.accuracy,
-            samples=reference.samples,
-            evaluations=found.evaluations,
-            seconds={"attribution": attributed - started, "search": searched - attributed},
-        )
+            units, reference = self._observe(trainer, pl_module)
+            if recovered is None:
+                if self.recovery_epochs:
+                    rank_zero_warn(f"{name}: the fit ended before its last {self.recovery_epochs} epochs: no recovery")
+                record = self.selection.select(name, pl_module, units, reference, self.state, self.criterion)
+            else:
+                record = self.selection.settle(
+                    recovered, pl_module, units, reference, self.state, self.criterion, milder=self.recovery_search
+                )
         full_before = self._full_layers()
         self.state.add(record, units)
         self._report(record, full_before)
@@ -337,14 +388,47 @@ class RelevanceFreezing(Callback):
         if self._freezer is not None:
             self._freezer.detach()
         self.state.check_module(module)
-        self._freezer = Freezer(module, elasticities(self.state, self.elasticity, self.irrelevant_elasticity))
+        self._freezer = Freezer(module, self._elasticities())
         self._freezer.stop_gradients()
 
     def _give_back(self) -> None:
         self._recalled.close()
+        self._in_training.close()
         if self._freezer is not None:
             self._freezer.detach()
             self._freezer = None
+
+    def _elasticities(self) -> dict[str, torch.Tensor]:
+        return elasticities(self.state, self.elasticity, self.irrelevant_elasticity)
+
+    def _silence_the_rest(self, module: pl.LightningModule) -> None:
+        assert self.state.recovering is not None
+        self._in_training.enter_context(recompiled())
+        self._in_training.enter_context(subnetwork.silence(module, self.state.layers, self.state.recovering.relevant))
+
+    def _observe(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[UnitMap, ReferenceData]:
+        reference = self._reference().draw(trainer)
+        self._check_size(reference.samples)
+        return self._trace(module, reference.example), reference
+
+    def _is_time_to_recover(self, trainer: pl.Trainer) -> bool:
+        return (
+            self.recovery_epochs > 0
+            and self.state.recovering is None
+            and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            and _epochs_left(trainer) == self.recovery_epochs
+        )
+
+    def _check_epochs(self, trainer: pl.Trainer) -> None:
+        if not self.recovery_epochs:
+            return
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            raise ValueError("recovery_epochs are the last of a known number: give Trainer(max_epochs=...)")
+        if _epochs_left(trainer) <= self.recovery_epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"recovery_epochs={self.recovery_epochs} of max_epochs={trainer.max_epochs} leave no epoch for the "
+                "whole network: the sub-network is searched after at least one"
+            )
 
     def _reference(self) -> Reference:
         return Reference(self.reference, self.reference_samples, self.attribution_samples, self.predict, self.seed)
@@ -361,42 +445,28 @@ class RelevanceFreezing(Callback):
         return units
 
     def _check_size(self, samples: int | None) -> None:
-        if samples is not None and isinstance(self.criterion, AccuracyDrop):
+        if samples is not None:
             self.criterion.check_samples(samples)
-
-    def _attribute(
-        self, name: str, module: pl.LightningModule, units: UnitMap, batches: list[Any]
-    ) -> dict[str, torch.Tensor]:
-        def progress(samples: int) -> None:
-            log.debug("%s: relevance, %d samples", name, samples)
-
-        if self.importance == "lrp":
-            return attribute(module, units.layers, batches, self.predict, self.composite, progress)
-        importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
-        return check_scores(importance(module, units.layers, batches, self.predict), units.layers)
-
-    def _search(
-        self, name: str, module: pl.LightningModule, units: UnitMap, ranking: Ranking, reference: ReferenceData
-    ) -> SearchResult:
-        def measure(cutoff: int) -> float:
-            with subnetwork.silence(module, units.layers, ranking.relevant(cutoff)):
-                accuracy = reference.accuracy(module)
-            log.debug("%s: search, %d of %d units silenced, accuracy %.3f", name, cutoff, ranking.candidates, accuracy)
-            return accuracy
-
-        with borrowed(module), evaluating(module):
-            return search_cutoff(ranking, measure, self.criterion, method=self.search, resolution=self.resolution)
 
     def _full_layers(self) -> set[str]:
         return {layer for layer, share in self.capacity().items() if share == 0}
 
     def _report(self, record: TaskRecord, full_before: set[str]) -> None:
         units = sum(layer.units for layer in self.state.layers)
+        epochs = f", recovered for {record.recovery_epochs} epochs" if record.recovery else ""
         rank_zero_info(
             f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
-            f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}, "
-            f"{len(record.evaluations)} evaluations on {record.samples} samples); {self.free_capacity:.1%} free"
+            f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}{epochs}, "
+            f"{len(record.evaluations) + len(record.recovery)} evaluations on {record.samples} samples); "
+            f"{self.free_capacity:.1%} free"
         )
+        if not record.accepted:
+            cause = "its recovery" if record.recovery else f"the ration of {self.selection.ration}"
+            rank_zero_warn(
+                f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
+                f"network, {record.subnetwork_accuracy:.4f} of the sub-network; give it more recovery_epochs, a milder "
+                "recovery_criterion or ration, or recovery_search=True"
+            )
         full = self._full_layers() - full_before
         if full:
             rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
@@ -426,7 +496,12 @@ class RelevanceFreezing(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no fit under way.
-        return {**vars(self), "_model": None, "_freezer": None, "_recalled": None}
+        return {**vars(self), "_model": None, "_freezer": None, **dict.fromkeys(_CONTEXTS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _model=lambda: None, _recalled=ExitStack())
+        vars(self).update(state, _model=lambda: None, **{name: ExitStack() for name in _CONTEXTS})
+
+
+def _epochs_left(trainer: pl.Trainer) -> int:
+    assert trainer.max_epochs is not None
+    return trainer.max_epochs - trainer.current_epoch

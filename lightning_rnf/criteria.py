@@ -1,13 +1,16 @@
 """When pruning stops: criteria look at one candidate sub-network's score and say whether it will do.
 
-A criterion is any callable ``SubnetworkScore -> bool``. The search looks for the largest cutoff that it accepts.
+The search looks for the largest cutoff that its criterion accepts. Criteria are combined by ``&``; any callable
+``SubnetworkScore -> bool`` is one. The paper (section 3) names performance, the number of free units, and energy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class SubnetworkScore:
         relevant: how many of them the sub-network keeps.
         free: how many would be relevant to no task if this cutoff were taken.
         free_before: the same at the search's step before this one.
+        values: what else the criterion asked for, by name: metrics, ``"flops"`` of one sample and ``"flops_before"``.
+        baseline_values: the same of the whole network.
     """
 
     cutoff: int
@@ -31,13 +36,71 @@ class SubnetworkScore:
     relevant: int
     free: int
     free_before: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    baseline_values: Mapping[str, float] = field(default_factory=dict)
 
 
-Criterion = Callable[[SubnetworkScore], bool]
+class Criterion:
+    """Says of one score whether pruning may go so far. Subclasses say what they want measured, too."""
+
+    counts_flops: bool = False
+    """Whether scores need ``values["flops"]``."""
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics to be measured on the reference data, by their name in ``values``."""
+        return {}
+
+    def __call__(self, score: SubnetworkScore) -> bool:
+        """Whether the sub-network will do."""
+        raise NotImplementedError
+
+    def check_samples(self, samples: int) -> None:
+        """Check that so many reference samples can tell; does nothing by default.
+
+        Raises:
+            ValueError: if they can't.
+        """
+
+    def __and__(self, other: Callable[[SubnetworkScore], bool]) -> Criterion:
+        """Accept what both accept: pruning goes on until either says stop."""
+        return _Both(self, as_criterion(other))
+
+    def __rand__(self, other: Callable[[SubnetworkScore], bool]) -> Criterion:
+        return _Both(as_criterion(other), self)
 
 
 @dataclass(frozen=True)
-class AccuracyDrop:
+class _Both(Criterion):
+    first: Criterion
+    second: Criterion
+
+    @property
+    def counts_flops(self) -> bool:  # type: ignore[override]
+        return self.first.counts_flops or self.second.counts_flops
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        return {**self.first.metrics, **self.second.metrics}
+
+    def __call__(self, score: SubnetworkScore) -> bool:
+        return self.first(score) and self.second(score)
+
+    def check_samples(self, samples: int) -> None:
+        self.first.check_samples(samples)
+        self.second.check_samples(samples)
+
+
+@dataclass(frozen=True)
+class _Custom(Criterion):
+    function: Callable[[SubnetworkScore], bool]
+
+    def __call__(self, score: SubnetworkScore) -> bool:
+        return bool(self.function(score))
+
+
+@dataclass(frozen=True)
+class AccuracyDrop(Criterion):
     """Accept while accuracy has fallen by at most ``tolerance`` (the paper's pruning threshold, 2 %).
 
     Attributes:
@@ -55,8 +118,7 @@ class AccuracyDrop:
 
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the drop is within the tolerance."""
-        # Two accuracies are quotients of integers; the slack only undoes the rounding of their difference.
-        return score.baseline - score.accuracy <= self.tolerance + 1e-12
+        return score.baseline - score.accuracy <= self.tolerance + _SLACK
 
     def check_samples(self, samples: int) -> None:
         """Check that so many samples can tell a drop of the tolerance from none. A tolerance of 0 is meant, and fine.
@@ -73,7 +135,7 @@ class AccuracyDrop:
 
 
 @dataclass(frozen=True)
-class FreeCapacity:
+class FreeCapacity(Criterion):
     """Prune until the given share of all units is free, whatever the accuracy (the paper, section 3, names this).
 
     The search stops at its first step that leaves so many free. They can't be had where frozen units take more already.
@@ -96,14 +158,101 @@ class FreeCapacity:
         return score.free_before < self.minimum * score.units - 1e-9  # 0.07 × 100 is 7.000000000000001
 
 
-def as_criterion(criterion: float | Criterion) -> Criterion:
-    """A number is an `AccuracyDrop`; a callable is taken as it is.
+@dataclass(frozen=True)
+class MetricDrop(Criterion):
+    """Accept while a torchmetrics metric has worsened by at most ``tolerance``.
+
+    Attributes:
+        metric: takes ``(logits, target)``, logits ``(N, classes)``, and computes one number; it is cloned, never
+            updated itself.
+        tolerance: absolute, of at least 0, in the metric's own unit.
+        higher_is_better: its direction; None: as the metric says itself.
 
     Raises:
-        TypeError: if it is neither.
+        ValueError: if the tolerance is below 0 or the direction is not known.
+        TypeError: if it is no metric.
+
+    Example::
+
+        MetricDrop(MulticlassF1Score(num_classes=10), tolerance=0.01)
     """
+
+    metric: Metric
+    tolerance: float = 0.02
+    higher_is_better: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            raise TypeError(f"metric is {self.metric!r}, expected a torchmetrics.Metric")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance is {self.tolerance}, expected at least 0, in the metric's unit")
+        if self._direction is None:
+            raise ValueError(
+                f"{self.name} does not say whether more is better: pass higher_is_better=True or higher_is_better=False"
+            )
+
+    @property
+    def name(self) -> str:
+        """Key of the metric's value in a score."""
+        return type(self.metric).__name__
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metric, by its name."""
+        return {self.name: self.metric}
+
+    @property
+    def _direction(self) -> bool | None:
+        return self.metric.higher_is_better if self.higher_is_better is None else self.higher_is_better
+
+    def __call__(self, score: SubnetworkScore) -> bool:
+        """Whether the metric has worsened by no more than the tolerance."""
+        gain = score.values[self.name] - score.baseline_values[self.name]
+        return -gain * (1 if self._direction else -1) <= self.tolerance + _SLACK
+
+
+@dataclass(frozen=True)
+class ComputeBudget(Criterion):
+    """Prune until the sub-network needs at most so many floating point operations for one sample.
+
+    The stand-in for the paper's energy (section 3). Operations are counted by torch's own counter on the sub-network
+    as `export` would build it. The search stops at its first step within the budget.
+
+    Attributes:
+        flops: the budget: above 1 a number of operations, up to 1 a share of the whole network's.
+
+    Raises:
+        ValueError: if it is not above 0.
+    """
+
+    flops: float
+
+    counts_flops = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.flops < math.inf:
+            raise ValueError(f"flops is {self.flops}, expected operations per sample, or a share in (0, 1]")
+
+    def __call__(self, score: SubnetworkScore) -> bool:
+        """Whether the step before was above the budget."""
+        whole = score.baseline_values["flops"]
+        return score.values["flops_before"] > (self.flops * whole if self.flops <= 1 else self.flops)
+
+
+def as_criterion(criterion: float | Callable[[SubnetworkScore], bool]) -> Criterion:
+    """A number is an `AccuracyDrop`; a `Criterion` is taken as it is, any other callable by its verdict.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
     if isinstance(criterion, (int, float)) and not isinstance(criterion, bool):
         return AccuracyDrop(float(criterion))
     if callable(criterion):
-        return criterion
+        return _Custom(criterion)
     raise TypeError(f"criterion is {criterion!r}, expected a tolerance such as 0.02 or a callable(SubnetworkScore)")
+
+
+_SLACK = 1e-12
+# Accuracies are quotients of integers; the slack only undoes the rounding of their difference.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_rnf.search import Measured
 
 Predict = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """``(module, batch) -> (logits, target)``: logits ``(N, classes)``, target ``(N,)`` of class indices."""
@@ -57,32 +60,42 @@ def predict_checked(predict: Predict, module: nn.Module, batch: Any) -> tuple[Te
 
 
 @torch.no_grad()
-def accuracy(
+def measure(
     module: nn.Module,
     batches: Iterable[Any],
     predict: Predict = supervised,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> float:
-    """Share of the samples whose largest logit is the label's, in [0, 1]. The module should be in eval mode.
+    metrics: Mapping[str, Metric] | None = None,
+) -> Measured:
+    """Accuracy and metrics of a module, which should be in eval mode, on labelled batches.
 
     Args:
         module: the model.
         batches: on the module's device.
         predict: how to get logits and labels of a batch.
         forward_context: entered around each forward, for autocast.
+        metrics: of logits and labels; copies of them are updated.
+
+    Returns:
+        The share of the samples whose largest logit is the label's, and the metrics' values by name.
 
     Raises:
         ValueError: if there is no sample, or as `predict_checked`.
     """
+    copies = {name: metric.clone() for name, metric in (metrics or {}).items()}
+    for copy in copies.values():
+        copy.reset()
     correct = samples = 0
     for batch in batches:
         with forward_context():
             logits, target = predict_checked(predict, module, batch)
         correct += int((logits.argmax(dim=1) == target).sum())
         samples += len(target)
+        for copy in copies.values():
+            copy.to(logits.device).update(logits, target)
     if samples == 0:
         raise ValueError("no sample to measure accuracy on")
-    return correct / samples
+    return Measured(correct / samples, {name: float(copy.compute()) for name, copy in copies.items()})
 
 
 def _described(value: object) -> str:

@@ -29,7 +29,8 @@ def elasticities(
 
     Returns:
         By parameter name: one factor per slice along the first dimension, ``(units,)``, or one for the whole, ``()``.
-        Heads of finished tasks are 0: they never train again.
+        Heads of finished tasks are 0: they never train again. While a task is trained inside its sub-network, the units
+        outside it are 0, too.
     """
     factors: dict[str, Tensor] = {}
     all_frozen = state.frozen()
@@ -37,8 +38,11 @@ def elasticities(
         frozen = all_frozen[layer.name]
         relevant = torch.tensor(_factor(elasticity, layer.name, 0.0))
         irrelevant = torch.tensor(_factor(irrelevant_elasticity, layer.name, 1.0))
+        of_units = torch.where(frozen, relevant, irrelevant)
+        if state.recovering is not None:
+            of_units = of_units.masked_fill(~state.recovering.relevant[layer.name], 0.0)
         for name in layer.parameters:
-            factors[name] = torch.where(frozen, relevant, irrelevant)
+            factors[name] = of_units
     for name in state.shared:
         factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
     for record in state.tasks.values():
@@ -84,9 +88,8 @@ class Freezer:
     """
 
     def __init__(self, module: nn.Module, factors: Mapping[str, Tensor]) -> None:
-        parameters = dict(module.named_parameters(remove_duplicate=False))
         self._module = module
-        self._rows = {name: _Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()}
+        self._rows = _rows(module, factors)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._stopped: list[nn.Parameter] = []
         self._handles: list[Any] = []
@@ -118,6 +121,14 @@ class Freezer:
             rows.hold()
             if rows.frozen is not None:
                 self._handles.append(rows.mask_gradients())
+
+    def change(self, factors: Mapping[str, Tensor]) -> None:
+        """Hold to other elasticities from here on; if rows are being held, with the same optimizers."""
+        if self.attached:
+            self.pin()
+        self._rows = _rows(self._module, factors)
+        if self.attached:
+            self.attach(list(self._optimizers))
 
     def follow(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Hold rows against these optimizers too, if they are new, and check that the parameters are still the same.
@@ -207,6 +218,11 @@ class _Slice:
             rows.copy_(value)
         else:  # after the fit the parameter may be on another device
             rows.index_copy_(0, self.index.to(rows.device), value.to(rows.device))
+
+
+def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {name: _Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()}
 
 
 class _Rows:

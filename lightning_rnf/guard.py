@@ -66,6 +66,24 @@ def eager() -> AbstractContextManager[Any]:
     return stance
 
 
+@contextmanager
+def recompiled() -> Iterator[None]:
+    """For hooks that act while a compiled module trains: inside the context it is compiled anew, and after it again.
+
+    Otherwise a compiled module would go on without hooks that were added after its first call.
+    """
+    _forget_compiled()
+    try:
+        yield
+    finally:
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def _forked_random_state(module: nn.Module) -> AbstractContextManager[Any]:
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type != "cpu"}
     kind = next(iter(devices)).type if devices else "cuda"

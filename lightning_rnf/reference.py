@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torchmetrics import Metric
 
-from lightning_rnf.evaluation import Predict, accuracy, supervised
+from lightning_rnf.evaluation import Predict, measure, supervised
 from lightning_rnf.runs import data_module
+from lightning_rnf.search import Measured
 
 ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
 """Where reference data comes from: a data module's validation data; a loader; a function ``(trainer, module)`` that
@@ -56,9 +58,16 @@ class ReferenceData:
         """The batches on which relevance is measured, in the fit's precision."""
         return [self.convert(batch) for batch in self.batches[: self.attributed]]
 
-    def accuracy(self, module: nn.Module) -> float:
-        """Accuracy of ``module`` on all batches, in [0, 1]."""
-        return accuracy(module, map(self.convert, self.batches), self.predict, self.forward_context)
+    def measure(self, module: nn.Module, metrics: Mapping[str, Metric] | None = None) -> Measured:
+        """Accuracy of ``module`` on all batches, in [0, 1], and the metrics."""
+        return measure(module, map(self.convert, self.batches), self.predict, self.forward_context, metrics)
+
+    def run(self, module: nn.Module) -> None:
+        """Run ``module`` on the inputs of the batches for attribution, but for batches of a single sample."""
+        for batch in self.for_attribution:
+            if extract_batch_size(batch) > 1:
+                with torch.no_grad(), self.forward_context():
+                    self.predict(module, batch)
 
 
 class Reference:

@@ -6,18 +6,27 @@ t not reached".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_rnf.criteria import Criterion, SubnetworkScore
+from lightning_rnf.criteria import SubnetworkScore
 
 Normalize = Literal["layer", "none"]
 Candidates = Literal["free", "all"]
 Method = Literal["bisect", "linear"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement has found: accuracy in [0, 1], and the values that the criterion asked for."""
+
+    accuracy: float
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +37,13 @@ class Ranking:
         sizes: units of each layer, in layer order.
         order: int64 ``(candidates,)``: positions in the concatenation of all layers.
         frozen: bool ``(units,)``: relevant to an earlier task.
+        beyond_ration: so many leading candidates are pruned in any case.
     """
 
     sizes: dict[str, int]
     order: Tensor
     frozen: Tensor
+    beyond_ration: int = 0
 
     @property
     def candidates(self) -> int:
@@ -49,16 +60,30 @@ class Ranking:
         """How many units are relevant to no task when the ``cutoff`` least relevant candidates are pruned."""
         return int((~self.frozen[self.order[:cutoff]]).sum())
 
-    def score(self, cutoff: int, accuracy: float, baseline: float, resolution: int = 1) -> SubnetworkScore:
-        """What the criterion is shown."""
+    def cutoffs(self, resolution: int = 1) -> list[int]:
+        """The search's steps, from the fewest units that may be pruned to all candidates."""
+        return [*range(self.beyond_ration, self.candidates, resolution), self.candidates]
+
+    def before(self, cutoff: int, resolution: int = 1) -> int:
+        """The search's step before this cutoff; 0 before its first."""
+        beyond = self.beyond_ration
+        return beyond + (cutoff - beyond - 1) // resolution * resolution if cutoff > beyond else 0
+
+    def score(
+        self, cutoff: int, measured: Measured, baseline: Measured | None = None, resolution: int = 1
+    ) -> SubnetworkScore:
+        """What the criterion is shown; ``baseline`` is what was measured at cutoff 0, None: this."""
+        baseline = measured if baseline is None else baseline
         return SubnetworkScore(
             cutoff=cutoff,
-            accuracy=accuracy,
-            baseline=baseline,
+            accuracy=measured.accuracy,
+            baseline=baseline.accuracy,
             units=len(self.frozen),
             relevant=len(self.frozen) - cutoff,
             free=self.free(cutoff),
-            free_before=self.free(max(cutoff - 1, 0) // resolution * resolution),
+            free_before=self.free(self.before(cutoff, resolution)),
+            values=measured.values,
+            baseline_values=baseline.values,
         )
 
 
@@ -72,9 +97,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The accepted score and every evaluation, in the order in which they were made."""
+    """The evaluation whose cutoff is taken, and all of them, in the order in which they were made.
 
-    accepted: SubnetworkScore
+    The one that is taken is accepted, unless the ration alone takes away more than the criterion accepts.
+    """
+
+    taken: Evaluation
     evaluations: tuple[Evaluation, ...]
 
 
@@ -84,6 +112,7 @@ def rank(
     *,
     normalize: Normalize = "layer",
     candidates: Candidates = "free",
+    ration: float | None = None,
 ) -> Ranking:
     """Order the units by relevance, ascending; ties by layer order, then by index.
 
@@ -96,6 +125,8 @@ def rank(
             ``"none"`` compares raw relevance (the paper).
         candidates: ``"free"``: frozen units are never pruned, they serve every later task at no cost. ``"all"``: every
             unit is ranked anew (the paper).
+        ration: the largest share of a layer's free units, in (0, 1], that the task may claim: rounded down, at least
+            one unit. The least relevant ones beyond it go first, at any cutoff. None: no limit.
 
     Raises:
         ValueError: if there is no unit, or a relevance is not finite.
@@ -118,25 +149,38 @@ def rank(
     order = torch.argsort(torch.cat(scores), stable=True)
     if candidates == "free":
         order = order[~is_frozen[order]]
-    return Ranking(sizes, order, is_frozen)
+    beyond = _beyond_ration(order, sizes, is_frozen, 1.0 if ration is None else ration)
+    return Ranking(sizes, torch.cat([order[beyond], order[~beyond]]), is_frozen, int(beyond.sum()))
+
+
+def _beyond_ration(order: Tensor, sizes: Mapping[str, int], frozen: Tensor, ration: float) -> Tensor:
+    """Which candidates the ration takes away: bool ``(candidates,)``, in the order of the candidates."""
+    layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values())))[order]
+    beyond = torch.zeros(len(order), dtype=torch.bool)
+    for layer in range(len(sizes)):
+        free = ((layer_of == layer) & ~frozen[order]).nonzero().view(-1)
+        claims = max(1, math.floor(ration * len(free) + 1e-9))  # 0.07 × 100 is 7.000000000000001
+        beyond[free[: max(len(free) - claims, 0)]] = True
+    return beyond
 
 
 def search_cutoff(
     ranking: Ranking,
-    measure: Callable[[int], float],
-    criterion: Criterion,
+    measure: Callable[[int], Measured],
+    criterion: Callable[[SubnetworkScore], bool],
     *,
     method: Method = "bisect",
     resolution: int = 1,
 ) -> SearchResult:
     """Find a large cutoff that the criterion accepts.
 
-    Cutoff 0, the whole network, is measured first and needs no verdict. The returned cutoff has been measured. Accuracy
-    is not monotone in the cutoff: both methods end at *a* boundary, where the next measured cutoff is rejected.
+    Cutoff 0, the whole network, is measured first and needs no verdict. What the ration takes away is the least that
+    is pruned, whatever the verdict. The returned cutoff has been measured. Accuracy is not monotone in the cutoff: both
+    methods end at *a* boundary, where the next measured cutoff is rejected.
 
     Args:
         ranking: the units in the order in which they go.
-        measure: accuracy in [0, 1] with that many candidates silenced.
+        measure: what is found with that many candidates silenced.
         criterion: shown each score.
         method: ``"bisect"``: about log2(candidates / resolution) evaluations. ``"linear"``: the paper's loop, from the
             least relevant upwards until the first rejection.
@@ -147,21 +191,21 @@ def search_cutoff(
     """
     if resolution < 1:
         raise ValueError(f"resolution is {resolution}, expected at least 1 unit per step")
-    evaluations: list[Evaluation] = []
+    whole = measure(0)
+    evaluations = [Evaluation(ranking.score(0, whole, resolution=resolution), accepted=True)]
 
     def accepts(cutoff: int) -> bool:
-        accuracy = measure(cutoff)
-        baseline = evaluations[0].score.accuracy if evaluations else accuracy
-        score = ranking.score(cutoff, accuracy, baseline, resolution)
-        evaluations.append(Evaluation(score, accepted=cutoff == 0 or bool(criterion(score))))
+        score = ranking.score(cutoff, measure(cutoff), whole, resolution)
+        evaluations.append(Evaluation(score, accepted=bool(criterion(score))))
         return evaluations[-1].accepted
 
-    cutoffs = [*range(0, ranking.candidates, resolution), ranking.candidates]
+    cutoffs = ranking.cutoffs(resolution)
+    if ranking.beyond_ration:
+        accepts(cutoffs[0])
     walk = {"bisect": _bisect, "linear": _linear}[method]
-    accepts(0)
-    last = cutoffs[walk(lambda step: accepts(cutoffs[step]), len(cutoffs) - 1)] if ranking.candidates else 0
-    accepted = next(evaluation.score for evaluation in evaluations if evaluation.score.cutoff == last)
-    return SearchResult(accepted, tuple(evaluations))
+    last = cutoffs[walk(lambda step: accepts(cutoffs[step]), len(cutoffs) - 1)]
+    found = next(evaluation for evaluation in evaluations if evaluation.score.cutoff == last)
+    return SearchResult(found, tuple(evaluations))
 
 
 def _bisect(accepts: Callable[[int], bool], steps: int) -> int:

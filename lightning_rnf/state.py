@@ -31,10 +31,14 @@ class TaskRecord:
         norm_statistics: buffers of the modules that ran, norms' running statistics among them, as they were at the
             task's end; recall brings them back.
         cutoff: how many of the least relevant units were pruned.
-        accuracy: of the whole network on the reference data at the task's end, in [0, 1].
-        subnetwork_accuracy: of the sub-network, by the same loop.
+        accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned.
+        subnetwork_accuracy: of the sub-network at the task's end, by the same loop.
+        accepted: whether the criterion accepts that sub-network; if not, a ration or a recovery that fell short is why.
         samples: size of the reference data.
         evaluations: every measured cutoff, in the order of the search.
+        recovery: what was measured after the epochs inside the sub-network; empty without such epochs.
+        recovery_epochs: how many there were.
+        capacity: share of each layer's units that is free once this task's are frozen, in [0, 1].
         seconds: wall-clock time of ``"attribution"`` and ``"search"``.
     """
 
@@ -47,9 +51,13 @@ class TaskRecord:
     cutoff: int
     accuracy: float
     subnetwork_accuracy: float
+    accepted: bool
     samples: int
     evaluations: tuple[Evaluation, ...]
+    capacity: dict[str, float]
     seconds: dict[str, float]
+    recovery: tuple[Evaluation, ...] = ()
+    recovery_epochs: int = 0
 
 
 @dataclass(eq=False)
@@ -60,11 +68,18 @@ class FreezeState:
         layers: unit layers in execution order; empty until the first task has ended.
         shared: names of the parameters that are frozen whole.
         tasks: records by name, in the order of training.
+        recovering: the task that is being trained inside its sub-network, as the search left it; None: no task is.
+        initial: parameters and running statistics of units before the first task, by name, if free units are to be
+            reset to them.
+        resets: after how many tasks free units were reset.
     """
 
     layers: tuple[UnitLayer, ...] = ()
     shared: tuple[str, ...] = ()
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
+    recovering: TaskRecord | None = None
+    initial: dict[str, Tensor] = field(default_factory=dict)
+    resets: int = 0
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -78,6 +93,31 @@ class FreezeState:
         self.layers = units.layers
         self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
         self.tasks[record.name] = record
+        self.recovering = None
+
+    def recover(self, record: TaskRecord, units: UnitMap) -> None:
+        """Note that a task is trained inside its sub-network from here on.
+
+        Raises:
+            ValueError: if the unit layers are others than before.
+        """
+        self.check_units(units)
+        self.layers = units.layers
+        self.recovering = record
+
+    def stop_recovery(self) -> None:
+        """Forget the task that is being trained inside its sub-network: its training ends here or starts anew."""
+        self.recovering = None
+        if not self.tasks:
+            self.layers = ()
+
+    def capacity_after(self, relevant: Mapping[str, Tensor]) -> dict[str, float]:
+        """Share of each layer's units that is free once these are frozen, too: in [0, 1]."""
+        frozen = self.frozen()
+        return {
+            name: 1.0 - int((mask | frozen.get(name, torch.zeros_like(mask))).sum()) / len(mask)
+            for name, mask in relevant.items()
+        }
 
     def task(self, name: str) -> TaskRecord:
         """The record of a finished task.
@@ -105,7 +145,7 @@ class FreezeState:
         Raises:
             ValueError: naming a layer that differs.
         """
-        if not self.tasks:
+        if not self.tasks and self.recovering is None:
             return
         for known, found in zip(self.layers, units.layers, strict=False):
             for what, had in vars(known).items():
@@ -137,8 +177,8 @@ class FreezeState:
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
                     )
+        tensors = parameters | buffers
         for record in self.tasks.values():
-            tensors = {**parameters, **buffers}
             for name in (*record.head_parameters, *self.shared, *record.norm_statistics):
                 if name not in tensors:
                     raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
@@ -149,6 +189,10 @@ class FreezeState:
                         f"when task {record.name!r} ended"
                     )
 
+        for name, value in self.initial.items():
+            if name not in tensors or tensors[name].shape != value.shape:
+                raise ValueError(f"this model has no {name!r} of shape {tuple(value.shape)} to reset free units of")
+
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, built-in types and CPU tensors: loads with ``torch.load(weights_only=True)``."""
         return {
@@ -156,6 +200,9 @@ class FreezeState:
             "layers": [asdict(layer) for layer in self.layers],
             "shared": list(self.shared),
             "tasks": [_record_to_plain(record) for record in self.tasks.values()],
+            "recovering": None if self.recovering is None else _record_to_plain(self.recovering),
+            "initial": dict(self.initial),
+            "resets": self.resets,
         }
 
     @classmethod
@@ -176,7 +223,15 @@ class FreezeState:
             if record.name in tasks:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
-        return cls(layers, _get_names(plain, "shared"), tasks)
+        recovering: dict[str, Any] | None = _get(plain, "recovering", (dict, type(None)))
+        return cls(
+            layers,
+            _get_names(plain, "shared"),
+            tasks,
+            None if recovering is None else _record_from_plain(recovering, layers),
+            _get_tensors(plain, "initial"),
+            _get(plain, "resets", int),
+        )
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
@@ -184,6 +239,7 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
     return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
+        "recovery": [asdict(evaluation) for evaluation in record.recovery],
     }
 
 
@@ -213,37 +269,64 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
                 raise ValueError(
                     f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
                 )
-    statistics = _get(plain, "norm_statistics", dict)
     return TaskRecord(
         name=name,
         head=_get(plain, "head", str),
         head_parameters=_get_names(plain, "head_parameters"),
         relevant=dict(relevant),
         relevance=dict(relevance),
-        norm_statistics={key: _get(statistics, key, Tensor) for key in statistics},
+        norm_statistics=_get_tensors(plain, "norm_statistics"),
         cutoff=_get(plain, "cutoff", int),
         accuracy=_get(plain, "accuracy", float),
         subnetwork_accuracy=_get(plain, "subnetwork_accuracy", float),
+        accepted=_get(plain, "accepted", bool),
         samples=_get(plain, "samples", int),
-        evaluations=tuple(
-            Evaluation(_score_from_plain(_get(evaluation, "score", dict)), _get(evaluation, "accepted", bool))
-            for evaluation in _get(plain, "evaluations", list)
-        ),
-        seconds=dict(_get(plain, "seconds", dict)),
+        evaluations=_get_evaluations(plain, "evaluations"),
+        capacity={layer.name: _get(_get(plain, "capacity", dict), layer.name, float) for layer in layers},
+        seconds=_get_numbers(plain, "seconds"),
+        recovery=_get_evaluations(plain, "recovery"),
+        recovery_epochs=_get(plain, "recovery_epochs", int),
+    )
+
+
+def _get_evaluations(plain: object, key: str) -> tuple[Evaluation, ...]:
+    return tuple(
+        Evaluation(_score_from_plain(_get(evaluation, "score", dict)), _get(evaluation, "accepted", bool))
+        for evaluation in _get(plain, key, list)
     )
 
 
 def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:
-    kinds = {score.name: float if score.name in {"accuracy", "baseline"} else int for score in fields(SubnetworkScore)}
-    values: dict[str, Any] = {name: _get(plain, name, kind) for name, kind in kinds.items()}
+    values: dict[str, Any] = {}
+    for score in fields(SubnetworkScore):
+        if score.name in {"values", "baseline_values"}:
+            values[score.name] = _get_numbers(plain, score.name)
+        else:
+            values[score.name] = _get(plain, score.name, float if score.name in {"accuracy", "baseline"} else int)
     return SubnetworkScore(**values)
+
+
+def _get_tensors(plain: object, key: str) -> dict[str, Tensor]:
+    tensors: dict[Any, Any] = _get(plain, key, dict)
+    _check_names(key, list(tensors))
+    return {name: _get(tensors, name, Tensor) for name in tensors}
+
+
+def _get_numbers(plain: object, key: str) -> dict[str, float]:
+    numbers: dict[Any, Any] = _get(plain, key, dict)
+    _check_names(key, list(numbers))
+    return {name: _get(numbers, name, float) for name in numbers}
 
 
 def _get_names(plain: object, key: str) -> tuple[str, ...]:
     names: list[Any] = _get(plain, key, (list, tuple))
+    _check_names(key, names)
+    return tuple(names)
+
+
+def _check_names(key: str, names: list[Any]) -> None:
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"not a state of lightning_rnf: {key!r} should be names, it is {names!r:.80}")
-    return tuple(names)
 
 
 def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:

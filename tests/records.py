@@ -123,6 +123,8 @@ def record_of(
             ),
         ),
         "seconds": {"attribution": 0.5, "search": 1.25},
+        "accepted": True,
+        "capacity": {layer.name: 0.5 for layer in net.layers},
     }
     return TaskRecord(**values | changes)
 

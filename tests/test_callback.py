@@ -868,6 +868,7 @@ def test_arguments_out_of_range_are_refused_by_name(option, value):
 def test_defaults_are_the_documented_ones():
     assert RelevanceFreezing().criterion == AccuracyDrop(0.02)
     paper = RelevanceFreezing.paper(criterion=0.05)
-    assert (paper.retention, paper.candidates, paper.normalize) == ("paper", "all", "none")
+    assert (paper.retention, paper.selection.candidates, paper.selection.normalize) == ("paper", "all", "none")
+    assert (paper.recovery_epochs, paper.selection.recalibrate_norm) == (0, False)
     assert paper.criterion == AccuracyDrop(0.05)
     assert RelevanceFreezing().state_dict() == FreezeState().to_plain()

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
 import pytest
 import torch
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassF1Score, MulticlassHingeLoss
 
-from lightning_rnf.criteria import AccuracyDrop, FreeCapacity, SubnetworkScore, as_criterion
-from lightning_rnf.search import rank, search_cutoff
+from lightning_rnf.criteria import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, SubnetworkScore, as_criterion
+from lightning_rnf.search import Measured, rank, search_cutoff
 
 
 def score(accuracy: float, baseline: float) -> SubnetworkScore:
@@ -63,7 +66,9 @@ def free_units(minimum: str, units: int, *, method: str, resolution: int = 1, fr
     """How many units are free after a search; the frozen ones are the most relevant, and accuracy is hopeless."""
     ranking = rank({"layer": torch.arange(float(units))}, {"layer": torch.arange(units) >= units - frozen})
     criterion = FreeCapacity(float(minimum))
-    return search_cutoff(ranking, lambda _: 0.0, criterion, method=method, resolution=resolution).accepted.free
+    return search_cutoff(
+        ranking, lambda _: Measured(0.0), criterion, method=method, resolution=resolution
+    ).taken.score.free
 
 
 each_method = pytest.mark.parametrize("method", ["bisect", "linear"])
@@ -105,9 +110,87 @@ def test_a_number_that_is_no_share_is_refused(number):
         as_criterion(number)
 
 
-def test_a_callable_is_taken_as_it_is():
-    for criterion in (AccuracyDrop(0.1), FreeCapacity(0.3), lambda score: score.free < 3, bool):
+def test_a_criterion_is_taken_as_it_is_and_another_callable_by_its_verdict():
+    for criterion in (AccuracyDrop(0.1), FreeCapacity(0.3)):
         assert as_criterion(criterion) is criterion
+    few_free = as_criterion(lambda score: score.free < 3)
+    assert few_free(score(0.5, 1.0))
+    assert not few_free(replace(score(0.5, 1.0), free=3))
+
+
+# -- metrics, operations, combinations --------------------------------------------------------------------------------
+
+
+def with_values(before: dict[str, float], after: dict[str, float]) -> SubnetworkScore:
+    return replace(score(0.5, 0.5), values=after, baseline_values=before)
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction", "worse"),
+    [
+        (MulticlassF1Score(3), None, -1),
+        (MulticlassF1Score(3), False, 1),
+        (MulticlassHingeLoss(3), None, 1),
+        (MulticlassHingeLoss(3), True, -1),
+    ],
+)
+def test_a_metric_may_worsen_by_the_tolerance_in_its_direction(metric, direction, worse):
+    criterion = MetricDrop(metric, tolerance=0.25, higher_is_better=direction)
+    name = type(metric).__name__
+    for change, accepted in ((0.25, True), (0.26, False), (0.0, True), (-0.5, True)):
+        assert criterion(with_values({name: 1.0}, {name: 1.0 + worse * change})) == accepted
+    assert criterion.metrics == {name: metric}
+
+
+def test_a_metric_without_direction_or_what_is_none_is_refused():
+    with pytest.raises(ValueError, match="higher_is_better=True"):
+        MetricDrop(SumMetric())
+    with pytest.raises(TypeError, match="torchmetrics"):
+        MetricDrop("f1")
+    with pytest.raises(ValueError, match="tolerance"):
+        MetricDrop(MulticlassF1Score(3), tolerance=-0.1)
+
+
+def test_a_budget_is_a_share_or_a_number_of_operations_and_is_met_at_the_first_step_within_it():
+    flops = [1000.0, 900.0, 600.0, 500.0, 100.0]
+
+    def measure(cutoff: int) -> Measured:
+        return Measured(0.0, {"flops": flops[cutoff], "flops_before": flops[max(cutoff - 1, 0)]})
+
+    ranking = rank({"layer": torch.arange(4.0)}, {})
+    for budget, cutoff in ((0.6, 2), (600, 2), (599, 3), (1.0, 0), (1000, 0), (0.05, 4)):
+        for method in ("bisect", "linear"):
+            found = search_cutoff(ranking, measure, ComputeBudget(budget), method=method)
+            assert found.taken.score.cutoff == cutoff, budget
+    assert ComputeBudget(0.5).counts_flops
+
+
+@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(ValueError, match="flops is"):
+        ComputeBudget(budget)
+
+
+def test_criteria_combine_to_one_that_accepts_what_all_accept_and_asks_for_what_each_asks():
+    metric = MulticlassF1Score(3)
+    both = AccuracyDrop(0.1) & FreeCapacity(0.5) & MetricDrop(metric) & ComputeBudget(0.5) & (lambda score: True)
+    for accuracy, free_before, f1, flops in product((0.5, 0.7), (0, 9), (0.5, 0.9), (40.0, 60.0)):
+        one = replace(
+            score(accuracy, 0.75),
+            free_before=free_before,
+            values={"MulticlassF1Score": f1, "flops_before": flops},
+            baseline_values={"MulticlassF1Score": 0.9, "flops": 100.0},
+        )
+        assert both(one) == (accuracy == 0.7 and free_before == 0 and f1 == 0.9 and flops == 60.0)
+    assert both.metrics == {"MulticlassF1Score": metric}
+    assert both.counts_flops
+    assert not (AccuracyDrop() & FreeCapacity(0.5)).counts_flops
+    assert ((lambda score: False) & AccuracyDrop(1.0))(score(1.0, 1.0)) is False
+    with pytest.raises(ValueError, match="samples"):
+        both.check_samples(9)
+
+
+# -- rubbish ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rubbish", [None, "0.02", True, [0.02], {}, torch.tensor(0.02)])

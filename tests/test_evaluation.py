@@ -5,8 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torchmetrics import SumMetric
 
-from lightning_rnf.evaluation import accuracy, predict_checked, supervised
+from lightning_rnf.evaluation import measure, predict_checked, supervised
 
 
 class Echo(nn.Module):
@@ -17,7 +18,19 @@ class Echo(nn.Module):
 def test_accuracy_counts_samples_and_not_batches():
     right, wrong = torch.eye(3), 1 - torch.eye(3)
     batches = [(right, torch.arange(3)), (wrong[:1], torch.tensor([0]))]
-    assert accuracy(Echo(), batches) == 0.75
+    assert measure(Echo(), batches).accuracy == 0.75
+
+
+def test_metrics_are_measured_on_all_samples_by_copies():
+    class RightLogits(SumMetric):
+        def update(self, logits, target):
+            super().update(logits.gather(1, target[:, None]))
+
+    metric = RightLogits()
+    metric.update(torch.eye(2), torch.arange(2))
+    found = measure(Echo(), [(torch.eye(3), torch.arange(3)), (torch.eye(2), torch.arange(2))], metrics={"sum": metric})
+    assert found.values == {"sum": 5.0}
+    assert metric.compute() == 2.0
 
 
 def test_the_forward_context_is_entered_around_each_forward():
@@ -28,7 +41,7 @@ def test_the_forward_context_is_entered_around_each_forward():
         entered.append(True)
         yield
 
-    accuracy(Echo(), [(torch.eye(2), torch.arange(2))] * 3, forward_context=context)
+    measure(Echo(), [(torch.eye(2), torch.arange(2))] * 3, forward_context=context)
     assert len(entered) == 3
 
 
@@ -54,4 +67,4 @@ def test_other_batches_are_refused_with_the_way_out():
         with pytest.raises(TypeError, match=r"not \(x, y\).*pass predict="):
             supervised(Echo(), batch)
     with pytest.raises(ValueError, match="no sample"):
-        accuracy(Echo(), [])
+        measure(Echo(), [])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_rnf.search import Ranking, SearchResult, rank, search_cutoff
+from lightning_rnf.search import Measured, Ranking, SearchResult, rank, search_cutoff
 
 quickly = settings(deadline=None, database=None, max_examples=60)
 each_method = pytest.mark.parametrize("method", ["bisect", "linear"])
@@ -125,11 +126,60 @@ def test_a_score_counts_as_free_only_what_no_task_needs():
     relevance = {"a": torch.tensor([0.0, 3.0, 1.0]), "b": torch.tensor([4.0, 2.0])}
     frozen = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in FROZEN.items()}
     ranking = rank(relevance, frozen, normalize="none", candidates="all")  # order 0 2 4 1 3, of which 0 and 4 frozen
-    scores = [ranking.score(cutoff, 0.5, 0.75) for cutoff in range(6)]
+    scores = [ranking.score(cutoff, Measured(0.5), Measured(0.75)) for cutoff in range(6)]
     assert [score.free for score in scores] == [0, 0, 1, 1, 2, 3]
     assert [score.relevant for score in scores] == [5, 4, 3, 2, 1, 0]
     assert {(score.units, score.accuracy, score.baseline) for score in scores} == {(5, 0.5, 0.75)}
     assert [score.cutoff for score in scores] == list(range(6))
+
+
+# -- ration -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_relevant_claims_beyond_the_ration_go_first():
+    relevance = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    ranking = rank(relevance, {}, normalize="none", ration=0.5)
+    assert ranking.order.tolist() == [4, 5, 3, 2, 6, 7, 1, 0]
+    assert ranking.beyond_ration == 4
+    assert ranking.cutoffs() == [4, 5, 6, 7, 8]
+    assert ranking.cutoffs(3) == [4, 7, 8]
+
+
+@quickly
+@given(st.data())
+def test_no_task_claims_more_than_its_ration_of_a_layer_s_free_units(data):
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    ration = data.draw(st.sampled_from([0.01, 0.07, 0.35, 0.5, 0.99, 1.0]))
+    scores = st.sampled_from([-1.0, 0.0, 0.5, 2.0])
+
+    def drawn(values) -> dict[str, Tensor]:
+        return {f"l{i}": torch.tensor(data.draw(st.lists(values, min_size=n, max_size=n))) for i, n in enumerate(sizes)}
+
+    relevance, frozen = drawn(scores), drawn(st.booleans())
+    candidates = data.draw(st.sampled_from(["free", "all"]))
+    ranking = rank(relevance, frozen, normalize="none", ration=ration, candidates=candidates)
+    least, most = ranking.relevant(ranking.beyond_ration), ranking.relevant(ranking.candidates)
+    for name, was_frozen in frozen.items():
+        free = int((~was_frozen).sum())
+        claimed = relevance[name][least[name] & ~was_frozen]
+        allowed = max(1, math.floor(Fraction(str(ration)) * free)) if free else 0
+        assert len(claimed) == allowed
+        left = relevance[name][~least[name] & ~was_frozen]
+        assert not len(left) or left.max() <= claimed.min()
+        assert torch.equal(least[name] & was_frozen, was_frozen)  # what is frozen costs nothing
+        assert not (most[name] & ~was_frozen).any()
+
+
+@each_method
+def test_a_ration_is_kept_to_whatever_the_criterion_says_and_its_verdict_is_recorded(method):
+    ranking = rank({"layer": torch.arange(8.0)}, {}, ration=0.5)
+    found = search_cutoff(ranking, lambda cutoff: Measured(1.0), lambda score: False, method=method)
+    assert found.taken.score.cutoff == 4
+    assert not found.taken.accepted
+    found = search_cutoff(ranking, lambda cutoff: Measured(1.0), lambda score: score.cutoff <= 6, method=method)
+    assert found.taken.score.cutoff == 6
+    assert found.taken.accepted
+    assert [evaluation.score.cutoff for evaluation in found.evaluations][:2] == [0, 4]
 
 
 # -- search -----------------------------------------------------------------------------------------------------------
@@ -152,9 +202,9 @@ class Network:
     def accuracy(self, cutoff: int) -> float:
         return 1.0 - cutoff / 1000
 
-    def measure(self, cutoff: int) -> float:
+    def measure(self, cutoff: int) -> Measured:
         self.measured.append(cutoff)
-        return self.accuracy(cutoff)
+        return Measured(self.accuracy(cutoff), {"units left": len(self.verdicts) - cutoff})
 
     def criterion(self, score) -> bool:
         self.judged.append(score.cutoff)
@@ -174,7 +224,7 @@ resolutions = st.integers(1, 90)
 @given(verdicts=verdicts, resolution=resolutions)
 def test_the_returned_cutoff_was_measured_and_accepted(method, verdicts, resolution):
     network = Network(verdicts)
-    cutoff = network.search(method, resolution).accepted.cutoff
+    cutoff = network.search(method, resolution).taken.score.cutoff
     assert cutoff in network.measured
     assert cutoff == 0 or verdicts[cutoff]
 
@@ -184,7 +234,7 @@ def test_the_returned_cutoff_was_measured_and_accepted(method, verdicts, resolut
 @given(verdicts=verdicts, resolution=resolutions)
 def test_the_next_cutoff_is_a_rejected_one_or_there_is_none(method, verdicts, resolution):
     network = Network(verdicts)
-    cutoff = network.search(method, resolution).accepted.cutoff
+    cutoff = network.search(method, resolution).taken.score.cutoff
     beyond = min(cutoff + resolution, len(verdicts) - 1)
     assert beyond == cutoff or (beyond in network.measured and not verdicts[beyond])
 
@@ -202,13 +252,15 @@ def test_every_evaluation_is_recorded_in_order_and_none_is_made_twice(method, ve
         score = evaluation.score
         assert score.accuracy == network.accuracy(score.cutoff)
         assert score.baseline == network.accuracy(0)
+        assert score.values == {"units left": len(verdicts) - score.cutoff}
+        assert score.baseline_values == {"units left": len(verdicts)}
         assert evaluation.accepted == (score.cutoff == 0 or verdicts[score.cutoff])
         assert (score.units, score.relevant, score.free) == (
             len(verdicts) + 1,
             len(verdicts) + 1 - score.cutoff,
             score.cutoff,
         )
-    assert found.accepted in [evaluation.score for evaluation in found.evaluations]
+    assert found.taken in found.evaluations
 
 
 @quickly
@@ -229,7 +281,7 @@ def test_linear_is_the_paper_s_loop_and_stops_at_the_first_rejection(verdicts, r
         if not verdicts[step]:
             break
         cutoff = step
-    assert Network(verdicts).search("linear", resolution).accepted.cutoff == cutoff
+    assert Network(verdicts).search("linear", resolution).taken.score.cutoff == cutoff
 
 
 @each_method
@@ -240,7 +292,7 @@ def test_where_acceptance_is_monotone_the_largest_cutoff_is_found_to_the_resolut
 ):
     verdicts = [cutoff <= acceptable for cutoff in range(candidates + 1)]
     largest = max(cutoff for cutoff, accepted in enumerate(verdicts) if accepted)
-    found = Network(verdicts).search(method, resolution).accepted.cutoff
+    found = Network(verdicts).search(method, resolution).taken.score.cutoff
     assert 0 <= largest - found < resolution
 
 
@@ -248,7 +300,7 @@ def test_where_acceptance_is_monotone_the_largest_cutoff_is_found_to_the_resolut
 @given(candidates=st.integers(0, 70), acceptable=st.integers(0, 80), resolution=resolutions)
 def test_where_acceptance_is_monotone_both_methods_agree(candidates, acceptable, resolution):
     verdicts = [cutoff <= acceptable for cutoff in range(candidates + 1)]
-    bisect, linear = (Network(verdicts).search(method, resolution).accepted for method in ("bisect", "linear"))
+    bisect, linear = (Network(verdicts).search(method, resolution).taken.score for method in ("bisect", "linear"))
     assert bisect == linear
 
 
@@ -256,7 +308,7 @@ def test_where_acceptance_is_monotone_both_methods_agree(candidates, acceptable,
 def test_the_whole_network_is_acceptable_whatever_the_criterion_says(method):
     network = Network([False] * 9)
     found = network.search(method)
-    assert found.accepted.cutoff == 0
+    assert found.taken.score.cutoff == 0
     assert found.evaluations[0].accepted
     assert 0 not in network.judged
     assert not any(evaluation.accepted for evaluation in found.evaluations[1:])
@@ -265,21 +317,21 @@ def test_the_whole_network_is_acceptable_whatever_the_criterion_says(method):
 @each_method
 @pytest.mark.parametrize("resolution", [1, 3, 8, 100])
 def test_all_candidates_go_if_every_cutoff_is_accepted(method, resolution):
-    assert Network([True] * 9).search(method, resolution).accepted.cutoff == 8
+    assert Network([True] * 9).search(method, resolution).taken.score.cutoff == 8
 
 
 @each_method
 @pytest.mark.parametrize(("accepted", "cutoff"), [(True, 5), (False, 0)])
 def test_a_resolution_beyond_the_candidates_is_one_step_to_all_of_them(method, accepted, cutoff):
     network = Network([True] * 5 + [accepted])
-    assert network.search(method, 100).accepted.cutoff == cutoff
+    assert network.search(method, 100).taken.score.cutoff == cutoff
     assert network.measured == [0, 5]
 
 
 @each_method
 def test_without_candidates_the_whole_network_is_measured_and_kept(method):
     network = Network([False])
-    assert network.search(method).accepted.cutoff == 0
+    assert network.search(method).taken.score.cutoff == 0
     assert network.measured == [0]
 
 
@@ -302,6 +354,6 @@ def test_a_criterion_may_answer_with_a_tensor(method):
     def criterion(score) -> Tensor:
         return torch.tensor(score.cutoff <= 3)
 
-    found = search_cutoff(ranking_of(9), lambda cutoff: 1.0, criterion, method=method)
-    assert found.accepted.cutoff == 3
+    found = search_cutoff(ranking_of(9), lambda cutoff: Measured(1.0), criterion, method=method)
+    assert found.taken.score.cutoff == 3
     assert all(type(evaluation.accepted) is bool for evaluation in found.evaluations)

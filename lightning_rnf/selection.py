@@ -1,0 +1,196 @@
+"""Which units a task needs: attribution, ranking and search of Algorithm 1, on one model and its reference data."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from lightning_rnf import norms, subnetwork
+from lightning_rnf.attribution import attribute
+from lightning_rnf.criteria import Criterion
+from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores
+from lightning_rnf.norms import NormStatistics
+from lightning_rnf.reference import ReferenceData
+from lightning_rnf.search import Candidates, Evaluation, Measured, Method, Normalize, Ranking, rank, search_cutoff
+from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.units import UnitMap
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How units are selected: the options of `RelevanceFreezing` that Algorithm 1 reads."""
+
+    importance: ImportanceName | Importance = "lrp"
+    composite: Composite | None = None
+    normalize: Normalize = "layer"
+    candidates: Candidates = "free"
+    ration: float | None = None
+    search: Method = "bisect"
+    resolution: int = 1
+    norm_statistics: NormStatistics = "per_task"
+    recalibrate_norm: bool = True
+
+    def relevance(self, module: nn.Module, units: UnitMap, reference: ReferenceData) -> dict[str, Tensor]:
+        """Score every unit: float32 ``(units,)`` by layer."""
+        batches = reference.for_attribution
+        if self.importance == "lrp":
+            scores = attribute(module, units.layers, batches, reference.predict, self.composite, _report_samples)
+        else:
+            importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
+            scores = check_scores(importance(module, units.layers, batches, reference.predict), units.layers)
+        # As the record keeps them: a ranking made from the record is then the same.
+        return {name: values.float() for name, values in scores.items()}
+
+    def select(
+        self,
+        name: str,
+        module: nn.Module,
+        units: UnitMap,
+        reference: ReferenceData,
+        state: FreezeState,
+        criterion: Criterion,
+    ) -> TaskRecord:
+        """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is."""
+        started = time.perf_counter()
+        relevance = self.relevance(module, units, reference)
+        attributed = time.perf_counter()
+        ranking = self._rank(relevance, state)
+        with borrowed(module), evaluating(module):
+            candidates = _Candidates(self, module, units, reference, ranking, criterion)
+            found = search_cutoff(
+                ranking, candidates.measure, criterion, method=self.search, resolution=self.resolution
+            )
+            statistics = candidates.statistics(found.taken.score.cutoff)
+        relevant = ranking.relevant(found.taken.score.cutoff)
+        return TaskRecord(
+            name=name,
+            head=units.head,
+            head_parameters=units.head_parameters,
+            relevant=relevant,
+            relevance=relevance,
+            norm_statistics=statistics,
+            cutoff=found.taken.score.cutoff,
+            accuracy=found.taken.score.baseline,
+            subnetwork_accuracy=found.taken.score.accuracy,
+            accepted=found.taken.accepted,
+            samples=reference.samples,
+            evaluations=found.evaluations,
+            capacity=state.capacity_after(relevant),
+            seconds={"attribution": attributed - started, "search": time.perf_counter() - attributed},
+        )
+
+    def settle(
+        self,
+        record: TaskRecord,
+        module: nn.Module,
+        units: UnitMap,
+        reference: ReferenceData,
+        state: FreezeState,
+        criterion: Criterion,
+        *,
+        milder: bool,
+    ) -> TaskRecord:
+        """Measure a sub-network after its recovery: the record of a task that ends with the module as it is.
+
+        Args:
+            record: as the search before the recovery left it.
+            module: trained inside that sub-network.
+            units: of the module.
+            reference: the same data as then.
+            state: the finished tasks.
+            criterion: what the sub-network is held to now.
+            milder: if the criterion does not accept it, try the smaller cutoffs that the search has measured, the
+                largest first; if it accepts none of them, the one with the best accuracy is taken.
+        """
+        started = time.perf_counter()
+        ranking = self._rank(record.relevance, state)
+        smaller = {evaluation.score.cutoff for evaluation in record.evaluations} & set(
+            range(ranking.beyond_ration, record.cutoff)
+        )
+        whole = record.evaluations[0].score
+        baseline = Measured(whole.accuracy, whole.values)
+        made: list[Evaluation] = []
+        with borrowed(module), evaluating(module):
+            candidates = _Candidates(self, module, units, reference, ranking, criterion)
+            for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
+                score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
+                made.append(Evaluation(score, bool(criterion(score))))
+                if made[-1].accepted:
+                    break
+            taken = max(made, key=lambda evaluation: (evaluation.accepted, evaluation.score.accuracy))
+            statistics = candidates.statistics(taken.score.cutoff)
+        relevant = ranking.relevant(taken.score.cutoff)
+        return replace(
+            record,
+            relevant=relevant,
+            norm_statistics=statistics,
+            cutoff=taken.score.cutoff,
+            subnetwork_accuracy=taken.score.accuracy,
+            accepted=taken.accepted,
+            capacity=state.capacity_after(relevant),
+            recovery=tuple(made),
+            seconds={**record.seconds, "settling": time.perf_counter() - started},
+        )
+
+    def _rank(self, relevance: dict[str, Tensor], state: FreezeState) -> Ranking:
+        return rank(relevance, state.frozen(), normalize=self.normalize, candidates=self.candidates, ration=self.ration)
+
+
+class _Candidates:
+    """The sub-networks of a ranking, measured one by one in a borrowed module."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        module: nn.Module,
+        units: UnitMap,
+        reference: ReferenceData,
+        ranking: Ranking,
+        criterion: Criterion,
+    ) -> None:
+        self.module = module
+        self.units = units
+        self.reference = reference
+        self.ranking = ranking
+        self.criterion = criterion
+        self.norms = norms.with_statistics(module, units.buffers)
+        self.recalibrates = selection.recalibrate_norm and bool(self.norms)
+        self.is_shared = selection.norm_statistics == "shared"
+
+    def measure(self, cutoff: int) -> Measured:
+        """Accuracy, and what else the criterion asks for, with so many candidates silenced."""
+        with self._speaking(cutoff):
+            measured = self.reference.measure(self.module, self.criterion.metrics)
+        log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
+        return measured
+
+    def statistics(self, cutoff: int) -> dict[str, Tensor]:
+        """What recall brings back: the buffers with which that sub-network was measured."""
+        with self._speaking(cutoff):
+            buffers = subnetwork.statistics(self.module, self.units)
+        if self.is_shared:
+            return {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
+        return buffers
+
+    @contextmanager
+    def _speaking(self, cutoff: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
+            if self.recalibrates and cutoff > 0:
+                run = partial(self.reference.run, self.module)
+                stack.enter_context(norms.recalibrated(self.norms.values(), run))
+            yield
+
+
+def _report_samples(samples: int) -> None:
+    log.debug("relevance: %d samples", samples)
