@@ -110,7 +110,7 @@ class Selection:
             state: the finished tasks.
             criterion: what the sub-network is held to now.
             milder: if the criterion does not accept it, try the smaller cutoffs that the search has measured, the
-                largest first; if it accepts none of them, the one with the best accuracy is taken.
+                largest first; if it accepts none of them, the recovered one stays.
         """
         started = time.perf_counter()
         ranking = self._rank(record.relevance, state)
@@ -127,7 +127,7 @@ class Selection:
                 made.append(Evaluation(score, bool(criterion(score))))
                 if made[-1].accepted:
                     break
-            taken = max(made, key=lambda evaluation: (evaluation.accepted, evaluation.score.accuracy))
+            taken = made[-1] if made[-1].accepted else made[0]
             statistics = candidates.statistics(taken.score.cutoff)
         relevant = ranking.relevant(taken.score.cutoff)
         return replace(
