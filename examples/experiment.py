@@ -1,4 +1,4 @@
-"""What the experiments have in common: methods and seeds, results as JSON while they come, tables and figures of them."""
+"""What the experiments have in common: methods and seeds, results kept as JSON while they come, table and figure."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class Experiment:
         stream: ``(options, seed)`` to the tasks.
         model: ``(options)`` to a new network.
         epochs: per task.
+        default_methods: those that run if none are named.
+        seeds: how many, if no number is given.
         setup: what else a reader has to know, for the JSON.
         arguments: adds options of the experiment's own.
     """
@@ -46,6 +48,7 @@ class Experiment:
     model: Callable[[argparse.Namespace], LightningModule]
     epochs: int
     default_methods: Sequence[str]
+    seeds: int = 1
     setup: Mapping[str, Any] = field(default_factory=dict)
     arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 
@@ -54,7 +57,7 @@ class Experiment:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--data", type=Path, required=True, help="folder with the data")
         parser.add_argument("--methods", nargs="+", choices=self.methods, default=list(self.default_methods))
-        parser.add_argument("--seeds", type=int, default=1, help="how many (%(default)s)")
+        parser.add_argument("--seeds", type=int, default=self.seeds, help="how many (%(default)s)")
         parser.add_argument("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
         parser.add_argument("--epochs", type=int, default=self.epochs, help="per task (%(default)s)")
         parser.add_argument("--tasks", type=int, help="only so many of the tasks")

@@ -24,7 +24,7 @@ METHODS = {
     "naive": lambda: None,
     "paper": RelevanceFreezing.paper,
     "default": RelevanceFreezing,
-    "recovery": partial(RelevanceFreezing, recovery_epochs=4, recovery_criterion=0.3, ration=0.3, reset_free=True),
+    "recovery": partial(RelevanceFreezing, recovery_epochs=3, recovery_criterion=0.1, reset_free=True),
 }
 
 

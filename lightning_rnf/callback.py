@@ -24,7 +24,7 @@ from lightning_rnf.guard import recompiled
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
-from lightning_rnf.runs import TaskOption, given_name, refuse_strategies, task_of_evaluation
+from lightning_rnf.runs import TaskOption, given_name, refuse_strategies, task_of_evaluation, tasks_of_loaders
 from lightning_rnf.search import Candidates, Method, Normalize
 from lightning_rnf.selection import Selection
 from lightning_rnf.state import FreezeState, TaskRecord
@@ -243,6 +243,8 @@ class RelevanceFreezing(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what the task's end will need while nothing is lost, and hold frozen rows from here on."""
         name = self._task_name(trainer, pl_module)
+        if self.reset_free:
+            initial.reset_free(self.state, pl_module)
         reference = self._reference()
         with isolate_rng():
             example = reference.example(trainer)
@@ -255,10 +257,8 @@ class RelevanceFreezing(Callback):
         if self.state.recovering is not None and self.state.recovering.name != name:
             self.state.stop_recovery()
             self._freezer.change(self._elasticities())
-        if self.reset_free:
-            if not self.state.tasks:
-                initial.remember(self.state, pl_module, units)
-            initial.reset_free(self.state, pl_module)
+        if self.reset_free and not self.state.tasks:
+            initial.remember(self.state, pl_module, units)
         self._freezer.attach(trainer.optimizers)
         if self.selection.norm_statistics == "pinned":
             channels = norms.frozen_channels(self.state, pl_module)
@@ -369,11 +369,19 @@ class RelevanceFreezing(Callback):
         """Recall the task if it is a finished one, until the run ends."""
         self._recall_finished(trainer, pl_module)
 
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Recall another task if this loader has one of its own."""
+        if batch_idx == 0:
+            self._recall_finished(trainer, pl_module, dataloader_idx)
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the recall."""
         self._recalled.close()
 
     on_predict_start = on_test_start
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
     on_validation_end = on_predict_end = on_test_end
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -482,10 +490,18 @@ class RelevanceFreezing(Callback):
             )
         return name
 
-    def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule, loader: int | None = None) -> None:
         if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
             return
-        name, is_known = task_of_evaluation(self.task, self.state, trainer, module)
+        of_loaders = tasks_of_loaders(trainer)
+        if not any(of_loaders):
+            if loader is None:
+                self._recall(*task_of_evaluation(self.task, self.state, trainer, module), module)
+        elif loader is not None:
+            self._recall(of_loaders[loader], of_loaders[loader] is not None, module)
+
+    def _recall(self, name: str | None, is_known: bool, module: pl.LightningModule) -> None:
+        self._recalled.close()
         if name in self.state.tasks:
             self._recalled.enter_context(self.recall(name, module))
         elif not is_known:

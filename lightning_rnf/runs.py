@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.state import FreezeState
@@ -56,6 +57,32 @@ def given_name(task: TaskOption, trainer: Trainer, module: LightningModule) -> s
         return name
     name = task if task is not None else getattr(data_module(trainer), "task", None)
     return name if isinstance(name, str) and name else None
+
+
+def tasks_of_loaders(trainer: Trainer) -> list[str | None]:
+    """The task of each loader that is validated, tested or predicted on; None where the run has one task or none.
+
+    The data module's ``task`` may be a list of names, one for each of its loaders; without a data module, a loader's
+    data set may have a ``task``.
+
+    Raises:
+        ValueError: if the data module names more or fewer tasks than there are loaders.
+    """
+    loaders: Any = {
+        TrainerFn.VALIDATING: trainer.val_dataloaders,
+        TrainerFn.TESTING: trainer.test_dataloaders,
+        TrainerFn.PREDICTING: trainer.predict_dataloaders,
+    }[trainer.state.fn or TrainerFn.TESTING]
+    several = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    each = list(several) if isinstance(several, (list, tuple)) else [several]
+    names = getattr(data_module(trainer), "task", None)
+    if isinstance(names, str):
+        return [None] * len(each)
+    if isinstance(names, (list, tuple)):
+        if len(names) != len(each):
+            raise ValueError(f"datamodule.task names {len(names)} tasks, {list(names)}, for {len(each)} loaders")
+        return list(names)
+    return [getattr(getattr(loader, "dataset", None), "task", None) for loader in each]
 
 
 def task_of_evaluation(

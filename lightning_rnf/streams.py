@@ -75,7 +75,7 @@ def split_by_class(
     test: Dataset[Any],
     groups: Sequence[Sequence[int]],
     *,
-    name: str = "classes",
+    name: str | Sequence[str] = "classes",
     validation: float = 0.1,
     batch_size: int = 128,
     num_workers: int = 0,
@@ -87,7 +87,7 @@ def split_by_class(
         train: yields ``(x, label)``; labels are read from ``targets``, ``labels`` or ``tensors`` if it has them.
         test: the same.
         groups: the classes of each task.
-        name: tasks are called ``<name>-<classes>``: ``digits-01``.
+        name: tasks are called ``<name>-<classes>``: ``digits-01``; or a name for each.
         validation: share of the training data to hold out, in (0, 1), drawn at random.
         batch_size: of all loaders.
         num_workers: of all loaders.
@@ -103,21 +103,22 @@ def split_by_class(
     labels, test_labels = _labels(train), _labels(test)
     separator = "" if max(classes, default=0) < 10 else "_"
     tasks = []
-    for group in groups:
+    for number, group in enumerate(groups):
         absent = [label for label in group if not (labels == label).any() or not (test_labels == label).any()]
         if absent:
             raise ValueError(f"no training or test samples of classes {absent}")
         new = {label: index for index, label in enumerate(group)}
         own = torch.isin(labels, torch.tensor(list(group))).nonzero().view(-1)
         held_out, kept = _hold_out(own, validation, seed)
+        task = f"{name}-{separator.join(map(str, group))}" if isinstance(name, str) else name[number]
         test_own = torch.isin(test_labels, torch.tensor(list(group))).nonzero().view(-1)
         tasks.append(
             TaskDataModule(
-                f"{name}-{separator.join(map(str, group))}",
+                task,
                 len(group),
-                TaskView(train, kept, new),
-                TaskView(train, held_out, new),
-                TaskView(test, test_own, new),
+                TaskView(train, kept, new, task=task),
+                TaskView(train, held_out, new, task=task),
+                TaskView(test, test_own, new, task=task),
                 batch_size,
                 num_workers,
             )
@@ -164,14 +165,14 @@ def permute_pixels(
     generator = torch.Generator().manual_seed(seed)
     stream = []
     for index in range(tasks):
-        order = torch.randperm(pixels, generator=generator) if index else None
+        task, order = f"{name}-{index}", torch.randperm(pixels, generator=generator) if index else None
         stream.append(
             TaskDataModule(
-                f"{name}-{index}",
+                task,
                 len(classes),
-                TaskView(train, kept, new, order),
-                TaskView(train, held_out, new, order),
-                TaskView(test, torch.arange(len(_labels(test))), new, order),
+                TaskView(train, kept, new, order, task),
+                TaskView(train, held_out, new, order, task),
+                TaskView(test, torch.arange(len(_labels(test))), new, order, task),
                 batch_size,
                 num_workers,
             )
@@ -187,15 +188,22 @@ class TaskView(Dataset[Any]):
         indices: which samples, ``(N,)``.
         labels: new label by old.
         order: permutation of the elements of x; None: as they are.
+        task: the task's name; a Trainer that tests several loaders recalls each one's task.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], indices: Tensor, labels: dict[int, int], order: Tensor | None = None
+        self,
+        dataset: Dataset[Any],
+        indices: Tensor,
+        labels: dict[int, int],
+        order: Tensor | None = None,
+        task: str | None = None,
     ) -> None:
         self.dataset = dataset
         self.indices = indices.tolist()
         self.labels = labels
         self.order = order
+        self.task = task
 
     def __len__(self) -> int:
         return len(self.indices)
