@@ -1,7 +1,14 @@
 """A PyTorch Lightning callback that stops catastrophic forgetting: Relevance-based Neural Freezing."""
 
 from lightning_rnf.callback import RelevanceFreezing
-from lightning_rnf.criteria import AccuracyDrop, Criterion, FreeCapacity, SubnetworkScore
+from lightning_rnf.criteria import (
+    AccuracyDrop,
+    ComputeBudget,
+    Criterion,
+    FreeCapacity,
+    MetricDrop,
+    SubnetworkScore,
+)
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitLayer, UnitMap
@@ -10,9 +17,11 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AccuracyDrop",
+    "ComputeBudget",
     "Criterion",
     "FreeCapacity",
     "FreezeState",
+    "MetricDrop",
     "MultiHead",
     "RelevanceFreezing",
     "SubnetworkScore",

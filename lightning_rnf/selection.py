@@ -16,7 +16,7 @@ from lightning_rnf import norms, subnetwork
 from lightning_rnf.attribution import attribute
 from lightning_rnf.criteria import Criterion
 from lightning_rnf.guard import borrowed, evaluating
-from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores
+from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores, random
 from lightning_rnf.norms import NormStatistics
 from lightning_rnf.reference import ReferenceData
 from lightning_rnf.search import Candidates, Evaluation, Measured, Method, Normalize, Ranking, rank, search_cutoff
@@ -40,13 +40,17 @@ class Selection:
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True
 
-    def relevance(self, module: nn.Module, units: UnitMap, reference: ReferenceData) -> dict[str, Tensor]:
-        """Score every unit: float32 ``(units,)`` by layer."""
+    def relevance(
+        self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0
+    ) -> dict[str, Tensor]:
+        """Score every unit: float32 ``(units,)`` by layer; ``task`` counts the finished ones."""
         batches = reference.for_attribution
         if self.importance == "lrp":
             scores = attribute(module, units.layers, batches, reference.predict, self.composite, _report_samples)
         else:
             importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
+            if importance is random:  # the same units in every task would be another method
+                importance = partial(random, seed=task)
             scores = check_scores(importance(module, units.layers, batches, reference.predict), units.layers)
         # As the record keeps them: a ranking made from the record is then the same.
         return {name: values.float() for name, values in scores.items()}
@@ -62,7 +66,7 @@ class Selection:
     ) -> TaskRecord:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is."""
         started = time.perf_counter()
-        relevance = self.relevance(module, units, reference)
+        relevance = self.relevance(module, units, reference, len(state.tasks))
         attributed = time.perf_counter()
         ranking = self._rank(relevance, state)
         with borrowed(module), evaluating(module):

@@ -67,7 +67,7 @@ class TaskDataModule(LightningDataModule):
         return self._loader(self.test)
 
     def _loader(self, dataset: Dataset[Any], *, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(dataset, self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
 
 
 def split_by_class(

@@ -13,10 +13,12 @@ from lightning.pytorch.tuner import Tuner
 from snapshot import changes, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassF1Score
+from torchmetrics.functional.classification import multiclass_f1_score
 from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
 from zennit.composites import EpsilonPlus
 
-from lightning_rnf import AccuracyDrop, FreeCapacity, RelevanceFreezing
+from lightning_rnf import AccuracyDrop, FreeCapacity, MetricDrop, RelevanceFreezing
 from lightning_rnf.state import FreezeState
 
 MODELS = pytest.mark.parametrize("model_type", [Classifier, ConvClassifier])
@@ -407,7 +409,92 @@ def test_an_untrained_task_is_tested_as_it_is():
         assert tested["test_accuracy"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
 
 
+class OfSeveralLoaders(Classifier):
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return self(batch[0])
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        super().test_step(batch)
+
+
+class Several(pl.LightningDataModule):
+    """Test data of several tasks, one loader each."""
+
+    def __init__(self, *tasks: str) -> None:
+        super().__init__()
+        self.task = tasks
+
+    def test_dataloader(self):
+        return [task_data(task).test_dataloader() for task in self.task]
+
+    predict_dataloader = test_dataloader
+
+
+@pytest.mark.parametrize("named", ["by the data module", "by the data sets", "in a dict"])
+def test_several_loaders_recall_the_task_of_each(named):
+    model, rnf = OfSeveralLoaders(), RelevanceFreezing()
+    train(model, rnf, "a", "b", "c")
+    expected = {}
+    for task in "abc":
+        with rnf.recall(task), torch.no_grad():
+            expected[task] = model(clusters(task, 320, seed=2).tensors[0])
+    if named == "by the data module":
+        source = {"datamodule": Several("c", "a", "b")}
+    else:
+        loaders = {}
+        for task in "cab":
+            loaders[task] = task_data(task).test_dataloader()
+            loaders[task].dataset.task = task
+        source = {"dataloaders": loaders if named == "in a dict" else list(loaders.values())}
+    predicted = trainer(rnf).predict(model, **source)
+    for task, logits in zip("cab", predicted, strict=True):
+        assert torch.equal(torch.cat(logits), expected[task])
+    results = trainer(rnf).test(model, verbose=False, **source)
+    for task, result in zip("cab", results, strict=True):
+        (accuracy,) = result.values()
+        labels = clusters(task, 320, seed=2).tensors[1]
+        assert accuracy == pytest.approx((expected[task].argmax(1) == labels).double().mean().item())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_loader_of_an_unfinished_task_among_others_runs_the_model_as_it_is():
+    model, rnf = OfSeveralLoaders(), RelevanceFreezing()
+    train(model, rnf, "a")
+    model.heads.activate("b")
+    model.eval()
+    with torch.no_grad():
+        expected = model(clusters("b", 320, seed=2).tensors[0])
+    finished, unfinished = trainer(rnf).predict(model, datamodule=Several("a", "b"))
+    assert torch.equal(torch.cat(unfinished), expected)
+    with rnf.recall("a"), torch.no_grad():
+        assert torch.equal(torch.cat(finished), model(clusters("a", 320, seed=2).tensors[0]))
+
+
+def test_a_data_module_that_names_another_number_of_tasks_is_refused():
+    model, rnf = OfSeveralLoaders(), RelevanceFreezing()
+    train(model, rnf, "a")
+    data = Several("a", "b")
+    data.task = ("a", "b", "c")
+    data.test_dataloader = lambda: [task_data("a").test_dataloader()] * 2
+    with pytest.raises(ValueError, match=r"datamodule.task names 3 tasks, \['a', 'b', 'c'\], for 2 loaders"):
+        trainer(rnf).test(model, data)
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_as_the_criterion_is_measured_on_the_reference_data():
+    metric = MulticlassF1Score(2, average="macro")
+    model, rnf = Classifier(), RelevanceFreezing(criterion=MetricDrop(metric, 0.05) & FreeCapacity(0.9))
+    train(model, rnf, "a")
+    record = rnf.state.tasks["a"]
+    x, y = task_data("a").validation.tensors
+    with rnf.recall("a"), torch.no_grad():
+        expected = multiclass_f1_score(model(x), y, 2, average="macro").item()
+    taken = next(one.score for one in record.evaluations if one.score.cutoff == record.cutoff)
+    assert taken.values == {"MulticlassF1Score": pytest.approx(expected)}
+    assert taken.baseline_values["MulticlassF1Score"] - expected <= 0.05
+    assert metric.update_count == 0
 
 
 def test_paper_silences_nothing_in_recall_and_old_logits_drift():

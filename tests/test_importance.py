@@ -64,6 +64,13 @@ def test_random_is_the_same_for_a_seed_and_never_zero(net, batches):
     assert (scores(random, net, batches) > 0).all()
 
 
+def test_random_keeps_other_units_in_every_task():
+    model, rnf = Classifier(), RelevanceFreezing(importance="random", candidates="all")
+    train(model, rnf, "a", "b")
+    first, second = (record.relevance["body.0"] for record in rnf.state.tasks.values())
+    assert not torch.equal(first, second)
+
+
 def test_sums_go_over_the_positions_of_a_filter():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 3)).double()
