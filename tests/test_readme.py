@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training import Classifier, clusters, inputs
 
-from lightning_rnf import MultiHead
+from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.streams import TaskDataModule
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -24,15 +24,14 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         TaskDataModule(name, 2, *(clusters(task, 320, seed) for seed in range(3)), batch_size=32)
         for task, name in (("a", "digits-01"), ("b", "digits-23"))
     ]
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, options, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(code, {"model": model, "tasks": tasks, "x": inputs()})
+    exec(options, {"RelevanceFreezing": RelevanceFreezing})
     assert "'body.0'" in capsys.readouterr().out
 
 
 def test_every_parameter_of_the_callback_is_in_the_table():
     from inspect import signature
-
-    from lightning_rnf import RelevanceFreezing
 
     table = README[README.index("| parameter |") :]
     for name in signature(RelevanceFreezing).parameters:
