@@ -1,0 +1,304 @@
+"""A finished task's sub-network as a small, dense, ordinary module: the units it does without are gone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_rnf.channels import BATCH_NORMS, LAYERS, TRANSPOSED, Plan, by_group, folded, layer_form, plan
+from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.state import TaskRecord
+from lightning_rnf.subnetwork import recall
+from lightning_rnf.tracing import Traced, bare, silenced, tensor_copy, torch_class
+from lightning_rnf.units import UnitLayer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a module is.
+
+    Attributes:
+        parameters: how many numbers its parameters hold, those of other tasks' heads included.
+        flops: floating point operations of one sample's forward, a multiplication and an addition counted as two:
+            those of linear layers, convolutions and matrix products, which is nearly all.
+    """
+
+    parameters: int
+    flops: int
+
+
+def export(
+    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool = True
+) -> fx.GraphModule:
+    """Cut a finished task's sub-network out of a model; the model itself stays as it is.
+
+    What comes back is made of torch's own modules and functions (and whatever functions of others the forward calls):
+    it loads and runs without this package and without the model's class. Its logits are those of recall up to the
+    rounding of sums. It is in eval mode; its parameters are copies that share nothing with the model's.
+
+    Example::
+
+        small = rnf.export(model, "digits-01")
+        torch.save(small, "digits-01.pt")                       # torch.load(path, weights_only=False)
+        torch.onnx.export(small, (x,), "digits-01.onnx")
+        print(measure(model, x), measure(small, x))
+
+    Irrelevant units go wherever nothing has to count them. They stay, with zero weights, where they share channels with
+    relevant ones (the sum of a residual network), where a grouped convolution needs groups of equal size, and where an
+    operation reads them that mixes channels (LayerNorm, GroupNorm, attention) or that is not known. At least one
+    channel of each layer stays.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        record: of the task.
+        masked: as in recall; if not, all units stay.
+
+    Returns:
+        A module that takes what the model's ``forward`` takes, in batches, and returns the task's logits.
+
+    Raises:
+        ValueError: if ``torch.fx`` can't trace the model, or its forward runs another head than the task's.
+    """
+    layers = tuple(layers)
+    with borrowed(module), recall(module, () if masked else layers, record, masked=masked):
+        traced = Traced.of(module, layers)
+        if not any(f"{name}.".startswith(f"{record.head}.") for name in traced.called):
+            raise ValueError(
+                f"the model runs another head than {record.head!r}, which is that of task {record.name!r}: activate "
+                "it before the export (lightning_rnf.MultiHead does so by itself)"
+            )
+        nobody = {layer.name: torch.zeros(layer.units, dtype=torch.bool) for layer in layers}
+        silent = {name: ~record.relevant[name].cpu() for name in nobody} if masked else nobody
+        small = _build(traced, layers, silent)
+    before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (module, small))
+    log.info("%s: exported with %d of the model's %d parameters", record.name, after, before)
+    return small
+
+
+@torch.no_grad()
+def measure(module: nn.Module, example: Any) -> Size:
+    """Count a module's parameters and the floating point operations of one sample.
+
+    Args:
+        module: any; it stays as it is.
+        example: inputs of its ``forward`` as in Lightning's ``example_input_array``: a tensor ``(N, ...)``, a tuple of
+            them, or a dict of them by name. Only the first sample is run.
+    """
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    with borrowed(module), evaluating(module):
+        return Size(parameters, _flops(module, example))
+
+
+class SubnetworkFlops:
+    """Counts the floating point operations of sub-networks without building them.
+
+    Calling it with ``relevant``, bool ``(units,)`` by layer, gives what `measure` gives of the exported module. The
+    model is run once, at the start, in eval mode and with the head that is active.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        example: as in `measure`.
+
+    Raises:
+        ValueError: as `export`.
+    """
+
+    def __init__(self, module: nn.Module, layers: Iterable[UnitLayer], example: Any) -> None:
+        self.layers = tuple(layers)
+        with borrowed(module), evaluating(module), torch.no_grad():
+            self.traced = Traced.of(module, self.layers)
+            self._positions: dict[str, int] = {}
+            for name, leaf in self.traced.modules.items():
+                if torch_class(leaf) in LAYERS and name not in self.traced.bound:
+                    leaf.register_forward_hook(self._recorder(name))
+            self.total = _flops(module, example)
+        self._fixed = self.total - sum(
+            2 * positions * self.traced.modules[name].get_parameter("weight").numel()
+            for name, positions in self._positions.items()
+        )
+
+    def __call__(self, relevant: Mapping[str, Tensor]) -> int:
+        """Operations of one sample when only the relevant units speak."""
+        found = plan(self.traced, {layer.name: ~relevant[layer.name].cpu() for layer in self.layers})
+        flops = self._fixed
+        for node in self.traced.graph.nodes:
+            if node.op == "call_module" and node.target in self._positions:
+                weights = _weights_left(found, node, self.traced.modules[node.target])
+                flops += 2 * self._positions[node.target] * weights
+        return flops
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            features, units, _, _ = layer_form(module)
+            transposed = isinstance(module, TRANSPOSED)
+            self._positions[name] = args[0].numel() // features if transposed else output.numel() // units
+
+        return record
+
+
+def _flops(module: nn.Module, example: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        if isinstance(example, Mapping):
+            module(**{key: value[:1] for key, value in example.items()})
+        else:
+            module(*(value[:1] for value in (example if isinstance(example, (tuple, list)) else (example,))))
+    return int(counter.get_total_flops())
+
+
+def _weights_left(found: Plan, node: fx.Node, module: Any) -> int:
+    features, units, groups, _ = layer_form(module)
+    kept = found.kept(found.outputs[node]) if node in found.outputs else torch.ones(units, dtype=torch.bool)
+    by_units, by_features = (
+        mask.view(groups, -1).sum(dim=1) for mask in (kept, found.kept_inputs(node, features))
+    )
+    kernel: int = module.weight.numel() // (features * units // groups)
+    return int((by_units * by_features).sum()) * kernel
+
+
+@torch.no_grad()
+def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, Tensor]) -> fx.GraphModule:
+    found = plan(traced, silent)
+    memo: dict[int, Tensor] = {}
+    parts: dict[str, Any] = {name: bare(leaf, memo) for name, leaf in traced.modules.items()}
+    tensors = traced.tensors.items()
+    parts.update({name: tensor_copy(value, memo) if isinstance(value, Tensor) else value for name, value in tensors})
+    quiet = {layer.name: _silence(parts, layer, silent[layer.name]) for layer in layers}
+    by_name = {layer.name: layer for layer in layers}
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and node in found.outputs:
+            _cut(parts[node.target], node, found)
+        elif node in found.literals:
+            _resize(node, found)
+        elif node.target is silenced:
+            source, name = node.args
+            if quiet[name]:
+                node.replace_all_uses_with(source)
+            else:
+                parts.update(_fill(traced.graph, node, by_name[name], silent[name]))
+            traced.graph.erase_node(node)
+    traced.graph.lint()
+    small = fx.GraphModule(parts, traced.graph).eval()
+    small.graph.eliminate_dead_code()
+    small.recompile()
+    return small
+
+
+def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool:
+    """Zero the rows of silent units. False if that does not silence them, because a forward is not torch's."""
+    modules = [_part(parts, name) for name in (layer.name, layer.norm) if name is not None]
+    if not silent.any():
+        return True
+    for module in modules:
+        if module is None or torch_class(module) not in (*LAYERS, *BATCH_NORMS):
+            return False
+    for module in modules:
+        if isinstance(module, BATCH_NORMS):
+            _silence_norm(module, silent)
+            continue
+        grouped = by_group(module, module.weight)  # a view: (groups, units, features, ...)
+        grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
+        if module.bias is not None:
+            module.bias[silent.to(module.bias.device)] = 0
+    return True
+
+
+def _silence_norm(norm: Any, silent: Tensor) -> None:
+    tensors = [value for value in (norm.weight, norm.running_mean) if value is not None]
+    like = tensors[0] if tensors else torch.empty(0)
+    if norm.weight is None:
+        norm.weight = nn.Parameter(torch.ones(norm.num_features, dtype=like.dtype, device=like.device))
+        norm.affine = True
+    if norm.bias is None:
+        norm.bias = nn.Parameter(torch.zeros(norm.num_features, dtype=like.dtype, device=like.device))
+    for tensor, value in ((norm.weight, 0), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
+        if tensor is not None:
+            tensor[silent.to(tensor.device)] = value
+
+
+def _part(parts: Mapping[str, Any], name: str) -> Any:
+    """A copied module by the name of its original, also inside a module that stays whole."""
+    for target, part in parts.items():
+        if isinstance(part, nn.Module) and f"{name}.".startswith(f"{target}."):
+            return part.get_submodule(name[len(target) + 1 :])
+    return None
+
+
+def _fill(graph: fx.Graph, node: fx.Node, layer: UnitLayer, silent: Tensor) -> dict[str, Tensor]:
+    """Fill the output with zero as recall does."""
+    name = f"silent_{layer.name.replace('.', '_')}"
+    with graph.inserting_before(node):
+        mask = graph.get_attr(name)
+        filled = graph.call_method("masked_fill", (node.args[0], mask, 0.0))
+    node.replace_all_uses_with(filled)
+    return {name: silent.view(-1, *[1] * (-layer.axis - 1))}
+
+
+def _cut(module: Any, node: fx.Node, found: Plan) -> None:
+    if torch_class(module) in LAYERS:
+        _cut_layer(module, node, found)
+        return
+    if node not in found.inputs:
+        return
+    kept = found.kept(found.inputs[node])
+    for tensors in (module._parameters, module._buffers):
+        for key, value in tensors.items():
+            if value is not None and value.ndim == 1:
+                tensors[key] = _rows(value, kept)
+    setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", int(kept.sum()))
+
+
+def _cut_layer(module: Any, node: fx.Node, found: Plan) -> None:
+    features, _, groups, _ = layer_form(module)
+    said, read = found.kept(found.outputs[node]), found.kept_inputs(node, features)
+    if node in found.inputs:
+        _fold(module, found.inputs[node].constant.masked_fill(read, 0.0).nan_to_num(0.0))
+    weight = by_group(module, module.weight.detach())
+    sides = [(units, inputs) for units, inputs in zip(said.view(groups, -1), read.view(groups, -1), strict=True)]
+    parts = [
+        weight[group][units.to(weight.device)][:, inputs.to(weight.device)]
+        for group, (units, inputs) in enumerate(sides)
+        if units.any() or inputs.any()
+    ]
+    cut = torch.stack(parts)
+    cut = cut.transpose(1, 2) if isinstance(module, TRANSPOSED) else cut
+    module.weight = nn.Parameter(cut.flatten(0, 1).contiguous())
+    if module.bias is not None:
+        module.bias = _rows(module.bias, said)
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = int(read.sum()), int(said.sum())
+    else:
+        module.in_channels, module.out_channels, module.groups = int(read.sum()), int(said.sum()), len(parts)
+
+
+def _fold(module: Any, constant: Tensor) -> None:
+    """Take constant inputs that go into the bias."""
+    if not constant.any():
+        return
+    added = folded(module, constant).to(module.weight)
+    bias = torch.zeros_like(added) if module.bias is None else module.bias.detach()
+    module.bias = nn.Parameter(bias + added)
+
+
+def _rows(value: Tensor, kept: Tensor) -> Tensor:
+    rows = value.detach()[kept.to(value.device)]
+    return nn.Parameter(rows) if isinstance(value, nn.Parameter) else rows
+
+
+def _resize(node: fx.Node, found: Plan) -> None:
+    literal, source = found.literals[node], found.outputs[node]
+    size = int(found.kept(source).sum()) * literal.width
+    if literal.nested:
+        sizes: Any = node.args[1]
+        node.update_arg(1, (*sizes[: literal.position], size, *sizes[literal.position + 1 :]))
+    else:
+        node.update_arg(literal.position, size)
