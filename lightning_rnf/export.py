@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rnf.channels import BATCH_NORMS, LAYERS, TRANSPOSED, Plan, by_group, folded, layer_form, plan
-from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.channels import BATCH_NORMS
+from lightning_rnf.grouped import LAYERS, TRANSPOSED, by_group, folded, layer_form
+from lightning_rnf.guard import borrowed
+from lightning_rnf.pruning import Plan, plan
 from lightning_rnf.state import TaskRecord
 from lightning_rnf.subnetwork import recall
 from lightning_rnf.tracing import Traced, bare, silenced, tensor_copy, torch_class
 from lightning_rnf.units import UnitLayer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a module is.
-
-    Attributes:
-        parameters: how many numbers its parameters hold, those of other tasks' heads included.
-        flops: floating point operations of one sample's forward, a multiplication and an addition counted as two:
-            those of linear layers, convolutions and matrix products, which is nearly all.
-    """
-
-    parameters: int
-    flops: int
 
 
 def export(
@@ -49,7 +35,7 @@ def export(
         small = rnf.export(model, "digits-01")
         torch.save(small, "digits-01.pt")                       # torch.load(path, weights_only=False)
         torch.onnx.export(small, (x,), "digits-01.onnx")
-        print(measure(model, x), measure(small, x))
+        print(measure(model, x), measure(small, x))              # of lightning_rnf.sizes
 
     Irrelevant units go wherever nothing has to count them. They stay, with zero weights, where they share channels with
     relevant ones (the sum of a residual network), where a grouped convolution needs groups of equal size, and where an
@@ -85,95 +71,14 @@ def export(
 
 
 @torch.no_grad()
-def measure(module: nn.Module, example: Any) -> Size:
-    """Count a module's parameters and the floating point operations of one sample.
-
-    Args:
-        module: any; it stays as it is.
-        example: inputs of its ``forward`` as in Lightning's ``example_input_array``: a tensor ``(N, ...)``, a tuple of
-            them, or a dict of them by name. Only the first sample is run.
-    """
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    with borrowed(module), evaluating(module):
-        return Size(parameters, _flops(module, example))
-
-
-class SubnetworkFlops:
-    """Counts the floating point operations of sub-networks without building them.
-
-    Calling it with ``relevant``, bool ``(units,)`` by layer, gives what `measure` gives of the exported module. The
-    model is run once, at the start, in eval mode and with the head that is active.
-
-    Args:
-        module: the model.
-        layers: its unit layers.
-        example: as in `measure`.
-
-    Raises:
-        ValueError: as `export`.
-    """
-
-    def __init__(self, module: nn.Module, layers: Iterable[UnitLayer], example: Any) -> None:
-        self.layers = tuple(layers)
-        with borrowed(module), evaluating(module), torch.no_grad():
-            self.traced = Traced.of(module, self.layers)
-            self._positions: dict[str, int] = {}
-            for name, leaf in self.traced.modules.items():
-                if torch_class(leaf) in LAYERS and name not in self.traced.bound:
-                    leaf.register_forward_hook(self._recorder(name))
-            self.total = _flops(module, example)
-        self._fixed = self.total - sum(
-            2 * positions * self.traced.modules[name].get_parameter("weight").numel()
-            for name, positions in self._positions.items()
-        )
-
-    def __call__(self, relevant: Mapping[str, Tensor]) -> int:
-        """Operations of one sample when only the relevant units speak."""
-        found = plan(self.traced, {layer.name: ~relevant[layer.name].cpu() for layer in self.layers})
-        flops = self._fixed
-        for node in self.traced.graph.nodes:
-            if node.op == "call_module" and node.target in self._positions:
-                weights = _weights_left(found, node, self.traced.modules[node.target])
-                flops += 2 * self._positions[node.target] * weights
-        return flops
-
-    def _recorder(self, name: str) -> Any:
-        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            features, units, _, _ = layer_form(module)
-            transposed = isinstance(module, TRANSPOSED)
-            self._positions[name] = args[0].numel() // features if transposed else output.numel() // units
-
-        return record
-
-
-def _flops(module: nn.Module, example: Any) -> int:
-    with FlopCounterMode(display=False) as counter:
-        if isinstance(example, Mapping):
-            module(**{key: value[:1] for key, value in example.items()})
-        else:
-            module(*(value[:1] for value in (example if isinstance(example, (tuple, list)) else (example,))))
-    return int(counter.get_total_flops())
-
-
-def _weights_left(found: Plan, node: fx.Node, module: Any) -> int:
-    features, units, groups, _ = layer_form(module)
-    kept = found.kept(found.outputs[node]) if node in found.outputs else torch.ones(units, dtype=torch.bool)
-    by_units, by_features = (
-        mask.view(groups, -1).sum(dim=1) for mask in (kept, found.kept_inputs(node, features))
-    )
-    kernel: int = module.weight.numel() // (features * units // groups)
-    return int((by_units * by_features).sum()) * kernel
-
-
-@torch.no_grad()
 def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, Tensor]) -> fx.GraphModule:
     found = plan(traced, silent)
     memo: dict[int, Tensor] = {}
     parts: dict[str, Any] = {name: bare(leaf, memo) for name, leaf in traced.modules.items()}
     tensors = traced.tensors.items()
     parts.update({name: tensor_copy(value, memo) if isinstance(value, Tensor) else value for name, value in tensors})
-    quiet = {layer.name: _silence(parts, layer, silent[layer.name]) for layer in layers}
     by_name = {layer.name: layer for layer in layers}
+    quiet = {name: _silence(parts, layer, silent[name]) for name, layer in by_name.items()}
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node in found.outputs:
             _cut(parts[node.target], node, found)
@@ -184,7 +89,7 @@ def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, T
             if quiet[name]:
                 node.replace_all_uses_with(source)
             else:
-                parts.update(_fill(traced.graph, node, by_name[name], silent[name]))
+                _fill(traced.graph, node, by_name[name].axis, silent[name], parts)
             traced.graph.erase_node(node)
     traced.graph.lint()
     small = fx.GraphModule(parts, traced.graph).eval()
@@ -233,14 +138,14 @@ def _part(parts: Mapping[str, Any], name: str) -> Any:
     return None
 
 
-def _fill(graph: fx.Graph, node: fx.Node, layer: UnitLayer, silent: Tensor) -> dict[str, Tensor]:
-    """Fill the output with zero as recall does."""
-    name = f"silent_{layer.name.replace('.', '_')}"
+def _fill(graph: fx.Graph, node: fx.Node, axis: int, silent: Tensor, parts: dict[str, Any]) -> None:
+    """Fill the output with zero as recall does: that works with any forward."""
+    name = f"silent_{str(node.args[1]).replace('.', '_')}"
+    tensors = (tensor for part in parts.values() if isinstance(part, nn.Module) for tensor in part.parameters())
+    parts[name] = silent.view(-1, *[1] * (-axis - 1)).to(next(tensors, silent).device)
     with graph.inserting_before(node):
-        mask = graph.get_attr(name)
-        filled = graph.call_method("masked_fill", (node.args[0], mask, 0.0))
+        filled = graph.call_method("masked_fill", (node.args[0], graph.get_attr(name), 0.0))
     node.replace_all_uses_with(filled)
-    return {name: silent.view(-1, *[1] * (-layer.axis - 1))}
 
 
 def _cut(module: Any, node: fx.Node, found: Plan) -> None:
@@ -258,8 +163,8 @@ def _cut(module: Any, node: fx.Node, found: Plan) -> None:
 
 
 def _cut_layer(module: Any, node: fx.Node, found: Plan) -> None:
-    features, _, groups, _ = layer_form(module)
-    said, read = found.kept(found.outputs[node]), found.kept_inputs(node, features)
+    features, units, groups, _ = layer_form(module)
+    said, read = found.kept_outputs(node, units), found.kept_inputs(node, features)
     if node in found.inputs:
         _fold(module, found.inputs[node].constant.masked_fill(read, 0.0).nan_to_num(0.0))
     weight = by_group(module, module.weight.detach())

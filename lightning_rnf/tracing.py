@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -197,6 +198,7 @@ def _parameter(parameter: nn.Parameter, memo: dict[int, Tensor]) -> nn.Parameter
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_plain(entry) for entry in value)
-    if callable(value):
-        return str(getattr(value, "__module__", "")).startswith("torch")
+    if callable(value):  # an activation; nothing that is bound to something
+        origin = str(getattr(value, "__module__", ""))
+        return origin.startswith("torch") and vars(sys.modules[origin]).get(getattr(value, "__name__", "")) is value
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
