@@ -184,8 +184,12 @@ def of_function(node: fx.Node, known: Known) -> Effect | None:
         return None
     if name in _POOLS:
         return _pool_function(node, name, read, source)
-    if name in {"mean", "amax"}:
+    if name in {"mean", "amax", "sum"}:
+        if name == "sum":  # as many as there are positions, which nobody here knows
+            source = replace(source, constant=source.constant.where(source.constant == 0, torch.nan))
         return _reduced(read, source, argument(node, 1, "dim"), bool(argument(node, 2, "keepdim", False)))
+    if name == "squeeze" and source.single:
+        return _reduced(read, source, argument(node, 1, "dim"), keepdim=False)
     if name == "flatten":
         return _flatten(read, source, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
     if name in {"view", "reshape"}:

@@ -92,10 +92,7 @@ def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, T
                 _fill(traced.graph, node, by_name[name].axis, silent[name], parts)
             traced.graph.erase_node(node)
     traced.graph.lint()
-    small = fx.GraphModule(parts, traced.graph).eval()
-    small.graph.eliminate_dead_code()
-    small.recompile()
-    return small
+    return fx.GraphModule(parts, traced.graph).eval()
 
 
 def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool:
@@ -108,7 +105,7 @@ def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool
             return False
     for module in modules:
         if isinstance(module, BATCH_NORMS):
-            _silence_norm(module, silent)
+            _silence_norm(module, silent, modules[0].weight)
             continue
         grouped = by_group(module, module.weight)  # a view: (groups, units, features, ...)
         grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
@@ -117,14 +114,11 @@ def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool
     return True
 
 
-def _silence_norm(norm: Any, silent: Tensor) -> None:
-    tensors = [value for value in (norm.weight, norm.running_mean) if value is not None]
-    like = tensors[0] if tensors else torch.empty(0)
+def _silence_norm(norm: Any, silent: Tensor, like: Tensor) -> None:
     if norm.weight is None:
-        norm.weight = nn.Parameter(torch.ones(norm.num_features, dtype=like.dtype, device=like.device))
-        norm.affine = True
+        norm.weight, norm.affine = nn.Parameter(like.new_ones(norm.num_features)), True
     if norm.bias is None:
-        norm.bias = nn.Parameter(torch.zeros(norm.num_features, dtype=like.dtype, device=like.device))
+        norm.bias = nn.Parameter(like.new_zeros(norm.num_features))
     for tensor, value in ((norm.weight, 0), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
         if tensor is not None:
             tensor[silent.to(tensor.device)] = value

@@ -107,6 +107,8 @@ class _Analysis:
                 self._tie(ids, others)
 
     def _effect(self, node: fx.Node) -> Effect | None:
+        if node in self.traced.aliased:
+            return None
         if node.op in {"call_function", "call_method"}:
             if node.target is silenced:
                 return self._silenced(node)

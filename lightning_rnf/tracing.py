@@ -17,6 +17,26 @@ from lightning_rnf.units import UnitLayer
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
 # Torchvision's and timm's: identities in eval mode, but they would tie the graph to their packages.
 
+_VIEWS = frozenset(
+    (
+        *(
+            "view",
+            "view_as",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "permute",
+            "transpose",
+            "swapaxes",
+            "movedim",
+            "squeeze",
+        ),
+        *("unsqueeze", "expand", "expand_as", "getitem", "getattr", "narrow", "select", "chunk", "split", "unbind"),
+        *("contiguous", "detach", "float", "double", "half", "to", "type_as", "t", "dropout", "dropout2d"),
+    )
+)
+_VIEW_MODULES = frozenset(("Flatten", "Unflatten", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"))
+
 
 def silenced(output: Tensor, layer: str) -> Tensor:
     """Marks in the graph where the units of ``layer`` speak. It never runs."""
@@ -33,6 +53,7 @@ class Traced:
         tensors: what its ``get_attr`` nodes name, the model's own objects, too.
         called: names of all modules that ran, those inside a module of ``modules`` left out.
         bound: names among ``modules`` that can't change their shape: they have parameters, and run twice or share one.
+        aliased: nodes whose output is written to in place, and read as something else after that.
     """
 
     graph: fx.Graph
@@ -40,6 +61,7 @@ class Traced:
     tensors: dict[str, Any]
     called: frozenset[str]
     bound: frozenset[str]
+    aliased: frozenset[fx.Node]
 
     @classmethod
     def of(cls, module: nn.Module, layers: Iterable[UnitLayer]) -> Traced:
@@ -61,7 +83,9 @@ class Traced:
         # A graph of its own has no reference to our tracer, which would be stored with the module.
         graph = fx.Graph()
         graph.output(graph.graph_copy(recorded, {}))
-        _follow_in_place(graph, tracer.leaves)
+        for node in graph.nodes:
+            node.type = None  # annotations of the user's code would have to be importable
+        aliased = _follow_in_place(graph, tracer.leaves)
         nodes = [node for node in graph.nodes if node.op == "call_module"]
         modules = {node.target: tracer.leaves[node.target] for node in nodes}
         tensors = {node.target: _attribute(module, node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -74,7 +98,7 @@ class Traced:
             for name, leaf in modules.items()
             if any(runs[name] > 1 or owners[id(value)] > 1 for value in leaf.parameters())
         }
-        return cls(graph, modules, tensors, frozenset(tracer.called), frozenset(bound))
+        return cls(graph, modules, tensors, frozenset(tracer.called), frozenset(bound), aliased)
 
 
 def bare(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
@@ -148,16 +172,35 @@ class _Tracer(fx.Tracer):
         return output
 
 
-def _follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Let everything after an in-place operation read its output: the same tensor, but the graph can't know."""
+def _follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> frozenset[fx.Node]:
+    """Let everything after an in-place operation read its output: the same tensor, but the graph can't know.
+
+    Returns:
+        Nodes that are read later in spite of that, through another view of the same memory.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
+    origin: dict[fx.Node, fx.Node] = {}
+    aliased: set[fx.Node] = set()
     for node in graph.nodes:
-        if not node.all_input_nodes or not _is_in_place(node, modules):
+        writes = bool(node.all_input_nodes) and _is_in_place(node, modules)
+        source = node.all_input_nodes[0] if writes or _may_be_view(node, modules) else node
+        origin[node] = origin.get(source, source)
+        if not writes:
             continue
-        source = node.all_input_nodes[0]
         for user in list(source.users):
             if order[user] > order[node]:
                 user.replace_input_with(source, node)
+        same = [other for other, root in origin.items() if root is origin[node]]
+        if any(order[user] > order[node] for other in same if other is not node for user in other.users):
+            aliased.update(same)
+    return frozenset(node for node in graph.nodes if origin[node] in {origin[other] for other in aliased})
+
+
+def _may_be_view(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]).__name__ in _VIEW_MODULES
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    return node.op in {"call_method", "call_function"} and bool(node.all_input_nodes) and name in _VIEWS
 
 
 def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
