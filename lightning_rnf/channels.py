@@ -304,7 +304,7 @@ def _reduced(read: fx.Node, source: Channels, dims: Any, keepdim: bool) -> Effec
     if source.ndim is None or not dims or not all(isinstance(dim, int) for dim in dims):
         return None
     gone = {dim % source.ndim - source.ndim for dim in dims}
-    if source.axis in gone:
+    if source.axis in gone or -source.ndim in gone:
         return None
     single = source.single or set(range(1 - source.ndim, 0)) - {source.axis} <= gone
     if keepdim:

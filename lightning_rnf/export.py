@@ -55,7 +55,7 @@ def export(
         ValueError: if ``torch.fx`` can't trace the model, or its forward runs another head than the task's.
     """
     layers = tuple(layers)
-    with borrowed(module), recall(module, () if masked else layers, record, masked=masked):
+    with borrowed(module), recall(module, (), record, masked=masked):
         traced = Traced.of(module, layers)
         if not any(f"{name}.".startswith(f"{record.head}.") for name in traced.called):
             raise ValueError(

@@ -19,22 +19,12 @@ _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
 
 _VIEWS = frozenset(
     (
-        *(
-            "view",
-            "view_as",
-            "reshape",
-            "flatten",
-            "unflatten",
-            "permute",
-            "transpose",
-            "swapaxes",
-            "movedim",
-            "squeeze",
-        ),
-        *("unsqueeze", "expand", "expand_as", "getitem", "getattr", "narrow", "select", "chunk", "split", "unbind"),
-        *("contiguous", "detach", "float", "double", "half", "to", "type_as", "t", "dropout", "dropout2d"),
+        *("view", "view_as", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t"),
+        *("squeeze", "unsqueeze", "expand", "expand_as", "getitem", "getattr", "narrow", "select", "chunk", "split"),
+        *("unbind", "contiguous", "detach", "float", "double", "half", "to", "type_as", "dropout", "dropout2d"),
     )
 )
+_ASSIGNMENTS = frozenset(("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"))
 _VIEW_MODULES = frozenset(("Flatten", "Unflatten", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"))
 
 
@@ -152,7 +142,7 @@ class _Tracer(fx.Tracer):
         self.called: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return torch_class(m) not in {nn.Module, nn.Sequential}
+        return torch_class(m) is not nn.Sequential and all(torch_class(part) is not nn.Module for part in m.modules())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -207,7 +197,7 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+    return bool(node.kwargs.get("inplace")) or name in _ASSIGNMENTS or (name.endswith("_") and name[-2:] != "__")
 
 
 def _check_layers(

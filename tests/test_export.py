@@ -331,6 +331,43 @@ def aliased() -> nn.Module:
     )
 
 
+def written_through_a_view() -> nn.Module:
+    """What is added to a view is there in the tensor, too."""
+
+    def forward(self: Built, x: Tensor) -> Tensor:
+        x = self.bn(torch.cat([self.one(x), self.two(x)], 1))
+        x.flatten(1).add_(1.0)
+        return self.head(self.last(x.relu()).relu().sum((2, 3)))
+
+    return Built(
+        forward,
+        one=nn.Conv2d(3, 6, 3),
+        two=nn.Conv2d(3, 6, 3),
+        bn=nn.BatchNorm2d(12),
+        last=nn.Sequential(nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+        head=nn.Linear(8, CLASSES),
+    )
+
+
+def memoryless() -> nn.Module:
+    """Norms that keep no statistics, and have no parameters; axes of one element that are squeezed away."""
+
+    def forward(self: Built, x: Tensor) -> Tensor:
+        x = self.norm2(self.two(self.norm1(self.one(x)).relu())).relu()
+        return self.head(self.pool(self.three(x).relu()).squeeze(-1).squeeze(2)[:, :, None].transpose(1, 2).sum(1))
+
+    return Built(
+        forward,
+        one=nn.Conv2d(3, 8, 3),
+        norm1=nn.BatchNorm2d(8, track_running_stats=False),
+        two=nn.Conv2d(8, 10, 3),
+        norm2=nn.BatchNorm2d(10, affine=False, track_running_stats=False),
+        three=nn.Conv2d(10, 6, 3),
+        pool=nn.AdaptiveAvgPool2d(1),
+        head=nn.Linear(6, CLASSES),
+    )
+
+
 def transposed() -> nn.Module:
     """Transposed convolutions count their inputs first; constants do not stay constant through them."""
     return nn.Sequential(
@@ -370,6 +407,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "encoder": (encoder, (5, 3, 4)),
     "custom": (custom, IMAGE),
     "aliased": (aliased, IMAGE),
+    "written-through-a-view": (written_through_a_view, IMAGE),
+    "memoryless": (memoryless, IMAGE),
     "transposed": (transposed, IMAGE),
     "conv1d": (conv1d, IMAGE),
 }
