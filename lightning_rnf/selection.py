@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
@@ -20,6 +22,7 @@ from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, ch
 from lightning_rnf.norms import NormStatistics
 from lightning_rnf.reference import ReferenceData
 from lightning_rnf.search import Candidates, Evaluation, Measured, Method, Normalize, Ranking, rank, search_cutoff
+from lightning_rnf.sizes import SubnetworkFlops
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
 
@@ -169,12 +172,20 @@ class _Candidates:
         self.criterion = criterion
         self.norms = norms.with_statistics(module, units.buffers)
         self.recalibrates = selection.recalibrate_norm and bool(self.norms)
+        self.resolution = selection.resolution
+        self.flops = _flops_counter(module, units, reference) if criterion.counts_flops else None
         self.is_shared = selection.norm_statistics == "shared"
 
     def measure(self, cutoff: int) -> Measured:
         """Accuracy, and what else the criterion asks for, with so many candidates silenced."""
         with self._speaking(cutoff):
             measured = self.reference.measure(self.module, self.criterion.metrics)
+        if self.flops is not None:
+            before = self.ranking.before(cutoff, self.resolution)
+            flops = {"flops": self.flops(self.ranking.relevant(cutoff)) if cutoff else self.flops.total}
+            flops["flops_before"] = self.flops(self.ranking.relevant(before)) if before else self.flops.total
+            values = {name: float(number) for name, number in flops.items()}
+            measured = Measured(measured.accuracy, {**measured.values, **values})
         log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
         return measured
 
@@ -194,6 +205,23 @@ class _Candidates:
                 run = partial(self.reference.run, self.module)
                 stack.enter_context(norms.recalibrated(self.norms.values(), run))
             yield
+
+
+def _flops_counter(module: nn.Module, units: UnitMap, reference: ReferenceData) -> SubnetworkFlops:
+    """Counts what ``module`` needs for one sample of the reference data."""
+    inputs: list[Any] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args if args else kwargs)
+
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+    with hook, torch.no_grad(), reference.forward_context():
+        reference.predict(module, reference.example)
+    if not inputs:
+        raise ValueError(
+            "operations can't be counted: predict does not call the module itself; do without ComputeBudget"
+        )
+    return SubnetworkFlops(module, units.layers, inputs[0])
 
 
 def _report_samples(samples: int) -> None:

@@ -18,7 +18,8 @@ from torchmetrics.functional.classification import multiclass_f1_score
 from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
 from zennit.composites import EpsilonPlus
 
-from lightning_rnf import AccuracyDrop, FreeCapacity, MetricDrop, RelevanceFreezing
+from lightning_rnf import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
+from lightning_rnf.sizes import measure
 from lightning_rnf.state import FreezeState
 
 MODELS = pytest.mark.parametrize("model_type", [Classifier, ConvClassifier])
@@ -495,6 +496,24 @@ def test_a_metric_as_the_criterion_is_measured_on_the_reference_data():
     assert taken.values == {"MulticlassF1Score": pytest.approx(expected)}
     assert taken.baseline_values["MulticlassF1Score"] - expected <= 0.05
     assert metric.update_count == 0
+
+
+@MODELS
+def test_a_compute_budget_is_kept_by_the_exported_sub_network(model_type):
+    model, rnf = model_type(), RelevanceFreezing(criterion=ComputeBudget(0.5))
+    train(model, rnf, "a")
+    record = rnf.state.tasks["a"]
+    taken = next(one.score for one in record.evaluations if one.score.cutoff == record.cutoff)
+    whole, small = measure(model, inputs()).flops, measure(rnf.export(model, "a"), inputs()).flops
+    assert taken.baseline_values["flops"] == whole
+    assert taken.values["flops"] == small <= 0.5 * whole < taken.values["flops_before"]
+
+
+def test_a_budget_that_is_not_met_within_the_tolerance_is_pruned_as_far_as_that_allows():
+    model, rnf = Classifier(), RelevanceFreezing(criterion=AccuracyDrop(0.0) & ComputeBudget(0.0001))
+    train(model, rnf, "a")
+    record = rnf.state.tasks["a"]
+    assert record.subnetwork_accuracy >= record.accuracy
 
 
 def test_paper_silences_nothing_in_recall_and_old_logits_drift():
