@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_rnf.additions import ConservingAdditions
+from lightning_rnf.functions import FunctionRules
 from lightning_rnf.attribution import attribute
 from lightning_rnf.units import UnitMap
 
@@ -47,7 +47,7 @@ def leaves(*shape):
 def test_a_sum_splits_relevance_by_contribution(how):
     x, y = leaves(5, 7)
     relevance = torch.rand(5, 7, dtype=torch.float64)
-    with ConservingAdditions():
+    with FunctionRules():
         total = SUMS[how](x, y)
     assert torch.equal(total, x + y)
     of_x, of_y = torch.autograd.grad(total, [x, y], relevance)
@@ -58,7 +58,7 @@ def test_a_sum_splits_relevance_by_contribution(how):
 
 def test_a_factor_on_the_second_summand_counts():
     x, y = (part.abs().detach().requires_grad_() for part in leaves(4))
-    with ConservingAdditions():
+    with FunctionRules():
         total = torch.add(x, y, alpha=3)
     assert torch.equal(total, x + 3 * y)
     (of_x,) = torch.autograd.grad(total, [x], torch.ones(4, dtype=torch.float64))
@@ -67,7 +67,7 @@ def test_a_factor_on_the_second_summand_counts():
 
 def test_a_sum_of_zeros_has_nothing_to_split():
     x, y = (torch.zeros(3, requires_grad=True) for _ in range(2))
-    with ConservingAdditions():
+    with FunctionRules():
         total = x + y
     for part in torch.autograd.grad(total, [x, y], torch.zeros(3)):
         assert torch.equal(part, torch.zeros(3))
@@ -75,7 +75,7 @@ def test_a_sum_of_zeros_has_nothing_to_split():
 
 def test_constants_and_other_shapes_are_added_as_ever():
     x, y = leaves(5, 7)
-    with ConservingAdditions():
+    with FunctionRules():
         totals = [x + 1.0, 1.0 + x, x + torch.ones(5, 7), x + y[:1], torch.add(x, 2), sum([x, x.detach()])]
     for total in totals:
         (gradient,) = torch.autograd.grad(total.sum(), [x], retain_graph=True)
