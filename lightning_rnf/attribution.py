@@ -65,7 +65,7 @@ def attribute(
     """
     rules = _applicable(EpsilonPlus() if composite is None else composite)
     journal = Journal(layers)
-    ruled: dict[str, nn.Module] = {}
+    functions = FunctionRules()
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
         return logits * nn.functional.one_hot(target.long(), logits.shape[1])
@@ -77,17 +77,19 @@ def attribute(
     def applied(module: nn.Module) -> Iterator[None]:
         with rules.context(module):
             context: dict[str, Any] = {}  # after the canonizers, which may add modules
-            ruled.update(
-                (name, submodule)
+            ruled = {
+                name
                 for name, submodule in module.named_modules()
                 if rules.module_map(context, name, submodule) is not None
-            )
-            with journal.recording(module, ruled):
+            }
+            with journal.recording(module, ruled), functions.attached(module, ruled):
                 yield
 
     def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        with FunctionRules(ruled.values()):
-            return predict(module, batch)
+        with functions:
+            logits, target = predict(module, batch)
+        journal.read(logits)
+        return logits, target
 
     def prepare(module: nn.Module) -> None:
         if composite is None:
@@ -142,7 +144,7 @@ def propagate(
     rules: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     progress: Callable[[int], None] = lambda samples: None,
     prepare: Callable[[nn.Module], None] = lambda module: None,
-    arrived: Callable[[Tensor, Tensor, list[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
+    arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
 ) -> dict[str, Tensor]:
     """Send something back from the logits and add up what arrives at the units, on a borrowed module.
 
@@ -156,8 +158,7 @@ def propagate(
         rules: entered around each batch: how it flows. None: as gradients do.
         progress: called after each batch with the number of samples so far.
         prepare: called once with the borrowed module, which it may change.
-        arrived: called after each batch with the logits, what was sent back from them, the inputs of the layers and
-            what arrived at these.
+        arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
 
     Returns:
         By layer: float64 ``(units,)`` on the CPU, summed over batches.
@@ -184,8 +185,8 @@ def propagate(
                 logits, target = predict_checked(
                     predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
                 )
-                sent = start(logits.detach(), target)
-                arrived(logits, sent, roots, torch.autograd.grad(logits, roots, grad_outputs=sent, allow_unused=True))
+                sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers run again and add to it
+                arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
             samples += len(target)
             progress(samples)
     if samples == 0:

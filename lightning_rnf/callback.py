@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
 from lightning_rnf import arguments, subnetwork
-from lightning_rnf.attribution import attribute
+from lightning_rnf.attribution import Attribution, attribute
+from lightning_rnf.conservation import Conservation
 from lightning_rnf.criteria import AccuracyDrop, Criterion, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities
@@ -244,9 +245,11 @@ class RelevanceFreezing(Callback):
             self._check_size(reference.samples)
             units = self._trace(pl_module, reference.example)
             started = time.perf_counter()
-            relevance = self._attribute(name, pl_module, units, reference.for_attribution)
+            attribution = self._attribute(name, pl_module, units, reference.for_attribution)
             attributed = time.perf_counter()
-            ranking = rank(relevance, self.state.frozen(), normalize=self.normalize, candidates=self.candidates)
+            relevance, conservation = attribution.relevance, attribution.conservation
+            normalize, notes = self._heed(name, conservation)
+            ranking = rank(relevance, self.state.frozen(), normalize=normalize, candidates=self.candidates)
             found = self._search(name, pl_module, units, ranking, reference)
             searched = time.perf_counter()
         record = TaskRecord(
@@ -262,6 +265,9 @@ class RelevanceFreezing(Callback):
             samples=reference.samples,
             evaluations=found.evaluations,
             seconds={"attribution": attributed - started, "search": searched - attributed},
+            conservation=conservation.ratios,
+            cuts=conservation.cuts,
+            notes=notes,
         )
         full_before = self._full_layers()
         self.state.add(record, units)
@@ -364,16 +370,26 @@ class RelevanceFreezing(Callback):
         if samples is not None and isinstance(self.criterion, AccuracyDrop):
             self.criterion.check_samples(samples)
 
-    def _attribute(
-        self, name: str, module: pl.LightningModule, units: UnitMap, batches: list[Any]
-    ) -> dict[str, torch.Tensor]:
+    def _attribute(self, name: str, module: pl.LightningModule, units: UnitMap, batches: list[Any]) -> Attribution:
         def progress(samples: int) -> None:
             log.debug("%s: relevance, %d samples", name, samples)
 
         if self.importance == "lrp":
             return attribute(module, units.layers, batches, self.predict, self.composite, progress)
         importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
-        return check_scores(importance(module, units.layers, batches, self.predict), units.layers)
+        return Attribution(check_scores(importance(module, units.layers, batches, self.predict), units.layers))
+
+    def _heed(self, name: str, conservation: Conservation) -> tuple[Normalize, tuple[str, ...]]:
+        """How to rank units by a relevance that was conserved so well, and what the record has to say about it."""
+        notes = conservation.notes
+        if lost := conservation.loss():
+            rank_zero_warn(f"{name}: {lost}. A composite= of your own may have rules that keep it")
+            notes = (*notes, lost)
+        if conservation.unruled and self.normalize == "none":
+            note = "ranked per layer: without those rules raw relevance doesn't compare across layers"
+            rank_zero_warn(f"{name}: {'; '.join(conservation.notes)}; {note}, so normalize='none' is not followed")
+            return "layer", (*notes, note)
+        return self.normalize, notes
 
     def _search(
         self, name: str, module: pl.LightningModule, units: UnitMap, ranking: Ranking, reference: ReferenceData

@@ -7,8 +7,9 @@ class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,34 +49,55 @@ class FunctionRules(TorchFunctionMode):
     relevance pass. What was broadcast gets the sum.
 
     Constants and parameters get no relevance: what is added to a tensor leaves its relevance whole, as do factors.
-
-    Args:
-        ruled: modules with rules of their own. What they compute inside is left alone.
     """
 
-    def __init__(self, ruled: Iterable[nn.Module] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._ruled = list(ruled)
-        self._hooks = ExitStack()
+        self._active = False
         self._inside = 0
 
     def __enter__(self) -> FunctionRules:
         """Rules apply from here on."""
-        for module in self._ruled:
-            self._hooks.callback(module.register_forward_pre_hook(self._enter_module).remove)
-            self._hooks.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
-        super().__enter__()
+        self._active = True
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """No longer."""
-        super().__exit__(*exception)
-        self._hooks.close()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._active = False
 
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        self._inside += 1
+    @contextmanager
+    def attached(self, module: nn.Module, ruled: Container[str]) -> Iterator[None]:
+        """Let modules with rules of their own compute in peace, and the others have these rules in a backward, too.
 
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        There they run again if they are checkpointed, and have to do what they did before.
+
+        Args:
+            module: a borrowed one.
+            ruled: names of its modules with rules of their own.
+        """
+        running: list[tuple[nn.Module, Callable[[], None]]] = []  # and what to do when it ends
+
+        def begin(name: str, module: nn.Module, args: Any) -> None:
+            if name in ruled:
+                self._inside += 1
+                running.append((module, self._resume))
+            elif not self._active and not self._inside:
+                self.__enter__()
+                running.append((module, partial(self.__exit__, None, None, None)))
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            if running and running[-1][0] is module:  # not if another hook kept it from running
+                running.pop()[1]()
+
+        with ExitStack() as hooks:
+            for name, submodule in module.named_modules():
+                hooks.callback(submodule.register_forward_pre_hook(partial(begin, name)).remove)
+                hooks.callback(submodule.register_forward_hook(end, always_call=True).remove)
+            yield
+
+    def _resume(self) -> None:
         self._inside -= 1
 
     def __torch_function__(

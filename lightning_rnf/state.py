@@ -36,6 +36,10 @@ class TaskRecord:
         samples: size of the reference data.
         evaluations: every measured cutoff, in the order of the search.
         seconds: wall-clock time of ``"attribution"`` and ``"search"``.
+        conservation: relevance over that of the logits, by layer and for `conservation.INPUT`; empty for scores that
+            are no relevance.
+        cuts: those of them that all relevance runs through, where 1 is right. Elsewhere it is a branch's share.
+        notes: what a reader of the relevance should know, in plain words.
     """
 
     name: str
@@ -50,6 +54,9 @@ class TaskRecord:
     samples: int
     evaluations: tuple[Evaluation, ...]
     seconds: dict[str, float]
+    conservation: dict[str, float] = field(default_factory=dict)
+    cuts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -184,6 +191,8 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
     return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
+        "cuts": list(record.cuts),
+        "notes": list(record.notes),
     }
 
 
@@ -214,6 +223,7 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
                     f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
                 )
     statistics = _get(plain, "norm_statistics", dict)
+    conservation = _get(plain, "conservation", dict)
     return TaskRecord(
         name=name,
         head=_get(plain, "head", str),
@@ -230,6 +240,9 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
             for evaluation in _get(plain, "evaluations", list)
         ),
         seconds=dict(_get(plain, "seconds", dict)),
+        conservation={key: _get(conservation, key, float) for key in conservation},
+        cuts=_get_names(plain, "cuts"),
+        notes=_get_names(plain, "notes"),
     )
 
 

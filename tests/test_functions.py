@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_rnf.functions import FunctionRules
 from lightning_rnf.attribution import attribute
+from lightning_rnf.functions import FunctionRules
 from lightning_rnf.units import UnitMap
 
 
@@ -73,10 +73,10 @@ def test_a_sum_of_zeros_has_nothing_to_split():
         assert torch.equal(part, torch.zeros(3))
 
 
-def test_constants_and_other_shapes_are_added_as_ever():
-    x, y = leaves(5, 7)
+def test_constants_are_added_as_ever():
+    x, _ = leaves(5, 7)
     with FunctionRules():
-        totals = [x + 1.0, 1.0 + x, x + torch.ones(5, 7), x + y[:1], torch.add(x, 2), sum([x, x.detach()])]
+        totals = [x + 1.0, 1.0 + x, x + torch.ones(5, 7), torch.add(x, 2), sum([x, x.detach()])]
     for total in totals:
         (gradient,) = torch.autograd.grad(total.sum(), [x], retain_graph=True)
         assert torch.equal(gradient, torch.ones_like(x))
@@ -103,7 +103,7 @@ def test_relevance_is_conserved_through_residual_sums(how):
     net = Residual(how)
     x, y = torch.randn(16, 6), torch.arange(16) % 3
     logits = net(x).gather(1, y[:, None]).sum()
-    relevance = attribute(net, UnitMap.of(net, (x, y)).layers, [(x, y)])
+    relevance = attribute(net, UnitMap.of(net, (x, y)).layers, [(x, y)]).relevance
     assert relevance["stem"].sum().item() == pytest.approx(logits.item(), rel=1e-3)
 
 
@@ -118,5 +118,5 @@ def test_relevance_is_conserved_through_networks_that_people_use(architecture):
     net.eval()
     logits = net(x).gather(1, y[:, None]).sum()
     layers = UnitMap.of(net, (x, y)).layers
-    relevance = attribute(net, layers, [(x, y)])
+    relevance = attribute(net, layers, [(x, y)]).relevance
     assert relevance[layers[0].name].sum().item() == pytest.approx(logits.item(), rel=0.01)
