@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
-from lightning_rnf.conservation import Conservation, Journal
+from lightning_rnf.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.functions import FunctionRules
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
@@ -56,7 +56,7 @@ def attribute(
         predict: how to get logits ``(N, classes)`` and labels ``(N,)`` of a batch.
         composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
             convolutions, on a network whose layers have the batch norms that directly follow merged into them.
-            `FunctionRules` hold for functions in both cases.
+            `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
         progress: called after each batch with the number of samples so far.
 
     Raises:
@@ -82,7 +82,11 @@ def attribute(
                 for name, submodule in module.named_modules()
                 if rules.module_map(context, name, submodule) is not None
             }
-            with journal.recording(module, ruled), functions.attached(module, ruled):
+            # What a composite of the user's own has no rule for is to be a plain gradient.
+            left = {
+                name for name, submodule in module.named_modules() if composite is not None and _is_layer(submodule)
+            }
+            with journal.recording(module, ruled), functions.attached(module, ruled | left):
                 yield
 
     def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -108,6 +112,10 @@ def _applicable(composite: Composite) -> Composite:
         return None if isinstance(module, nn.MultiheadAttention) else composite.module_map(context, name, module)
 
     return Composite(module_map, composite.canonizers)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return is_of_torch(module) and not any(module.children())
 
 
 def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:

@@ -71,9 +71,10 @@ class RelevanceFreezing(Callback):
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
-        composite: Zennit's rules for relevance; None: ``EpsilonPlus``.
+        composite: Zennit's rules for relevance; None: ``EpsilonPlus``, with batch norms merged into their layers.
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
-            units without any go first. ``"none"``: raw, the paper.
+            units without any go first. ``"none"``: raw, the paper; not followed, with a warning, where something has no
+            rule (a layer norm, attention): raw relevance doesn't compare across layers then.
         search: ``"bisect"``, or the paper's ``"linear"``.
         resolution: units per step of the search (the paper's pruning ratio r).
         reference_samples: how many samples to draw; accuracy is measured on all of them. None: all there are.
@@ -383,7 +384,7 @@ class RelevanceFreezing(Callback):
         """How to rank units by a relevance that was conserved so well, and what the record has to say about it."""
         notes = conservation.notes
         if lost := conservation.loss():
-            rank_zero_warn(f"{name}: {lost}. A composite= of your own may have rules that keep it")
+            rank_zero_warn(f"{name}: {lost}" + ("; composite= may have rules for it" if conservation.unruled else ""))
             notes = (*notes, lost)
         if conservation.unruled and self.normalize == "none":
             note = "ranked per layer: without those rules raw relevance doesn't compare across layers"

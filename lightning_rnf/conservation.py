@@ -83,16 +83,16 @@ class Conservation:
         The change is taken over the sum of the *absolute* relevance of the logits: where their signs cancel, a ratio
         to the signed sum tells nothing.
         """
-        above, left = "the logits", 1.0
+        above, before = "", 1.0
         for name in self.cuts:
             causes = self.causes[name]
             far = FAR_WITH_BIASES if set(causes) == {BIAS} else FAR
-            if abs(self.ratios[name] - left) / self.size > far:
+            if abs(self.ratios[name] - before) / self.size > far:
                 return (
-                    f"relevance is not conserved: {left:.3g} times that of the logits was at {above}, "
-                    f"{self.ratios[name]:.3g} times is at {_place(name)}; between them: {_described(causes) or UNKNOWN}"
+                    f"relevance is not conserved: of 1 at the logits, {above}{self.ratios[name]:.3g} arrives at "
+                    f"{_place(name)}; on the way: {_described(causes) or UNKNOWN}"
                 )
-            above, left = _place(name), self.ratios[name]
+            above, before = f"{self.ratios[name]:.3g} arrives at {_place(name)} and of that ", self.ratios[name]
         return None
 
 
@@ -175,6 +175,12 @@ class Journal:
         ratios = {name: value / self._sent if self._sent else float("nan") for name, value in sums.items()}
         size = self._sent_absolute / abs(self._sent) if self._sent else 1.0
         return Conservation(ratios, self._cuts, size, self._unruled, self._causes)
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether it computes what a class of torch does, so that its own class names it. Containers compute nothing."""
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")]
+    return bool({kind.__module__ for kind in kinds} - {"torch.nn.modules.module", "torch.nn.modules.container"})
 
 
 class _Graph:
@@ -261,7 +267,7 @@ def _causes(graph: _Graph, calls: Sequence[_Call]) -> list[_Cause]:
         owner = owners.get(node)
         if _hands_on(node, graph) or (owner is not None and owner.ruled):
             continue
-        if owner is not None and type(owner.module).__module__.startswith("torch.nn."):
+        if owner is not None and is_of_torch(owner.module):
             found.append(_Cause(position, type(owner.module).__name__, owner.name))
         else:
             place = f"in {owner.name}" if owner is not None and owner.name else "in the model's forward"
@@ -296,7 +302,7 @@ def _grouped(causes: Iterable[_Cause]) -> dict[str, tuple[str, ...]]:
     places: dict[str, dict[str, None]] = defaultdict(dict)
     for cause in causes:
         places[cause.kind][cause.place] = None
-    return {kind: tuple(names) for kind, names in places.items()}
+    return {kind: tuple(places[kind]) for kind in sorted(places, key=BIAS.__eq__)}  # the least suspicious last
 
 
 def _described(places: Mapping[str, Sequence[str]], most: int = 6) -> str:

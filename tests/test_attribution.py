@@ -239,6 +239,72 @@ def test_the_form_of_the_activation_makes_no_difference(activation):
         torch.testing.assert_close(found[name], expected[other], rtol=1e-5, atol=0.0)
 
 
+class OtherOrder(nn.Module):
+    """The network of `normed`, with norms registered away from the convolutions that they follow."""
+
+    def __init__(self, parts: nn.Sequential) -> None:
+        super().__init__()
+        self.second_norm, self.second, self.first_norm, self.first = parts[4], parts[3], parts[1], parts[0]
+        self.head = parts[8]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first_norm(self.first(x)).relu_()
+        return self.head(self.second_norm(self.second(x)).relu().flatten(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_merge_into_the_layers_that_they_follow_in_the_forward(bias, affine):
+    parts, batch = normed(bias=bias), labelled(9, *IMAGES)
+    for norm in (parts[1], parts[4]) if not affine else ():
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+    expected = oracle(folded(parts), *batch)
+    for norm in (parts[1], parts[4]) if not affine else ():
+        norm.weight = norm.bias = None
+
+    found = unit_relevance(OtherOrder(parts), *split(batch, [5, 1, 3]))
+
+    assert difference({"0": found["first"], "3": found["second"]}, expected) < 1e-5
+
+
+def test_a_norm_after_a_linear_layer_merges_too():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
+    with torch.no_grad():
+        for tensor in (net[1].running_mean, net[1].bias):
+            tensor.normal_()
+        for tensor in (net[1].running_var, net[1].weight):
+            tensor.uniform_(0.5, 2.0)
+        scale = net[1].weight / (net[1].running_var + net[1].eps).sqrt()
+        merged = copy.deepcopy(net)
+        merged[0].weight.mul_(scale[:, None])
+        merged[0].bias.sub_(net[1].running_mean).mul_(scale).add_(net[1].bias)
+    merged[1] = nn.Identity()
+    batch = labelled(9, 4)
+
+    found = attribute(net, UnitMap.of(net, batch).layers, [batch])
+    expected = attribute(merged, UnitMap.of(merged, batch).layers, [batch])
+
+    assert difference(found.relevance, expected.relevance) < 1e-5
+    assert found.conservation.ratios == pytest.approx(expected.conservation.ratios, rel=1e-5)
+
+
+def test_a_norm_that_uses_the_batch_or_does_not_follow_a_layer_stays():
+    for net in (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, CLASSES)),
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)),
+    ):
+        batch = labelled(9, 4)
+        passed = unit_relevance(net, batch, composite=EpsilonPlus())
+        assert difference(unit_relevance(net, batch), passed) == 0.0
+
+
+def test_a_composite_of_the_users_own_is_used_as_it_is():
+    net, batch = normed(), labelled(9, *IMAGES)
+    assert difference(unit_relevance(net, batch, composite=EpsilonPlus()), oracle(net, *batch)) < 1e-5
+    assert difference(oracle(folded(net), *batch), oracle(net, *batch)) > 1e-2  # the two differ
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_canonizer_that_folds_norms_gives_the_relevance_of_the_folded_network(bias):
     net = normed(bias=bias)
