@@ -302,6 +302,14 @@ def test_a_module_that_runs_twice_is_followed_in_both_places():
     assert found.cuts == ("3", "0", INPUT)
 
 
+def test_the_shift_of_a_norm_that_stays_takes_nothing():
+    net = nn.Sequential(linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), linear(8, 3))
+    nn.init.ones_(net[2].bias)
+    found = conservation(net, labelled(16, 4))
+    assert found.causes == {"0": {}, INPUT: {}}
+    assert found.ratios[INPUT] == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("composite", [None, EpsilonPlus()], ids=["default", "own"])
 def test_the_module_comes_back_as_it_was(composite):
     net = nn.Sequential(
@@ -386,7 +394,7 @@ def test_networks_with_biases_do_not_warn_and_their_record_has_the_ratios(model_
 
 @pytest.mark.filterwarnings("ignore:no free units:UserWarning")
 def test_a_layer_without_rule_warns_once_is_noted_and_units_are_ranked_per_layer():
-    model, rnf = Normed(), RelevanceFreezing(normalize="none")
+    model, rnf = Normed(), RelevanceFreezing(normalize="none", criterion=0.2)
     with pytest.warns(UserWarning, match="not conserved|ranked per layer") as told:
         train(model, rnf, "a")
     texts = [str(warning.message) for warning in told]
@@ -399,6 +407,8 @@ def test_a_layer_without_rule_warns_once_is_noted_and_units_are_ranked_per_layer
     assert record.notes[0] == "no rule for LayerNorm (body.2): relevance is a plain gradient there"
     assert any("ranked per layer" in note for note in record.notes)
     expected = expected_order(record.relevance)
+    raw = sorted(expected, key=lambda unit: record.relevance[unit[0]][unit[1]].item())
+    assert set(raw[: record.cutoff]) != set(expected[: record.cutoff])  # else this shows nothing
     assert [record.relevant[name][index].item() for name, index in expected] == [
         rank >= record.cutoff for rank in range(80)
     ]

@@ -12,6 +12,11 @@ from lightning_rnf.functions import FunctionRules
 from lightning_rnf.units import UnitMap
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def mutate(x, y):
     x = x.clone()
     x.add_(y)
