@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +13,26 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
-from lightning_rnf.additions import ConservingAdditions
+from lightning_rnf.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
+from lightning_rnf.functions import FunctionRules
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
 from lightning_rnf.units import UnitLayer
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Relevance of every unit, and how well it was conserved on its way.
+
+    Attributes:
+        relevance: by layer, float64 ``(units,)`` on the CPU: the signed sum over samples and positions.
+        conservation: empty for scores that are no relevance.
+    """
+
+    relevance: dict[str, Tensor]
+    conservation: Conservation = field(default_factory=Conservation)
 
 
 def attribute(
@@ -25,7 +42,7 @@ def attribute(
     predict: Predict = supervised,
     composite: Composite | None = None,
     progress: Callable[[int], None] = lambda samples: None,
-) -> dict[str, Tensor]:
+) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
     Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was; hooks
@@ -37,17 +54,18 @@ def attribute(
         layers: its unit layers.
         batches: on the module's device.
         predict: how to get logits ``(N, classes)`` and labels ``(N,)`` of a batch.
-        composite: Zennit's rules; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for convolutions.
+        composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
+            convolutions, on a network whose layers have the batch norms that directly follow merged into them.
+            `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
         progress: called after each batch with the number of samples so far.
-
-    Returns:
-        By layer: float64 ``(units,)`` on the CPU, the signed sum over samples and positions.
 
     Raises:
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
             `evaluation.predict_checked`.
     """
     rules = _applicable(EpsilonPlus() if composite is None else composite)
+    journal = Journal(layers)
+    functions = FunctionRules()
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
         return logits * nn.functional.one_hot(target.long(), logits.shape[1])
@@ -55,11 +73,36 @@ def attribute(
     def summed(layer: UnitLayer, output: Tensor, relevance: Tensor) -> Tensor:
         return over_positions(layer, relevance).sum(dim=0)
 
-    def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        with ConservingAdditions():
-            return predict(module, batch)
+    @contextmanager
+    def applied(module: nn.Module) -> Iterator[None]:
+        with rules.context(module):
+            context: dict[str, Any] = {}  # after the canonizers, which may add modules
+            ruled = {
+                name
+                for name, submodule in module.named_modules()
+                if rules.module_map(context, name, submodule) is not None
+            }
+            # What a composite of the user's own has no rule for is to be a plain gradient.
+            left = {
+                name for name, submodule in module.named_modules() if composite is not None and _is_layer(submodule)
+            }
+            with journal.recording(module, ruled), functions.attached(module, ruled | left):
+                yield
 
-    return propagate(module, layers, batches, conserving, true_class_logit, summed, rules.context, progress)
+    def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        with functions:
+            logits, target = predict(module, batch)
+        journal.read(logits)
+        return logits, target
+
+    def prepare(module: nn.Module) -> None:
+        if composite is None:
+            _merge_norms(module, layers)
+
+    relevance = propagate(
+        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, journal.add
+    )
+    return Attribution(relevance, journal.conservation(relevance))
 
 
 def _applicable(composite: Composite) -> Composite:
@@ -71,6 +114,34 @@ def _applicable(composite: Composite) -> Composite:
     return Composite(module_map, composite.canonizers)
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return is_of_torch(module) and not any(module.children())
+
+
+def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
+    """For a borrowed module: a layer and its batch norm become one layer, and the norm an identity.
+
+    The pairs are those that the trace has found. Zennit's canonizers could do the same to pairs with weights, but leave
+    parameters in the graph.
+    """
+    for layer in layers:
+        norm = module.get_submodule(layer.norm) if layer.norm else None
+        if not isinstance(norm, _BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
+            continue  # other norms, and those that always use the batch's statistics
+        submodule = module.get_submodule(layer.name)
+        with torch.no_grad():
+            scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+            shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+            weight = submodule.get_parameter("weight")
+            bias = shift if submodule._parameters["bias"] is None else submodule._parameters["bias"] * scale + shift
+            merged = {"weight": weight * scale.view(-1, *[1] * (weight.ndim - 1)), "bias": bias}
+            for name, value in merged.items():
+                submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
+            norm._parameters.update(weight=None, bias=None)
+            norm._buffers.update(running_mean=torch.zeros_like(scale), running_var=torch.ones_like(scale))
+            norm.eps = 0.0
+
+
 def propagate(
     module: nn.Module,
     layers: Sequence[UnitLayer],
@@ -80,6 +151,8 @@ def propagate(
     reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor],
     rules: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     progress: Callable[[int], None] = lambda samples: None,
+    prepare: Callable[[nn.Module], None] = lambda module: None,
+    arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
 ) -> dict[str, Tensor]:
     """Send something back from the logits and add up what arrives at the units, on a borrowed module.
 
@@ -92,6 +165,8 @@ def propagate(
         reduce: ``(layer, output, what arrives at it)`` to one number per unit, ``(units,)``; called while it flows.
         rules: entered around each batch: how it flows. None: as gradients do.
         progress: called after each batch with the number of samples so far.
+        prepare: called once with the borrowed module, which it may change.
+        arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
 
     Returns:
         By layer: float64 ``(units,)`` on the CPU, summed over batches.
@@ -105,6 +180,7 @@ def propagate(
         module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter gets a gradient
         _widen(module)
         forget_gradient_hooks(module)
+        prepare(module)
         roots: list[Tensor] = []
         for layer in layers:
             submodule = module.get_submodule(layer.name)
@@ -117,7 +193,8 @@ def propagate(
                 logits, target = predict_checked(
                     predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
                 )
-                torch.autograd.grad(logits, roots, grad_outputs=start(logits.detach(), target), allow_unused=True)
+                sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers run again and add to it
+                arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
             samples += len(target)
             progress(samples)
     if samples == 0:

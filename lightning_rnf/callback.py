@@ -81,9 +81,10 @@ class RelevanceFreezing(Callback):
         reset_free: give free units their initial values back before each new task.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
-        composite: Zennit's rules for relevance; None: ``EpsilonPlus``.
+        composite: Zennit's rules for relevance; None: ``EpsilonPlus``, with batch norms merged into their layers.
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
-            units without any go first. ``"none"``: raw, the paper.
+            units without any go first. ``"none"``: raw, the paper; not followed, with a warning, where something has no
+            rule (a layer norm, attention): raw relevance doesn't compare across layers then.
         search: ``"bisect"``, or the paper's ``"linear"``.
         resolution: units per step of the search (the paper's pruning ratio r).
         norm_statistics: ``"per_task"``: recall brings back the running statistics of the task's end. ``"pinned"``:
@@ -276,7 +277,7 @@ class RelevanceFreezing(Callback):
             example = reference.example(trainer)
             units = self._trace(pl_module, example)
             self._check_size(reference.size(trainer))
-            self.selection.relevance(pl_module, units, ReferenceData([example], 1, 1, self.predict))
+            self.selection.attribute(pl_module, units, ReferenceData([example], 1, 1, self.predict))
         check_globs("elasticity", self.elasticity, units)
         check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None

@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from lightning_rnf import norms, subnetwork
-from lightning_rnf.attribution import attribute
+from lightning_rnf.attribution import Attribution, attribute
+from lightning_rnf.conservation import Conservation
 from lightning_rnf.criteria import Criterion
 from lightning_rnf.guard import borrowed, evaluating
 from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores, random
@@ -27,6 +29,8 @@ from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
 
 log = logging.getLogger(__name__)
+
+_PER_LAYER = "ranked per layer: without those rules raw relevance doesn't compare across layers"
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,19 @@ class Selection:
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True
 
-    def relevance(
-        self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0
-    ) -> dict[str, Tensor]:
+    def attribute(self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0) -> Attribution:
         """Score every unit: float32 ``(units,)`` by layer; ``task`` counts the finished ones."""
         batches = reference.for_attribution
         if self.importance == "lrp":
-            scores = attribute(module, units.layers, batches, reference.predict, self.composite, _report_samples)
+            found = attribute(module, units.layers, batches, reference.predict, self.composite, _report_samples)
         else:
             importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
             if importance is random:  # the same units in every task would be another method
                 importance = partial(random, seed=task)
-            scores = check_scores(importance(module, units.layers, batches, reference.predict), units.layers)
+            scores = importance(module, units.layers, batches, reference.predict)
+            found = Attribution(check_scores(scores, units.layers))
         # As the record keeps them: a ranking made from the record is then the same.
-        return {name: values.float() for name, values in scores.items()}
+        return replace(found, relevance={name: values.float() for name, values in found.relevance.items()})
 
     def select(
         self,
@@ -69,9 +72,11 @@ class Selection:
     ) -> TaskRecord:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is."""
         started = time.perf_counter()
-        relevance = self.relevance(module, units, reference, len(state.tasks))
+        attribution = self.attribute(module, units, reference, len(state.tasks))
         attributed = time.perf_counter()
-        ranking = self._rank(relevance, state)
+        relevance, conservation = attribution.relevance, attribution.conservation
+        notes = self._heed(name, conservation)
+        ranking = self._rank(relevance, state, notes)
         with borrowed(module), evaluating(module):
             candidates = _Candidates(self, module, units, reference, ranking, criterion)
             found = search_cutoff(
@@ -94,6 +99,9 @@ class Selection:
             evaluations=found.evaluations,
             capacity=state.capacity_after(relevant),
             seconds={"attribution": attributed - started, "search": time.perf_counter() - attributed},
+            conservation=conservation.ratios,
+            cuts=conservation.cuts,
+            notes=notes,
         )
 
     def settle(
@@ -120,7 +128,7 @@ class Selection:
                 largest first; if it accepts none of them, the recovered one stays.
         """
         started = time.perf_counter()
-        ranking = self._rank(record.relevance, state)
+        ranking = self._rank(record.relevance, state, record.notes)
         smaller = {evaluation.score.cutoff for evaluation in record.evaluations} & set(
             range(ranking.beyond_ration, record.cutoff)
         )
@@ -149,8 +157,22 @@ class Selection:
             seconds={**record.seconds, "settling": time.perf_counter() - started},
         )
 
-    def _rank(self, relevance: dict[str, Tensor], state: FreezeState) -> Ranking:
-        return rank(relevance, state.frozen(), normalize=self.normalize, candidates=self.candidates, ration=self.ration)
+    def _heed(self, name: str, conservation: Conservation) -> tuple[str, ...]:
+        """What the record has to say about a relevance that was conserved so well; warns where it matters."""
+        notes = conservation.notes
+        if lost := conservation.loss():
+            rank_zero_warn(f"{name}: {lost}" + ("; composite= may have rules for it" if conservation.unruled else ""))
+            notes = (*notes, lost)
+        if conservation.unruled and self.normalize == "none":
+            rank_zero_warn(
+                f"{name}: {'; '.join(conservation.notes)}; {_PER_LAYER}, so normalize='none' is not followed"
+            )
+            notes = (*notes, _PER_LAYER)
+        return notes
+
+    def _rank(self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...]) -> Ranking:
+        normalize = "layer" if _PER_LAYER in notes else self.normalize
+        return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=self.ration)
 
 
 class _Candidates:

@@ -40,6 +40,10 @@ class TaskRecord:
         recovery_epochs: how many there were.
         capacity: share of each layer's units that is free once this task's are frozen, in [0, 1].
         seconds: wall-clock time of ``"attribution"`` and ``"search"``.
+        conservation: relevance over that of the logits, by layer and for `conservation.INPUT`; empty for scores that
+            are no relevance.
+        cuts: those of them that all relevance runs through, where 1 is right. Elsewhere it is a branch's share.
+        notes: what a reader of the relevance should know, in plain words.
     """
 
     name: str
@@ -58,6 +62,9 @@ class TaskRecord:
     seconds: dict[str, float]
     recovery: tuple[Evaluation, ...] = ()
     recovery_epochs: int = 0
+    conservation: dict[str, float] = field(default_factory=dict)
+    cuts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -240,6 +247,8 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
         "recovery": [asdict(evaluation) for evaluation in record.recovery],
+        "cuts": list(record.cuts),
+        "notes": list(record.notes),
     }
 
 
@@ -286,6 +295,9 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
         seconds=_get_numbers(plain, "seconds"),
         recovery=_get_evaluations(plain, "recovery"),
         recovery_epochs=_get(plain, "recovery_epochs", int),
+        conservation=_get_numbers(plain, "conservation"),
+        cuts=_get_names(plain, "cuts"),
+        notes=_get_names(plain, "notes"),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rnf.conservation import INPUT
 from lightning_rnf.criteria import SubnetworkScore
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.search import Evaluation
@@ -125,6 +126,9 @@ def record_of(
         "seconds": {"attribution": 0.5, "search": 1.25},
         "accepted": True,
         "capacity": {layer.name: 0.5 for layer in net.layers},
+        "conservation": {INPUT: 0.75, **{layer.name: 0.875 for layer in net.layers}},
+        "cuts": (*(layer.name for layer in reversed(net.layers)), INPUT),
+        "notes": ("no rule for LayerNorm (norm): relevance is a plain gradient there",),
     }
     return TaskRecord(**values | changes)
 

@@ -95,7 +95,7 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def unit_relevance(net: nn.Module, *batches: tuple[Tensor, Tensor], **options) -> dict[str, Tensor]:
-    return attribute(net, UnitMap.of(net, batches[0]).layers, batches, **options)
+    return attribute(net, UnitMap.of(net, batches[0]).layers, batches, **options).relevance
 
 
 def negative_inputs() -> nn.Sequential:
@@ -188,7 +188,7 @@ def test_relevance_is_that_of_the_equations(network, dtype, tolerance):
 
     found = unit_relevance(net, *split((x.to(dtype), y), [5, 1, 3]))
 
-    expected = oracle(net, x, y)
+    expected = oracle(folded(net) if network == "batch norm" else net, x, y)
     assert list(found) == list(expected)[:0:-1]  # all but the head, in execution order
     assert all(relevance.dtype == torch.float64 for relevance in found.values())
     assert difference(found, expected) < tolerance
@@ -237,6 +237,72 @@ def test_the_form_of_the_activation_makes_no_difference(activation):
 
     for name, other in (("first", "0"), ("second", "2")):
         torch.testing.assert_close(found[name], expected[other], rtol=1e-5, atol=0.0)
+
+
+class OtherOrder(nn.Module):
+    """The network of `normed`, with norms registered away from the convolutions that they follow."""
+
+    def __init__(self, parts: nn.Sequential) -> None:
+        super().__init__()
+        self.second_norm, self.second, self.first_norm, self.first = parts[4], parts[3], parts[1], parts[0]
+        self.head = parts[8]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first_norm(self.first(x)).relu_()
+        return self.head(self.second_norm(self.second(x)).relu().flatten(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_merge_into_the_layers_that_they_follow_in_the_forward(bias, affine):
+    parts, batch = normed(bias=bias), labelled(9, *IMAGES)
+    for norm in (parts[1], parts[4]) if not affine else ():
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+    expected = oracle(folded(parts), *batch)
+    for norm in (parts[1], parts[4]) if not affine else ():
+        norm.weight = norm.bias = None
+
+    found = unit_relevance(OtherOrder(parts), *split(batch, [5, 1, 3]))
+
+    assert difference({"0": found["first"], "3": found["second"]}, expected) < 1e-5
+
+
+def test_a_norm_after_a_linear_layer_merges_too():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
+    with torch.no_grad():
+        for tensor in (net[1].running_mean, net[1].bias):
+            tensor.normal_()
+        for tensor in (net[1].running_var, net[1].weight):
+            tensor.uniform_(0.5, 2.0)
+        scale = net[1].weight / (net[1].running_var + net[1].eps).sqrt()
+        merged = copy.deepcopy(net)
+        merged[0].weight.mul_(scale[:, None])
+        merged[0].bias.sub_(net[1].running_mean).mul_(scale).add_(net[1].bias)
+    merged[1] = nn.Identity()
+    batch = labelled(9, 4)
+
+    found = attribute(net, UnitMap.of(net, batch).layers, [batch])
+    expected = attribute(merged, UnitMap.of(merged, batch).layers, [batch])
+
+    assert difference(found.relevance, expected.relevance) < 1e-5
+    assert found.conservation.ratios == pytest.approx(expected.conservation.ratios, rel=1e-5)
+
+
+def test_a_norm_that_uses_the_batch_or_does_not_follow_a_layer_stays():
+    for net in (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, CLASSES)),
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)),
+    ):
+        batch = labelled(9, 4)
+        passed = unit_relevance(net, batch, composite=EpsilonPlus())
+        assert difference(unit_relevance(net, batch), passed) == 0.0
+
+
+def test_a_composite_of_the_users_own_is_used_as_it_is():
+    net, batch = normed(), labelled(9, *IMAGES)
+    assert difference(unit_relevance(net, batch, composite=EpsilonPlus()), oracle(net, *batch)) < 1e-5
+    assert difference(oracle(folded(net), *batch), oracle(net, *batch)) > 1e-2  # the two differ
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -297,11 +363,11 @@ def test_a_half_precision_module_is_attributed_in_single_precision(half, inputs)
     x, y = labelled(8, *IMAGES)
     x = x.to(half)  # round the numbers, whatever type they come in
     layers = UnitMap.of(net, (x, y)).layers
-    expected = attribute(copy.deepcopy(net).float(), layers, [(x.float(), y)])
+    expected = attribute(copy.deepcopy(net).float(), layers, [(x.float(), y)]).relevance
     tensors = [*net.parameters(), *net.buffers()]
     before = [(tensor.dtype, tensor.data_ptr(), tensor.detach().clone()) for tensor in tensors]
 
-    found = attribute(net, layers, [(x.float() if inputs == torch.float32 else x, y)])
+    found = attribute(net, layers, [(x.float() if inputs == torch.float32 else x, y)]).relevance
 
     assert difference(found, expected) == 0.0
     for tensor, now, (dtype, address, values) in zip(tensors, [*net.parameters(), *net.buffers()], before, strict=True):
@@ -371,7 +437,7 @@ def test_a_backbone_that_runs_without_a_graph_is_no_obstacle_once_it_is_left_out
 
     layers = UnitMap.of(net, batch, units="rest.*").layers
 
-    assert difference(attribute(net, layers, [batch]), expected) == 0.0
+    assert difference(attribute(net, layers, [batch]).relevance, expected) == 0.0
     assert_attributed_or_refused(net, batch, "backbone", expected)
 
 
@@ -467,9 +533,19 @@ def test_numbers_that_are_not_finite_are_refused(where, bad):
     assert is_one_sentence(refusal.value)
 
 
+def largest_logits(net: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    logits = net(x)
+    return logits / logits.detach().abs().max() * 1e38, y
+
+
 def test_relevance_that_overflows_is_refused_by_the_name_of_the_layer():
+    net = mlp()
+    with torch.no_grad():
+        net[4].weight *= 1e-3
+        net[4].bias *= 1e-3
     with pytest.raises(ValueError, match=r"relevance of layer '[02]' is not finite") as refusal:
-        unit_relevance(mlp(), labelled(4, 4), predict=lambda net, batch: (net(batch[0]) * 1e30, batch[1]))
+        unit_relevance(net, labelled(4, 4), predict=largest_logits)
     assert is_one_sentence(refusal.value)
 
 

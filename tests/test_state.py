@@ -99,7 +99,11 @@ def test_what_is_no_state_at_all_is_refused(rubbish):
 
 
 Path = tuple[str | int, ...]
-FREE_FORM = {"norm_statistics", "seconds"}  # dicts whose keys are content: nothing else says which should be there
+FREE_FORM = {
+    "norm_statistics",
+    "seconds",
+    "conservation",
+}  # dicts whose keys are content: nothing else says which should be there
 
 
 def places(plain: object, path: Path = ()) -> Iterator[Path]:
@@ -143,6 +147,8 @@ def test_a_field_of_another_type_is_refused_by_its_name(place):
         ("tasks",),
         ("tasks", 0, "head_parameters"),
         ("tasks", 0, "evaluations"),
+        ("tasks", 0, "cuts"),
+        ("tasks", 0, "notes"),
     ],
     ids=lambda p: ".".join(map(str, p)),
 )
@@ -157,6 +163,13 @@ def test_statistics_that_are_no_tensors_are_refused_by_name(rubbish):
     plain = plain_state()
     plain["tasks"][0]["norm_statistics"]["bn1.running_mean"] = rubbish
     assert "bn1.running_mean" in refuse(plain)
+
+
+@pytest.mark.parametrize("rubbish", [1, "1.0", None])
+def test_conservation_that_is_no_number_is_refused_by_name(rubbish):
+    plain = plain_state()
+    plain["tasks"][0]["conservation"]["conv1"] = rubbish
+    assert "conv1" in refuse(plain)
 
 
 BROKEN_MASKS: dict[str, Callable[[torch.Tensor], object]] = {
