@@ -132,7 +132,8 @@ class FreezeState:
         for layer in self.layers:
             for name in layer.parameters:
                 found = tuple(parameters[name].shape) if name in parameters else None
-                if found is None or found[:1] != (layer.units,):
+                leading = layer.leading_shape(name)
+                if found is None or found[: len(leading)] != leading:
                     raise ValueError(
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
@@ -194,6 +195,8 @@ def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
         axis=_get(plain, "axis", int),
         parameters=_get_names(plain, "parameters"),
         norm=_get(plain, "norm", (str, type(None))),
+        slopes=_get(plain, "slopes", (str, type(None))),
+        transposed=_get_pair(plain, "transposed"),
     )
 
 
@@ -244,6 +247,15 @@ def _get_names(plain: object, key: str) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"not a state of lightning_rnf: {key!r} should be names, it is {names!r:.80}")
     return tuple(names)
+
+
+def _get_pair(plain: object, key: str) -> tuple[int, int] | None:
+    numbers: Any = _get(plain, key, (list, tuple, type(None)))
+    if numbers is None:
+        return None
+    if len(numbers) != 2 or not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"not a state of lightning_rnf: {key!r} should be two sizes, it is {numbers!r:.80}")
+    return numbers[0], numbers[1]
 
 
 def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:

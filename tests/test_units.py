@@ -67,8 +67,10 @@ def test_layers_come_in_the_order_they_run_in():
         (nn.Conv1d(2, 5, 3), (2, 6), -2),
         (nn.Conv2d(2, 5, 3, bias=False), (2, 6, 6), -3),
         (nn.Conv3d(2, 5, 3), (2, 4, 4, 4), -4),
+        (nn.Conv2d(2, 4, 3, groups=2), (2, 6, 6), -3),
+        (nn.Conv1d(3, 6, 3, groups=3), (3, 6), -2),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+    ids=lambda value: str(value).replace(", ", "-") if isinstance(value, nn.Module) else None,
 )
 def test_a_unit_layer_says_where_its_units_are(layer, shape, axis):
     output = layer(torch.zeros(4, *shape))
@@ -77,9 +79,41 @@ def test_a_unit_layer_says_where_its_units_are(layer, shape, axis):
     (found,) = units_of(net, *shape).layers
 
     own = ("0.weight", "0.bias") if layer.bias is not None else ("0.weight",)
-    assert found == UnitLayer("0", units=5, axis=axis, parameters=own)
-    assert output.shape[found.axis] == found.units == len(layer.weight)
+    assert found == UnitLayer("0", units=output.shape[axis], axis=axis, parameters=own)
+    assert found.units == len(layer.weight)
     assert found.speaker == "0"
+
+
+TRANSPOSED = {
+    "1d": (nn.ConvTranspose1d(3, 5, 3), (3, 4)),
+    "2d": (nn.ConvTranspose2d(3, 5, 3, stride=2, output_padding=1), (3, 4, 4)),
+    "3d": (nn.ConvTranspose3d(2, 3, 2), (2, 3, 3, 3)),
+    "grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 4, 4)),
+    "depthwise": (nn.ConvTranspose1d(4, 4, 3, groups=4), (4, 4)),
+    "without bias": (nn.ConvTranspose2d(6, 3, 3, groups=3, bias=False), (6, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_a_unit_of_a_transposed_convolution_owns_what_its_output_reads(case):
+    layer, shape = TRANSPOSED[case]
+    x = labelled(4, *shape)[0]
+    output = layer(x)
+    net = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(output[0].numel(), CLASSES))
+
+    (found,) = units_of(net, *shape).layers
+
+    assert found.units == output.shape[found.axis] == layer.out_channels
+    for name in found.parameters:
+        parameter = net.get_parameter(name)
+        owner = found.spread(name, torch.arange(found.units))
+        assert owner.shape == parameter.shape[: owner.ndim] == found.leading_shape(name)
+        for unit in range(found.units):
+            (read,) = torch.autograd.grad(layer(x).select(found.axis, unit).sum(), parameter)
+            entries = owner == unit
+            assert read[~entries].eq(0).all()
+            assert read[entries].ne(0).all()
+            assert torch.equal(found.by_unit(name, parameter)[unit].flatten(), parameter[entries].flatten())
 
 
 def test_units_chooses_layers_and_leaves_the_others_shared():
@@ -154,15 +188,58 @@ def test_a_norm_without_parameters_speaks_for_the_units():
     assert layer.parameters == ("conv.weight", "conv.bias")
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [nn.LayerNorm([4, 4, 4]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)],
-    ids=lambda norm: type(norm).__name__,
-)
-def test_other_norms_are_shared(norm):
+@pytest.mark.parametrize("norm", [nn.LayerNorm([4, 4, 4]), nn.GroupNorm(2, 4)], ids=lambda norm: type(norm).__name__)
+def test_norms_that_mix_channels_are_shared(norm):
     units = units_of(conv_and_norm(norm=norm), *IMAGES)
     assert units.layers[0].norm is None
     assert set(units.shared) == {"norm.weight", "norm.bias"}
+    assert set(units.reasons.values()) == {f"{type(norm).__name__} mixes channels"}
+
+
+PER_CHANNEL = {
+    "batch norm 1d": (nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4)),
+    "batch norm 2d": (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    "batch norm 3d": (nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4)),
+    "synchronised": (nn.Conv2d(2, 4, 3, padding=1), nn.SyncBatchNorm(4)),
+    "instance norm 1d": (nn.Conv1d(2, 4, 3, padding=1), nn.InstanceNorm1d(4, affine=True)),
+    "instance norm 2d": (nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "instance norm 3d": (nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True)),
+    "a group for each channel": (nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(4, 4)),
+    "instance norm without parameters": (nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4)),
+    "slopes": (nn.Conv2d(2, 4, 3, padding=1), nn.PReLU(4)),
+    "slopes of a linear layer": (nn.Linear(4, 4), nn.PReLU(4)),
+    "norm and slopes": (nn.ConvTranspose2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU(4)),
+}
+
+
+@pytest.mark.parametrize("case", PER_CHANNEL)
+def test_what_treats_each_channel_by_itself_belongs_to_the_units(case):
+    layer, *followers = PER_CHANNEL[case]
+    shape = ROWS if isinstance(layer, nn.Linear) else (2, *[4] * (layer.weight.ndim - 2))
+    torch.manual_seed(0)
+    body = nn.Sequential(layer, *followers).eval()
+    said = body(labelled(4, *shape)[0])
+    net = nn.Sequential(body, nn.ReLU(), nn.Flatten(), nn.Linear(said[0].numel(), CLASSES))
+
+    units = units_of(net, *shape)
+
+    (found,) = units.layers
+    assert units.shared == ()
+    assert found.speaker == f"0.{len(followers)}"
+    assert set(found.parameters) == {name for name in parameters(net) if name.startswith("0.")}
+    # And it is true: whatever happens to one unit, the others say what they said.
+    with torch.no_grad():
+        for name in found.parameters:
+            net.get_parameter(name)[found.spread(name, torch.arange(4)) == 2] = torch.nan
+    others = torch.tensor([0, 1, 3])
+    changed = body(labelled(4, *shape)[0])
+    assert torch.equal(changed.index_select(found.axis, others), said.index_select(found.axis, others))
+
+
+def test_one_slope_for_all_channels_is_shared():
+    units = units_of(conv_and_norm(norm=nn.PReLU()), *IMAGES)
+    assert (units.layers[0].slopes, units.shared) == (None, ("norm.weight",))
+    assert units.reasons == {"norm.weight": "PReLU with one slope for all channels"}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +250,10 @@ def test_other_norms_are_shared(norm):
         lambda net, x: net.head(net.norm(net.conv(x).relu()).flatten(1)),
         lambda net, x: net.head(net.norm(net.norm(net.conv(x))).flatten(1)),
         lambda net, x: net.head((net.norm(net.conv(x)) + net.norm(x.repeat(1, 2, 1, 1))).flatten(1)),
+        lambda net, x: net.head(net.norm(torch.cat([net.conv(x)[:, :2], x], 1)).flatten(1)),
+        lambda net, x: net.head(net.norm(net.conv(x) + x.repeat(1, 2, 1, 1)).flatten(1)),
+        lambda net, x: net.head((net.norm(net.conv(x)).detach() + net.conv_again(x)).flatten(1)),
+        lambda net, x: (net.norm(conv := net.conv(x)), net.head(conv.flatten(1)))[1],
     ],
     ids=[
         "skip around it",
@@ -180,12 +261,30 @@ def test_other_norms_are_shared(norm):
         "activation before it",
         "runs twice in a row",
         "reads something else, too",
+        "concatenation before it",
+        "sum before it",
+        "detached",
+        "of no effect",
     ],
 )
-def test_a_norm_whose_layer_speaks_to_others_or_that_hears_others_is_shared(forward):
-    units = units_of(conv_and_norm(forward), *IMAGES)
+def test_a_norm_whose_layer_speaks_to_others_or_that_hears_others_is_shared(forward, request):
+    units = units_of(conv_and_norm(forward, conv_again=nn.Conv2d(2, 4, 3, padding=1)), *IMAGES)
     assert units.layers[0].norm is None
-    assert units.shared == ("norm.weight", "norm.bias")
+    assert {"norm.weight", "norm.bias"} <= set(units.shared)
+    assert (
+        units.reasons["norm.weight"]
+        == {
+            "skip around it": "BatchNorm2d is not alone in reading the layer before it",
+            "gate around it": "BatchNorm2d is not alone in reading the layer before it",
+            "activation before it": "BatchNorm2d does not directly follow a unit layer",
+            "runs twice in a row": "BatchNorm2d runs 2 times in one forward",
+            "reads something else, too": "BatchNorm2d runs 2 times in one forward",
+            "concatenation before it": "BatchNorm2d reads a concatenation, whose channels no layer owns",
+            "sum before it": "BatchNorm2d reads a sum, whose channels no layer owns",
+            "detached": "BatchNorm2d ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+            "of no effect": "BatchNorm2d ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+        }[request.node.callspec.id]
+    )
 
 
 def test_a_norm_over_another_axis_than_the_units_is_shared():
