@@ -184,7 +184,7 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer]) -> str
     if others:
         return f"tied to {', '.join(others)}"
     if not calls:
-        return f"used functionally: the {kind} itself did not run"
+        return "used functionally, the module itself did not run"
     if all(call.output is not None and not trace.reached(call) for call in calls):
         return f"{kind} ran detached from the logits, or unseen (no_grad, reentrant checkpointing)"
     if isinstance(module, tuple(OUTPUT_AXIS)):

@@ -189,14 +189,25 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
 
 
 def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
+    units = _get(plain, "units", int)
+    transposed: Any = _get(plain, "transposed", (list, tuple, type(None)))
+    if transposed is not None and not (
+        len(transposed) == 2
+        and all(type(size) is int and size > 0 for size in transposed)
+        and units % transposed[0] == 0
+    ):
+        raise ValueError(
+            f"not a state of lightning_rnf: 'transposed' should be a number of groups that divides {units} units, and "
+            f"of inputs per group, it is {transposed!r:.80}"
+        )
     return UnitLayer(
         name=_get(plain, "name", str),
-        units=_get(plain, "units", int),
+        units=units,
         axis=_get(plain, "axis", int),
         parameters=_get_names(plain, "parameters"),
         norm=_get(plain, "norm", (str, type(None))),
         slopes=_get(plain, "slopes", (str, type(None))),
-        transposed=_get_pair(plain, "transposed"),
+        transposed=None if transposed is None else (transposed[0], transposed[1]),
     )
 
 
@@ -247,15 +258,6 @@ def _get_names(plain: object, key: str) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"not a state of lightning_rnf: {key!r} should be names, it is {names!r:.80}")
     return tuple(names)
-
-
-def _get_pair(plain: object, key: str) -> tuple[int, int] | None:
-    numbers: Any = _get(plain, key, (list, tuple, type(None)))
-    if numbers is None:
-        return None
-    if len(numbers) != 2 or not all(type(number) is int and number > 0 for number in numbers):
-        raise ValueError(f"not a state of lightning_rnf: {key!r} should be two sizes, it is {numbers!r:.80}")
-    return numbers[0], numbers[1]
 
 
 def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:
