@@ -86,7 +86,7 @@ class UnitLayer:
         if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
             return values
         groups, inputs = self.transposed
-        return values.view(groups, 1, -1).expand(-1, inputs, -1).reshape(self.leading_shape(parameter))
+        return values.reshape(groups, 1, -1).expand(-1, inputs, -1).reshape(self.leading_shape(parameter))
 
     def by_unit(self, parameter: str, values: Tensor) -> Tensor:
         """What each unit has of a parameter, or of anything of its shape: ``(units, …)``, a copy or a view."""
@@ -97,7 +97,7 @@ class UnitLayer:
         return columns.transpose(1, 2).flatten(0, 1)
 
 
-def candidates(trace: Trace) -> Iterator[Call]:
+def layer_calls(trace: Trace) -> Iterator[Call]:
     """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
     for call in trace.calls:
         if isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)) and (call.node is None or trace.reached(call)):
@@ -117,7 +117,7 @@ def select(trace: Trace, head: str, globs: Sequence[str] | None) -> list[str]:
     """
     names = [
         name
-        for name in dict.fromkeys(call.name for call in candidates(trace))
+        for name in dict.fromkeys(call.name for call in layer_calls(trace))
         if not inside(name, head) and _has_rows(trace, name)
     ]
     for glob in globs or ():

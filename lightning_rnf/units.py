@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_rnf.evaluation import Predict, supervised
-from lightning_rnf.layers import OUTPUT_AXIS, UnitLayer, candidates, inside, matches, select, unit_layer, why_shared
+from lightning_rnf.layers import OUTPUT_AXIS, UnitLayer, inside, layer_calls, matches, select, unit_layer, why_shared
 from lightning_rnf.trace import Trace
 
 __all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
@@ -29,7 +29,7 @@ class UnitMap:
         buffers: of the modules that ran, and those of the outermost that were read: norms' statistics, and whatever
             else may move.
         reasons: why each shared parameter is shared, by its name, in few words.
-        kinds: type names of the modules that the other attributes are about, by module name.
+        kinds: type names of all modules, by module name.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -38,8 +38,8 @@ class UnitMap:
     shared: tuple[str, ...]
     idle: tuple[str, ...]
     buffers: tuple[str, ...]
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict, repr=False)
+    kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -93,8 +93,11 @@ class UnitMap:
             ]
             rows.append((layer.name, self._kind(layer.name), f"{layer.units:5} units", ", ".join(followers)))
         units = sum(layer.units for layer in self.layers)
-        lines = [f"{units} units in {len(rows)} layers, each with the norm and slopes that follow it:", *_table(rows)]
-        lines += ["head:", *_table([(self.head, self._kind(self.head), _count(self.head_parameters))])]
+        lines = [
+            f"{units} units in {_count(rows, 'layer')}, each with the norm and slopes that follow it:",
+            *_table(rows),
+        ]
+        lines += ["head:", *_table([(self.head, self._kind(self.head), _count(self.head_parameters, "parameter"))])]
         if self.shared:
             by_reason = groupby(self.shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))
             lines.append("shared, frozen whole after the first task:")
@@ -130,7 +133,7 @@ def _find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
 
 def _is_all(trace: Trace, name: str) -> bool:
     """Whether a module with parts holds every layer: then it makes logits of its parts' by a function of its own."""
-    return any(trace.modules[name].children()) and all(inside(call.name, name) for call in candidates(trace))
+    return any(trace.modules[name].children()) and all(inside(call.name, name) for call in layer_calls(trace))
 
 
 def _named_head(trace: Trace, globs: tuple[str, ...]) -> str:
@@ -160,7 +163,7 @@ def _whole_entry(trace: Trace, name: str) -> str | None:
         others.remove(entry)
         # One entry alone is an alternative in a dict of heads; in a list it may as well be the only block of a stack.
         alternatives = bool(others) or isinstance(container, nn.ModuleDict)
-        leaves_units = any(call.name and not inside(call.name, entry) for call in candidates(trace))
+        leaves_units = any(call.name and not inside(call.name, entry) for call in layer_calls(trace))
         if alternatives and leaves_units and not any(trace.runs[other] for other in others):
             return entry
     return None
@@ -209,5 +212,5 @@ def _keys(names: Iterable[str]) -> str:
     return ", ".join(name.rpartition(".")[2] for name in names)
 
 
-def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} parameter{'s' * (len(names) != 1)}"
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"

@@ -1,4 +1,4 @@
-"""Well-known architectures, unchanged: three short tasks each, of which the last diverges."""
+"""Well-known architectures, unchanged, and two of torch's modules: three short tasks each; the last one diverges."""
 
 from __future__ import annotations
 
@@ -90,6 +90,27 @@ class Sentences(nn.Module):
         return x.masked_fill(padding[..., None], 0.0).sum(dim=1)
 
 
+def autoencoder() -> tuple[nn.Module, int]:
+    """Down and up again, with a norm or slopes of every kind that belongs to units."""
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=2, groups=3),
+        nn.BatchNorm2d(12),
+        nn.PReLU(12),
+        nn.Conv2d(12, 24, 3, stride=2, padding=1),
+        nn.InstanceNorm2d(24, affine=True),
+        nn.ReLU(inplace=True),
+        nn.ConvTranspose2d(24, 12, 3, stride=2, groups=2, bias=False),
+        nn.InstanceNorm2d(12, affine=True, track_running_stats=True),
+        nn.PReLU(),
+        nn.ConvTranspose2d(12, 12, 3, stride=2, groups=12),
+        nn.PReLU(12),
+        nn.ConvTranspose2d(12, 6, 3),
+        nn.SyncBatchNorm(6),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+    ), 96
+
+
 ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "resnet18": lambda: without(vision("resnet18"), "fc"),
     "resnet50": lambda: without(vision("resnet50"), "fc"),
@@ -102,6 +123,7 @@ ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "efficientnet_b0": lambda: without(vision("efficientnet_b0"), "classifier.1"),
     "vit_b_16": lambda: without(vision("vit_b_16", image_size=32), "heads.head"),
     "transformer": lambda: (Sentences(), 32),
+    "autoencoder": autoencoder,
 }
 
 

@@ -613,6 +613,112 @@ def test_every_parameter_belongs_to_exactly_one(plan):
     assert set(units.idle) == {name for name, gradient in zip(own, gradients, strict=True) if gradient is None}
 
 
+# -- and why ----------------------------------------------------------------------------------------------------------
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("net", "reasons"),
+    [
+        (
+            two_layers(lambda net, x: net.head(net.table(x.argmax(1)) + net.first(x)), table=nn.Embedding(4, 4)),
+            {"table.weight": "Embedding is no unit layer"},
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.first(x) + net.token), token=nn.Parameter(torch.ones(4))),
+            {"token": "Built's own, no layer's"},
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.attend(net.first(x))), attend=Attentive()),
+            {
+                "attend.attention.in_proj_weight": "MultiheadAttention's own, no layer's",
+                "attend.attention.in_proj_bias": "MultiheadAttention's own, no layer's",
+                "attend.attention.out_proj.weight": "used functionally, the module itself did not run",
+                "attend.attention.out_proj.bias": "used functionally, the module itself did not run",
+            },
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.first(x) + net.second(x).detach())),
+            dict.fromkeys(
+                ("second.weight", "second.bias"),
+                "Linear ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+            ),
+        ),
+        (
+            # (N, positions, units): this norm scales positions.
+            two_layers(lambda net, x: net.head(net.norm(net.first(x[:, None])).flatten(1)), norm=nn.BatchNorm1d(1)),
+            dict.fromkeys(
+                ("norm.weight", "norm.bias"), "BatchNorm1d does not go along the units of the layer before it"
+            ),
+        ),
+    ],
+    ids=["embedding", "own parameter", "attention", "detached", "other axis"],
+)
+def test_a_shared_parameter_says_why(net, reasons):
+    units = units_of(net)
+    assert units.reasons == reasons
+    assert set(units.shared) == set(reasons)
+
+
+def test_what_is_left_out_or_tied_says_so():
+    # A tied layer is one that has to be left out; so is one that is used again elsewhere.
+    assert set(units_of(tied_to_the_head(), units="first").reasons.values()) == {
+        "tied to head.weight",
+        "left out by units=",
+    }
+    net = conv_and_norm(more=nn.Conv2d(4, 4, 1))
+    net.compute = lambda net, x: net.head(net.norm(net.conv(net.more(x.repeat(1, 2, 1, 1))[:, :2])).flatten(1))
+    assert units_of(net, *IMAGES, units="more").reasons == {
+        "conv.weight": "left out by units=",
+        "conv.bias": "left out by units=",
+        "norm.weight": "BatchNorm2d does not directly follow a unit layer",
+        "norm.bias": "BatchNorm2d does not directly follow a unit layer",
+    }
+
+
+def test_a_map_can_be_read():
+    net = Built(
+        lambda net, x: net.heads["a"](net.last(net.middle(net.slopes(net.norm(net.conv(x)))).flatten(1)).relu()),
+        conv=nn.ConvTranspose2d(2, 12, 1),
+        norm=nn.BatchNorm2d(12),
+        slopes=nn.PReLU(12),
+        middle=nn.GroupNorm(2, 12),
+        last=nn.Linear(192, 4),
+        heads=nn.ModuleDict({"a": output(), "b": deep()}),
+    )
+    assert (
+        str(units_of(net, *IMAGES))
+        == """\
+16 units in 2 layers, each with the norm and slopes that follow it:
+  conv  ConvTranspose2d     12 units  BatchNorm2d norm, PReLU slopes
+  last  Linear               4 units
+head:
+  heads.a  Linear  2 parameters
+shared, frozen whole after the first task:
+  middle  weight, bias  GroupNorm mixes channels
+idle, took no part (heads of other tasks, or unused):
+  heads.b.0  weight, bias
+  heads.b.2  weight, bias"""
+    )
+    # Nothing shared, nothing idle, nothing said of it.
+    assert (
+        str(units_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))))
+        == """\
+4 units in 1 layer, each with the norm and slopes that follow it:
+  0  Linear      4 units
+head:
+  1  Linear  2 parameters"""
+    )
+
+
 # -- what units can't follow ------------------------------------------------------------------------------------------
 
 
