@@ -91,7 +91,11 @@ class Trace:
 
     def reached(self, call: Call) -> bool:
         """Whether the graph of the logits has this output in it."""
-        return call.node is not None and (self.edges[call.node] > 0 or call.node is self.logits.grad_fn)
+        if call.node is None or call.output is None:
+            return False
+        # A function that wrote into a view has put another node in the place of the one that made it.
+        nodes = (call.node, call.output.grad_fn)
+        return any(self.edges[node] > 0 or node is self.logits.grad_fn for node in nodes)
 
 
 class _Reads(TorchFunctionMode):

@@ -236,6 +236,14 @@ def test_what_treats_each_channel_by_itself_belongs_to_the_units(case):
     assert torch.equal(changed.index_select(found.axis, others), said.index_select(found.axis, others))
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)])
+def test_a_function_that_writes_into_the_output_of_a_norm_hides_nothing(norm):
+    # What an instance norm puts out is a view: writing into it changes the graph behind it.
+    net = conv_and_norm(lambda net, x: net.head(net.norm(net.conv(x)).relu_().flatten(1)), norm)
+    units = units_of(net, *IMAGES)
+    assert (units.layers[0].norm, units.shared) == ("norm", ())
+
+
 def test_one_slope_for_all_channels_is_shared():
     units = units_of(conv_and_norm(norm=nn.PReLU()), *IMAGES)
     assert (units.layers[0].slopes, units.shared) == (None, ("norm.weight",))
