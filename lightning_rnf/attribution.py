@@ -134,7 +134,8 @@ def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
             shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
             weight = submodule.get_parameter("weight")
             bias = shift if submodule._parameters["bias"] is None else submodule._parameters["bias"] * scale + shift
-            merged = {"weight": weight * scale.view(-1, *[1] * (weight.ndim - 1)), "bias": bias}
+            of_rows = layer.spread(f"{layer.name}.weight", scale)
+            merged = {"weight": weight * of_rows[(...,) + (None,) * (weight.ndim - of_rows.ndim)], "bias": bias}
             for name, value in merged.items():
                 submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
             norm._parameters.update(weight=None, bias=None)

@@ -97,15 +97,18 @@ def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, T
 
 def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool:
     """Zero the rows of silent units. False if that does not silence them, because a forward is not torch's."""
-    modules = [_part(parts, name) for name in (layer.name, layer.norm) if name is not None]
+    modules = [_part(parts, name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
     if not silent.any():
         return True
     for module in modules:
-        if module is None or torch_class(module) not in (*LAYERS, *BATCH_NORMS):
+        if module is None or torch_class(module) not in (*LAYERS, *BATCH_NORMS, nn.PReLU):
             return False
     for module in modules:
         if isinstance(module, BATCH_NORMS):
             _silence_norm(module, silent, modules[0].weight)
+            continue
+        if isinstance(module, nn.PReLU):
+            module.weight[silent.to(module.weight.device)] = 0  # one that has become NaN makes NaN of zero
             continue
         grouped = by_group(module, module.weight)  # a view: (groups, units, features, ...)
         grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0

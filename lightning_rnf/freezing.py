@@ -28,9 +28,9 @@ def elasticities(
         irrelevant_elasticity: of units that are relevant to no task (the paper's lr_irrelevant). Without a match: 1.
 
     Returns:
-        By parameter name: one factor per slice along the first dimension, ``(units,)``, or one for the whole, ``()``.
-        Heads of finished tasks are 0: they never train again. While a task is trained inside its sub-network, the units
-        outside it are 0, too.
+        By parameter name: one factor per slice along the dimensions that tell units apart (`UnitLayer.leading_shape`:
+        ``(units,)``, in general), or one for the whole, ``()``. Heads of finished tasks are 0: they never train again.
+        While a task is trained inside its sub-network, the units outside it are 0, too.
     """
     factors: dict[str, Tensor] = {}
     all_frozen = state.frozen()
@@ -42,7 +42,7 @@ def elasticities(
         if state.recovering is not None:
             of_units = of_units.masked_fill(~state.recovering.relevant[layer.name], 0.0)
         for name in layer.parameters:
-            factors[name] = of_units
+            factors[name] = layer.spread(name, of_units)
     for name in state.shared:
         factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
     for record in state.tasks.values():
@@ -204,20 +204,39 @@ class Freezer:
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """Some rows of a parameter; None: all of it."""
+    """Some rows of a parameter: an index for each of its leading dimensions; None: all of it.
 
-    index: Tensor | None
+    Two leading dimensions are rare, one has its own faster functions.
+    """
+
+    index: tuple[Tensor, ...] | None
 
     def read(self, parameter: Tensor) -> Tensor:
         rows = parameter.detach()
-        return rows.clone() if self.index is None else rows.index_select(0, self.index)
+        if self.index is None:
+            return rows.clone()
+        return rows.index_select(0, *self.index) if len(self.index) == 1 else rows[self.index]
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
         rows = parameter.detach()
         if self.index is None:
             rows.copy_(value)
-        else:  # after the fit the parameter may be on another device
-            rows.index_copy_(0, self.index.to(rows.device), value.to(rows.device))
+            return
+        value = value.to(rows.device)  # after the fit the parameter may be on another device
+        index = tuple(one.to(rows.device) for one in self.index)
+        if len(index) == 1:
+            rows.index_copy_(0, *index, value)
+        else:
+            rows.index_put_(index, value)
+
+    def zero(self, tensor: Tensor) -> None:
+        # Filled, not multiplied: zero times NaN is NaN.
+        if self.index is None:
+            tensor.zero_()
+        elif len(self.index) == 1:
+            tensor.index_fill_(0, *self.index, 0.0)
+        else:
+            tensor[self.index] = 0.0
 
 
 def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
@@ -240,20 +259,20 @@ class _Rows:
         self.weight: Tensor
 
     def hold(self) -> None:
+        elastic = (self.factor != 0) & (self.factor != 1)
         self.frozen = self._where(self.factor == 0)
-        self.elastic = self._where((self.factor != 0) & (self.factor != 1))
+        self.elastic = self._where(elastic)
         if self.frozen is not None:
             self.pinned = self.frozen.read(self.parameter)
         if self.elastic is not None:
-            factors = self.factor[(self.factor != 0) & (self.factor != 1)]
-            self.weight = factors.view(-1, *[1] * (self.parameter.ndim - 1)).to(self.parameter)
-            if self.parameter.ndim == 0:
-                self.weight = self.weight.view(())
+            factors = self.factor if self.elastic.index is None else self.factor[elastic]
+            inner = [1] * (self.parameter.ndim - self.factor.ndim)
+            self.weight = factors.view((*factors.shape, *inner)).to(self.parameter)
 
     def _where(self, chosen: Tensor) -> _Slice | None:
         if not chosen.any():
             return None
-        return _Slice(None if chosen.all() else chosen.nonzero().view(-1).to(self.parameter.device))
+        return _Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))
 
     def mask_gradients(self) -> Any:
         # What the user keeps from training may be let go later (BackboneFinetuning), but takes no hook until then.
@@ -266,11 +285,7 @@ class _Rows:
     def _mask_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         assert self.frozen is not None
-        # Filled, not multiplied: zero times NaN is NaN.
-        if self.frozen.index is None:
-            parameter.grad.zero_()
-        else:
-            parameter.grad.index_fill_(0, self.frozen.index, 0.0)
+        self.frozen.zero(parameter.grad)
 
     def remember(self) -> None:
         if self.elastic is not None:

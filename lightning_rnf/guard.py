@@ -40,11 +40,14 @@ def borrowed(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and eager execution; every submodule's own training flag comes back (some are in eval on purpose)."""
+    """Eval mode and eager execution, every submodule by itself.
+
+    Each one's own training flag comes back (some are in eval on purpose).
+    """
     flags = [(submodule, submodule.training) for submodule in module.modules()]
     try:
         module.eval()
-        with eager():
+        with eager(), attention_by_its_parts():
             yield
     finally:
         for submodule, training in flags:
@@ -82,6 +85,22 @@ def recompiled() -> Iterator[None]:
 def _forget_compiled() -> None:
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@contextmanager
+def attention_by_its_parts() -> Iterator[None]:
+    """Switch the fast path of torch's transformer encoders off, for all threads.
+
+    It runs an encoder layer as one function. It is not taken where a hook hangs in the layer, but which layers have
+    one depends on the task, and logits should not. And with a padding mask the encoder packs its input into a nested
+    tensor without looking at hooks, and those, and the layers below, can't take one.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _forked_random_state(module: nn.Module) -> AbstractContextManager[Any]:

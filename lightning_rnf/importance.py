@@ -69,9 +69,10 @@ def magnitude(
     module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
 ) -> dict[str, Tensor]:
     """Sum of the absolute weights of each row or filter (Li et al. 2017); looks at no data."""
+    weights = {layer: (name := f"{layer.name}.weight", module.get_parameter(name).detach()) for layer in layers}
     return {
-        layer.name: module.get_parameter(f"{layer.name}.weight").detach().abs().flatten(1).sum(dim=1).cpu().double()
-        for layer in layers
+        layer.name: layer.by_unit(name, weight).abs().flatten(1).sum(dim=1).cpu().double()
+        for layer, (name, weight) in weights.items()
     }
 
 

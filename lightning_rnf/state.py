@@ -179,7 +179,8 @@ class FreezeState:
         for layer in self.layers:
             for name in layer.parameters:
                 found = tuple(parameters[name].shape) if name in parameters else None
-                if found is None or found[:1] != (layer.units,):
+                leading = layer.leading_shape(name)
+                if found is None or found[: len(leading)] != leading:
                     raise ValueError(
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
@@ -253,12 +254,25 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
 
 
 def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
+    units = _get(plain, "units", int)
+    transposed: Any = _get(plain, "transposed", (list, tuple, type(None)))
+    if transposed is not None and not (
+        len(transposed) == 2
+        and all(type(size) is int and size > 0 for size in transposed)
+        and units % transposed[0] == 0
+    ):
+        raise ValueError(
+            f"not a state of lightning_rnf: 'transposed' should be a number of groups that divides {units} units, and "
+            f"of inputs per group, it is {transposed!r:.80}"
+        )
     return UnitLayer(
         name=_get(plain, "name", str),
-        units=_get(plain, "units", int),
+        units=units,
         axis=_get(plain, "axis", int),
         parameters=_get_names(plain, "parameters"),
         norm=_get(plain, "norm", (str, type(None))),
+        slopes=_get(plain, "slopes", (str, type(None))),
+        transposed=None if transposed is None else (transposed[0], transposed[1]),
     )
 
 

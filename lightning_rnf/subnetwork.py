@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.guard import evaluating
+from lightning_rnf.guard import attention_by_its_parts, evaluating
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.state import TaskRecord
 from lightning_rnf.units import UnitLayer, UnitMap
@@ -28,6 +28,7 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
         relevant: bool ``(units,)`` by layer name.
     """
     with ExitStack() as hooks:
+        hooks.enter_context(attention_by_its_parts())
         for layer in layers:
             irrelevant = ~relevant[layer.name]
             if irrelevant.any():

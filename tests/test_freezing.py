@@ -583,3 +583,79 @@ def test_factors_that_are_no_learning_rate_are_refused_by_name(factor):
 @pytest.mark.parametrize("option", [0, 0.0, 0.1, 1, 2.5, {}, {"conv*": 0.0, "fc": 1.0}])
 def test_factors_of_at_least_zero_are_taken_as_they_are(option):
     assert check_elasticity("elasticity", option) is option
+
+
+# -- units that are no rows -------------------------------------------------------------------------------------------
+
+UP = UnitLayer("0", 6, -3, ("0.weight", "0.bias"), transposed=(2, 2))
+
+
+def upsampled(memory_format: torch.memory_format = torch.contiguous_format) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A transposed convolution with two groups of two inputs and three units, and which unit owns what, by hand."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2)).to(memory_format=memory_format)
+    return net, {
+        "0.weight": torch.tensor([[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]),
+        "0.bias": torch.arange(6),
+    }
+
+
+def steps(net: nn.Module, optimizer: torch.optim.Optimizer, number: int = 3) -> None:
+    for _ in range(number):
+        x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+
+        def closure(x: Tensor = x) -> Tensor:
+            net.zero_grad()
+            loss = net(x).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def factors_of(units: list[float]) -> dict[str, Tensor]:
+    return {name: UP.spread(name, torch.tensor(units)) for name in UP.parameters}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "noise", "noise-data"])
+@pytest.mark.parametrize("frozen", [[0, 4], [0, 1, 2], list(range(6))])
+def test_frozen_units_of_a_transposed_convolution_stay(optimizer, frozen, memory_format):
+    net, owner = upsampled(memory_format)
+    before = values(net)
+    freezer = Freezer(net, factors_of([0.0 if unit in frozen else 1.0 for unit in range(6)]))
+    (made,) = OPTIMIZERS[optimizer](list(net.parameters()))
+    freezer.attach([made])
+    steps(net, made)
+    for name, parameter in net.named_parameters():
+        is_frozen = torch.isin(owner[name], torch.tensor(frozen))
+        assert torch.equal(parameter[is_frozen], before[name][is_frozen])
+        assert (parameter.grad[is_frozen] == 0).all()
+        assert (parameter[~is_frozen] != before[name][~is_frozen]).all()
+
+
+@pytest.mark.parametrize("factors", [[0.0, 1.0, 0.25, 0.5, 1.0, 0.25], [0.5] * 6, [0.25, 0.5] * 3])
+def test_factors_of_a_transposed_convolution_scale_how_far_its_units_move(factors):
+    def moved(units: list[float]) -> dict[str, Tensor]:
+        net, _ = upsampled()
+        before = values(net)
+        made = torch.optim.Adam(net.parameters(), lr=0.01)
+        Freezer(net, factors_of(units)).attach([made])
+        steps(net, made, 1)
+        return {name: parameter.detach() - before[name] for name, parameter in net.named_parameters()}
+
+    full, slowed = moved([1.0] * 6), moved(factors)
+    _, owner = upsampled()
+    for name, unit in owner.items():
+        scale = torch.tensor(factors)[unit]
+        expected = full[name] * scale.view(*scale.shape, *[1] * (full[name].ndim - scale.ndim))
+        torch.testing.assert_close(slowed[name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_elasticities_of_a_transposed_convolution_have_its_leading_shape():
+    state = FreezeState(layers=(UP,))
+    relevant = {"0": torch.tensor([True, False, False, False, True, False])}
+    state.tasks["first"] = record_of(make(Mlp), relevant=relevant)
+    found = elasticities(state)
+    assert found["0.weight"].tolist() == [[0, 1, 1], [0, 1, 1], [1, 0, 1], [1, 0, 1]]
+    assert found["0.bias"].tolist() == [0, 1, 1, 1, 0, 1]

@@ -301,6 +301,20 @@ def test_borrowed_puts_back_replaced_parameters_buffers_and_children():
     assert changes(before, snapshot(net)) == []
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_evaluating_puts_the_switch_of_attention_back_after_an_error(enabled):
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        with pytest.raises(ArithmeticError), evaluating(mlp()):
+            with evaluating(mlp()):
+                assert not torch.backends.mha.get_fastpath_enabled()
+            assert not torch.backends.mha.get_fastpath_enabled()
+            raise ArithmeticError
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_evaluating_puts_every_training_flag_back_after_an_error():
     net = furnished()
     before = snapshot(net)

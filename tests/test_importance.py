@@ -59,6 +59,15 @@ def test_magnitude(net, batches):
     torch.testing.assert_close(scores(magnitude, net, batches), expected)
 
 
+def test_magnitude_of_a_transposed_convolution():
+    torch.manual_seed(0)
+    up = nn.ConvTranspose1d(4, 6, 3, groups=2)
+    net = nn.Sequential(up, nn.Flatten(), nn.Linear(42, 3))
+    batch = (torch.randn(2, 4, 5), torch.zeros(2, dtype=torch.long))
+    expected = [sum(up.weight[2 * (unit // 3) + i, unit % 3].abs().sum().item() for i in range(2)) for unit in range(6)]
+    torch.testing.assert_close(scores(magnitude, net, [batch]), torch.tensor(expected, dtype=torch.float64))
+
+
 def test_random_is_the_same_for_a_seed_and_never_zero(net, batches):
     assert torch.equal(scores(random, net, batches), scores(random, net, batches))
     assert (scores(random, net, batches) > 0).all()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from records import ConvNet, Mlp, every_second, make, record_of, state_of
 from torch import nn
 
 from lightning_rnf.state import VERSION, FreezeState
+from lightning_rnf.units import UnitLayer
 
 Plain = dict[str, Any]
 
@@ -200,6 +202,23 @@ def test_layers_of_another_size_are_refused():
     assert "'conv2'" in refuse(plain)
 
 
+TRANSPOSED = UnitLayer("up", 6, -3, ("up.weight", "up.bias", "slopes.weight"), slopes="slopes", transposed=(2, 2))
+
+
+def test_a_transposed_layer_comes_back():
+    plain = through_a_file(FreezeState(layers=(TRANSPOSED,)).to_plain())
+    assert FreezeState.from_plain(plain).layers == (TRANSPOSED,)
+    plain["layers"][0]["transposed"] = [2, 2]  # as JSON has it
+    assert FreezeState.from_plain(plain).layers == (TRANSPOSED,)
+
+
+@pytest.mark.parametrize("broken", [(2,), (2, 2, 2), (4, 1), (0, 2), (2, 2.0), (2, -2), (True, 2)])
+def test_groups_that_make_no_transposed_layer_are_refused(broken):
+    plain = FreezeState(layers=(TRANSPOSED,)).to_plain()
+    plain["layers"][0]["transposed"] = broken
+    assert "transposed" in refuse(plain)
+
+
 def test_masks_of_a_layer_that_is_not_listed_are_refused():
     plain = plain_state()
     del plain["layers"][1]
@@ -332,3 +351,19 @@ def test_a_model_whose_parameter_is_a_scalar_is_refused_by_its_name():
     net.fc1.bias = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"'fc1\.bias'"):
         state.check_module(net)
+
+
+@pytest.mark.parametrize(
+    ("up", "fits"),
+    [
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), True),
+        (nn.ConvTranspose2d(6, 6, 3, groups=2), False),
+        (nn.ConvTranspose2d(4, 6, 3), False),
+        (nn.ConvTranspose2d(4, 4, 3, groups=2), False),
+    ],
+)
+def test_a_transposed_layer_has_to_have_as_many_units_in_as_many_groups(up, fits):
+    model = nn.Module()
+    model.up, model.slopes = up, nn.PReLU(6)
+    with nullcontext() if fits else pytest.raises(ValueError, match="'up' had 6 units"):
+        FreezeState(layers=(TRANSPOSED,)).check_module(model)

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm, linear
 from lightning_rnf.guard import evaluating
 from lightning_rnf.state import TaskRecord
 from lightning_rnf.subnetwork import recall, silence
-from lightning_rnf.units import OUTPUT_AXIS, UnitLayer
+from lightning_rnf.units import OUTPUT_AXIS, UnitLayer, UnitMap
 
 each_net = pytest.mark.parametrize("kind", [Mlp, ConvNet])
 
@@ -107,8 +107,21 @@ def test_silence_is_the_network_without_these_units():
         (nn.Conv2d(3, 4, 2), (2, 3, 5, 5)),
         (nn.Conv2d(3, 4, 2), (3, 5, 5)),
         (nn.Conv3d(3, 4, 2), (2, 3, 5, 5, 5)),
+        (nn.ConvTranspose1d(3, 4, 2), (2, 3, 5)),
+        (nn.ConvTranspose2d(2, 4, 2, groups=2), (2, 2, 5, 5)),
+        (nn.ConvTranspose3d(3, 4, 2), (2, 3, 5, 5, 5)),
     ],
-    ids=["linear", "linear-of-tokens", "conv1d", "conv2d", "conv2d-without-batch", "conv3d"],
+    ids=[
+        "linear",
+        "linear-of-tokens",
+        "conv1d",
+        "conv2d",
+        "conv2d-without-batch",
+        "conv3d",
+        "conv-transpose-1d",
+        "conv-transpose-2d",
+        "conv-transpose-3d",
+    ],
 )
 def test_units_are_counted_along_their_axis(layer, shape):
     axis = OUTPUT_AXIS[type(layer)]
@@ -371,3 +384,64 @@ def test_a_compiled_model_is_silenced_too(kind):
     with recall(net, net.layers, record):
         assert torch.equal(compiled(x), expected)
     torch.compiler.reset()
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+class Attentive(nn.Module):
+    """Meets all conditions of torch's fast path for inference, which runs no submodule of an encoder layer.
+
+    The first batch dimension is of sentences; zeros at the end are padding.
+    """
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+        self.heads = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        padding = tokens == 0
+        x = self.encoder(self.embedding(tokens), src_key_padding_mask=padding if padding.any() else None)
+        return self.heads(x.masked_fill(padding[..., None], 0.0).sum(dim=1))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("silent_layers", ["01", "1", ""])
+def test_units_in_a_transformer_are_silenced_in_spite_of_its_fast_path(norm_first, padded, mode, silent_layers):
+    torch.manual_seed(0)
+    net = Attentive(norm_first)
+    tokens = torch.randint(1, 9, (4, 6))
+    if padded:
+        tokens[1:, 4:] = 0
+    units = UnitMap.of(net, (tokens, torch.zeros(4, dtype=torch.long)))
+    assert [layer.name for layer in units.layers] == [f"encoder.layers.{n}.linear{k}" for n in (0, 1) for k in (1, 2)]
+    relevant = {
+        layer.name: torch.arange(layer.units) % 3 > 0
+        if layer.name.split(".")[2] in silent_layers
+        else torch.ones(layer.units, dtype=torch.bool)
+        for layer in units.layers
+    }
+    # ReLU of nothing is nothing: rows of zeros are the same as silence.
+    rowless = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, mask in relevant.items():
+            rowless.get_submodule(name).weight[~mask] = 0.0
+            rowless.get_submodule(name).bias[~mask] = 0.0
+
+    with evaluating(net), silence(net, units.layers, relevant), mode():
+        said = net(tokens)
+
+    rowless.train()  # every submodule runs
+    for module in rowless.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    torch.testing.assert_close(said, rowless(tokens).detach(), rtol=0, atol=1e-5)
+    with evaluating(net), silence(net, units.layers, relevant):
+        assert torch.equal(net(tokens), said)  # whatever the grad mode is

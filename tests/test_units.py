@@ -67,8 +67,10 @@ def test_layers_come_in_the_order_they_run_in():
         (nn.Conv1d(2, 5, 3), (2, 6), -2),
         (nn.Conv2d(2, 5, 3, bias=False), (2, 6, 6), -3),
         (nn.Conv3d(2, 5, 3), (2, 4, 4, 4), -4),
+        (nn.Conv2d(2, 4, 3, groups=2), (2, 6, 6), -3),
+        (nn.Conv1d(3, 6, 3, groups=3), (3, 6), -2),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+    ids=lambda value: str(value).replace(", ", "-") if isinstance(value, nn.Module) else None,
 )
 def test_a_unit_layer_says_where_its_units_are(layer, shape, axis):
     output = layer(torch.zeros(4, *shape))
@@ -77,9 +79,41 @@ def test_a_unit_layer_says_where_its_units_are(layer, shape, axis):
     (found,) = units_of(net, *shape).layers
 
     own = ("0.weight", "0.bias") if layer.bias is not None else ("0.weight",)
-    assert found == UnitLayer("0", units=5, axis=axis, parameters=own)
-    assert output.shape[found.axis] == found.units == len(layer.weight)
+    assert found == UnitLayer("0", units=output.shape[axis], axis=axis, parameters=own)
+    assert found.units == len(layer.weight)
     assert found.speaker == "0"
+
+
+TRANSPOSED = {
+    "1d": (nn.ConvTranspose1d(3, 5, 3), (3, 4)),
+    "2d": (nn.ConvTranspose2d(3, 5, 3, stride=2, output_padding=1), (3, 4, 4)),
+    "3d": (nn.ConvTranspose3d(2, 3, 2), (2, 3, 3, 3)),
+    "grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 4, 4)),
+    "depthwise": (nn.ConvTranspose1d(4, 4, 3, groups=4), (4, 4)),
+    "without bias": (nn.ConvTranspose2d(6, 3, 3, groups=3, bias=False), (6, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_a_unit_of_a_transposed_convolution_owns_what_its_output_reads(case):
+    layer, shape = TRANSPOSED[case]
+    x = labelled(4, *shape)[0]
+    output = layer(x)
+    net = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(output[0].numel(), CLASSES))
+
+    (found,) = units_of(net, *shape).layers
+
+    assert found.units == output.shape[found.axis] == layer.out_channels
+    for name in found.parameters:
+        parameter = net.get_parameter(name)
+        owner = found.spread(name, torch.arange(found.units))
+        assert owner.shape == parameter.shape[: owner.ndim] == found.leading_shape(name)
+        for unit in range(found.units):
+            (read,) = torch.autograd.grad(layer(x).select(found.axis, unit).sum(), parameter)
+            entries = owner == unit
+            assert read[~entries].eq(0).all()
+            assert read[entries].ne(0).all()
+            assert torch.equal(found.by_unit(name, parameter)[unit].flatten(), parameter[entries].flatten())
 
 
 def test_units_chooses_layers_and_leaves_the_others_shared():
@@ -154,15 +188,66 @@ def test_a_norm_without_parameters_speaks_for_the_units():
     assert layer.parameters == ("conv.weight", "conv.bias")
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [nn.LayerNorm([4, 4, 4]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)],
-    ids=lambda norm: type(norm).__name__,
-)
-def test_other_norms_are_shared(norm):
+@pytest.mark.parametrize("norm", [nn.LayerNorm([4, 4, 4]), nn.GroupNorm(2, 4)], ids=lambda norm: type(norm).__name__)
+def test_norms_that_mix_channels_are_shared(norm):
     units = units_of(conv_and_norm(norm=norm), *IMAGES)
     assert units.layers[0].norm is None
     assert set(units.shared) == {"norm.weight", "norm.bias"}
+    assert set(units.reasons.values()) == {f"{type(norm).__name__} mixes channels"}
+
+
+PER_CHANNEL = {
+    "batch norm 1d": (nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4)),
+    "batch norm 2d": (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    "batch norm 3d": (nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4)),
+    "synchronised": (nn.Conv2d(2, 4, 3, padding=1), nn.SyncBatchNorm(4)),
+    "instance norm 1d": (nn.Conv1d(2, 4, 3, padding=1), nn.InstanceNorm1d(4, affine=True)),
+    "instance norm 2d": (nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "instance norm 3d": (nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True)),
+    "a group for each channel": (nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(4, 4)),
+    "instance norm without parameters": (nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4)),
+    "slopes": (nn.Conv2d(2, 4, 3, padding=1), nn.PReLU(4)),
+    "slopes of a linear layer": (nn.Linear(4, 4), nn.PReLU(4)),
+    "norm and slopes": (nn.ConvTranspose2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU(4)),
+}
+
+
+@pytest.mark.parametrize("case", PER_CHANNEL)
+def test_what_treats_each_channel_by_itself_belongs_to_the_units(case):
+    layer, *followers = PER_CHANNEL[case]
+    shape = ROWS if isinstance(layer, nn.Linear) else (2, *[4] * (layer.weight.ndim - 2))
+    torch.manual_seed(0)
+    body = nn.Sequential(layer, *followers).eval()
+    said = body(labelled(4, *shape)[0])
+    net = nn.Sequential(body, nn.ReLU(), nn.Flatten(), nn.Linear(said[0].numel(), CLASSES))
+
+    units = units_of(net, *shape)
+
+    (found,) = units.layers
+    assert units.shared == ()
+    assert found.speaker == f"0.{len(followers)}"
+    assert set(found.parameters) == {name for name in parameters(net) if name.startswith("0.")}
+    # And it is true: whatever happens to one unit, the others say what they said.
+    with torch.no_grad():
+        for name in found.parameters:
+            net.get_parameter(name)[found.spread(name, torch.arange(4)) == 2] = torch.nan
+    others = torch.tensor([0, 1, 3])
+    changed = body(labelled(4, *shape)[0])
+    assert torch.equal(changed.index_select(found.axis, others), said.index_select(found.axis, others))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)])
+def test_a_function_that_writes_into_the_output_of_a_norm_hides_nothing(norm):
+    # What an instance norm puts out is a view: writing into it changes the graph behind it.
+    net = conv_and_norm(lambda net, x: net.head(net.norm(net.conv(x)).relu_().flatten(1)), norm)
+    units = units_of(net, *IMAGES)
+    assert (units.layers[0].norm, units.shared) == ("norm", ())
+
+
+def test_one_slope_for_all_channels_is_shared():
+    units = units_of(conv_and_norm(norm=nn.PReLU()), *IMAGES)
+    assert (units.layers[0].slopes, units.shared) == (None, ("norm.weight",))
+    assert units.reasons == {"norm.weight": "PReLU with one slope for all channels"}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +258,10 @@ def test_other_norms_are_shared(norm):
         lambda net, x: net.head(net.norm(net.conv(x).relu()).flatten(1)),
         lambda net, x: net.head(net.norm(net.norm(net.conv(x))).flatten(1)),
         lambda net, x: net.head((net.norm(net.conv(x)) + net.norm(x.repeat(1, 2, 1, 1))).flatten(1)),
+        lambda net, x: net.head(net.norm(torch.cat([net.conv(x)[:, :2], x], 1)).flatten(1)),
+        lambda net, x: net.head(net.norm(net.conv(x) + x.repeat(1, 2, 1, 1)).flatten(1)),
+        lambda net, x: net.head((net.norm(net.conv(x)).detach() + net.conv_again(x)).flatten(1)),
+        lambda net, x: (net.norm(conv := net.conv(x)), net.head(conv.flatten(1)))[1],
     ],
     ids=[
         "skip around it",
@@ -180,12 +269,30 @@ def test_other_norms_are_shared(norm):
         "activation before it",
         "runs twice in a row",
         "reads something else, too",
+        "concatenation before it",
+        "sum before it",
+        "detached",
+        "of no effect",
     ],
 )
-def test_a_norm_whose_layer_speaks_to_others_or_that_hears_others_is_shared(forward):
-    units = units_of(conv_and_norm(forward), *IMAGES)
+def test_a_norm_whose_layer_speaks_to_others_or_that_hears_others_is_shared(forward, request):
+    units = units_of(conv_and_norm(forward, conv_again=nn.Conv2d(2, 4, 3, padding=1)), *IMAGES)
     assert units.layers[0].norm is None
-    assert units.shared == ("norm.weight", "norm.bias")
+    assert {"norm.weight", "norm.bias"} <= set(units.shared)
+    assert (
+        units.reasons["norm.weight"]
+        == {
+            "skip around it": "BatchNorm2d is not alone in reading the layer before it",
+            "gate around it": "BatchNorm2d is not alone in reading the layer before it",
+            "activation before it": "BatchNorm2d does not directly follow a unit layer",
+            "runs twice in a row": "BatchNorm2d runs 2 times in one forward",
+            "reads something else, too": "BatchNorm2d runs 2 times in one forward",
+            "concatenation before it": "BatchNorm2d reads a concatenation, whose channels no layer owns",
+            "sum before it": "BatchNorm2d reads a sum, whose channels no layer owns",
+            "detached": "BatchNorm2d ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+            "of no effect": "BatchNorm2d ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+        }[request.node.callspec.id]
+    )
 
 
 def test_a_norm_over_another_axis_than_the_units_is_shared():
@@ -512,6 +619,112 @@ def test_every_parameter_belongs_to_exactly_one(plan):
     net.requires_grad_(True).eval()
     gradients = torch.autograd.grad(net(labelled(4, *ROWS)[0]).sum(), list(own.values()), allow_unused=True)
     assert set(units.idle) == {name for name, gradient in zip(own, gradients, strict=True) if gradient is None}
+
+
+# -- and why ----------------------------------------------------------------------------------------------------------
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("net", "reasons"),
+    [
+        (
+            two_layers(lambda net, x: net.head(net.table(x.argmax(1)) + net.first(x)), table=nn.Embedding(4, 4)),
+            {"table.weight": "Embedding is no unit layer"},
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.first(x) + net.token), token=nn.Parameter(torch.ones(4))),
+            {"token": "Built's own, no layer's"},
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.attend(net.first(x))), attend=Attentive()),
+            {
+                "attend.attention.in_proj_weight": "MultiheadAttention's own, no layer's",
+                "attend.attention.in_proj_bias": "MultiheadAttention's own, no layer's",
+                "attend.attention.out_proj.weight": "used functionally, the module itself did not run",
+                "attend.attention.out_proj.bias": "used functionally, the module itself did not run",
+            },
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.first(x) + net.second(x).detach())),
+            dict.fromkeys(
+                ("second.weight", "second.bias"),
+                "Linear ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+            ),
+        ),
+        (
+            # (N, positions, units): this norm scales positions.
+            two_layers(lambda net, x: net.head(net.norm(net.first(x[:, None])).flatten(1)), norm=nn.BatchNorm1d(1)),
+            dict.fromkeys(
+                ("norm.weight", "norm.bias"), "BatchNorm1d does not go along the units of the layer before it"
+            ),
+        ),
+    ],
+    ids=["embedding", "own parameter", "attention", "detached", "other axis"],
+)
+def test_a_shared_parameter_says_why(net, reasons):
+    units = units_of(net)
+    assert units.reasons == reasons
+    assert set(units.shared) == set(reasons)
+
+
+def test_what_is_left_out_or_tied_says_so():
+    # A tied layer is one that has to be left out; so is one that is used again elsewhere.
+    assert set(units_of(tied_to_the_head(), units="first").reasons.values()) == {
+        "tied to head.weight",
+        "left out by units=",
+    }
+    net = conv_and_norm(more=nn.Conv2d(4, 4, 1))
+    net.compute = lambda net, x: net.head(net.norm(net.conv(net.more(x.repeat(1, 2, 1, 1))[:, :2])).flatten(1))
+    assert units_of(net, *IMAGES, units="more").reasons == {
+        "conv.weight": "left out by units=",
+        "conv.bias": "left out by units=",
+        "norm.weight": "BatchNorm2d does not directly follow a unit layer",
+        "norm.bias": "BatchNorm2d does not directly follow a unit layer",
+    }
+
+
+def test_a_map_can_be_read():
+    net = Built(
+        lambda net, x: net.heads["a"](net.last(net.middle(net.slopes(net.norm(net.conv(x)))).flatten(1)).relu()),
+        conv=nn.ConvTranspose2d(2, 12, 1),
+        norm=nn.BatchNorm2d(12),
+        slopes=nn.PReLU(12),
+        middle=nn.GroupNorm(2, 12),
+        last=nn.Linear(192, 4),
+        heads=nn.ModuleDict({"a": output(), "b": deep()}),
+    )
+    assert (
+        str(units_of(net, *IMAGES))
+        == """\
+16 units in 2 layers, each with the norm and slopes that follow it:
+  conv  ConvTranspose2d     12 units  BatchNorm2d norm, PReLU slopes
+  last  Linear               4 units
+head:
+  heads.a  Linear  2 parameters
+shared, frozen whole after the first task:
+  middle  weight, bias  GroupNorm mixes channels
+idle, took no part (heads of other tasks, or unused):
+  heads.b.0  weight, bias
+  heads.b.2  weight, bias"""
+    )
+    # Nothing shared, nothing idle, nothing said of it.
+    assert (
+        str(units_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))))
+        == """\
+4 units in 1 layer, each with the norm and slopes that follow it:
+  0  Linear      4 units
+head:
+  1  Linear  2 parameters"""
+    )
 
 
 # -- what units can't follow ------------------------------------------------------------------------------------------
