@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from lightning_rnf import MultiHead, RelevanceFreezing
+from lightning_rnf.importance import IMPORTANCES
 from lightning_rnf.streams import TaskDataModule, split_by_class
 
 RECOVERY = {"recovery_epochs": 6, "reset_free": True}
@@ -32,6 +33,7 @@ METHODS = {
     "exact, recalibrated": RelevanceFreezing,
     "recovery": partial(RelevanceFreezing, **RECOVERY),
     "recovery, ration": partial(RelevanceFreezing, ration=0.35, recovery_criterion=0.0, **RECOVERY),
+    **{name: partial(RelevanceFreezing, importance=name) for name in IMPORTANCES},
 }
 
 
@@ -106,7 +108,7 @@ EXPERIMENT = Experiment(
     stream,
     model,
     epochs=10,
-    default_methods=tuple(METHODS),
+    default_methods=("naive", "paper", "exact", "exact, recalibrated", "recovery", "recovery, ration"),
     setup={"network": "ResNet-18 for 32 x 32", "training": "SGD 0.05, one cycle a task, batch 64, crops and flips"},
     arguments=arguments,
 )
