@@ -25,7 +25,15 @@ from lightning_rnf.guard import recompiled
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
-from lightning_rnf.runs import TaskOption, given_name, refuse_strategies, task_of_evaluation, tasks_of_loaders
+from lightning_rnf.runs import (
+    TaskOption,
+    check_epochs,
+    epochs_left,
+    given_name,
+    refuse_strategies,
+    task_of_evaluation,
+    tasks_of_loaders,
+)
 from lightning_rnf.search import Candidates, Method, Normalize
 from lightning_rnf.selection import Selection
 from lightning_rnf.state import FreezeState, TaskRecord
@@ -262,7 +270,7 @@ class RelevanceFreezing(Callback):
             raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
         refuse_strategies(trainer)
         self._task_name(trainer, pl_module)
-        self._check_epochs(trainer)
+        check_epochs(trainer, self.recovery_epochs)
         self.state.stop_recovery()  # of a fit that was given up; a checkpoint brings back that of one to resume
         self._begin(pl_module)
         self._model = weakref.ref(pl_module)
@@ -451,19 +459,8 @@ class RelevanceFreezing(Callback):
             self.recovery_epochs > 0
             and self.state.recovering is None
             and not trainer.fast_dev_run  # type: ignore[attr-defined]
-            and _epochs_left(trainer) == self.recovery_epochs
+            and epochs_left(trainer) == self.recovery_epochs
         )
-
-    def _check_epochs(self, trainer: pl.Trainer) -> None:
-        if not self.recovery_epochs:
-            return
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            raise ValueError("recovery_epochs are the last of a known number: give Trainer(max_epochs=...)")
-        if _epochs_left(trainer) <= self.recovery_epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"recovery_epochs={self.recovery_epochs} of max_epochs={trainer.max_epochs} leave no epoch for the "
-                "whole network: the sub-network is searched after at least one"
-            )
 
     def _reference(self) -> Reference:
         return Reference(self.reference, self.reference_samples, self.attribution_samples, self.predict, self.seed)
@@ -543,8 +540,3 @@ class RelevanceFreezing(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, **{name: ExitStack() for name in _CONTEXTS})
-
-
-def _epochs_left(trainer: pl.Trainer) -> int:
-    assert trainer.max_epochs is not None
-    return trainer.max_epochs - trainer.current_epoch

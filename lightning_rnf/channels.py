@@ -19,7 +19,7 @@ from lightning_rnf.tracing import torch_class
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-_CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ELEMENTWISE_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
@@ -152,7 +152,7 @@ def of_module(node: fx.Node, module: Any, known: Known) -> Effect | None:
     """What a module of torch does to the tensor that it reads; None if that is not known."""
     (read,) = node.all_input_nodes
     source, kind = known[read], torch_class(module)
-    if kind in _CHANNEL_NORMS or (kind is nn.PReLU and module.num_parameters > 1):
+    if kind in CHANNEL_NORMS or (kind is nn.PReLU and module.num_parameters > 1):
         return _by_channel(module, read, source)
     if kind is nn.PReLU:
         return _same(read, replace(source, constant=_constant_row(module, source.constant)))

@@ -305,7 +305,7 @@ def _grouped(causes: Iterable[_Cause]) -> dict[str, tuple[str, ...]]:
     return {kind: tuple(places[kind]) for kind in sorted(places, key=BIAS.__eq__)}  # the least suspicious last
 
 
-def _described(places: Mapping[str, Sequence[str]], most: int = 6) -> str:
+def _described(places: Mapping[str, Sequence[str]], most: int = 3) -> str:
     return "; ".join(
         f"{kind} ({', '.join(names[:most])}{f' and {len(names) - most} more' if len(names) > most else ''})"
         for kind, names in places.items()

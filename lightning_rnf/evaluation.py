@@ -32,8 +32,8 @@ def supervised(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return module(x), y
 
 
-def predict_checked(predict: Predict, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Call ``predict`` and check what it returns.
+def predict_checked(predict: Predict, module: nn.Module, batch: Any, *, finite: bool = True) -> tuple[Tensor, Tensor]:
+    """Call ``predict`` and check what it returns, and, if asked to, that it is ``finite``.
 
     Raises:
         TypeError: if logits or target are no tensors of floats and of class indices.
@@ -54,7 +54,7 @@ def predict_checked(predict: Predict, module: nn.Module, batch: Any) -> tuple[Te
             f"labels range from {int(target.min())} to {int(target.max())}, but the head has {logits.shape[1]} "
             f"outputs: labels of a task are 0 to {logits.shape[1] - 1}"
         )
-    if not logits.isfinite().all():
+    if finite and not logits.isfinite().all():
         raise ValueError("logits on the reference data are not finite (NaN or infinity): the training has diverged")
     return logits, target
 
@@ -66,6 +66,8 @@ def measure(
     predict: Predict = supervised,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     metrics: Mapping[str, Metric] | None = None,
+    *,
+    finite: bool = True,
 ) -> Measured:
     """Accuracy and metrics of a module, which should be in eval mode, on labelled batches.
 
@@ -75,6 +77,7 @@ def measure(
         predict: how to get logits and labels of a batch.
         forward_context: entered around each forward, for autocast.
         metrics: of logits and labels; copies of them are updated.
+        finite: whether all logits have to be; if not, samples whose aren't count as wrong, and metrics get zeros.
 
     Returns:
         The share of the samples whose largest logit is the label's, and the metrics' values by name.
@@ -88,9 +91,10 @@ def measure(
     correct = samples = 0
     for batch in batches:
         with forward_context():
-            logits, target = predict_checked(predict, module, batch)
-        correct += int((logits.argmax(dim=1) == target).sum())
+            logits, target = predict_checked(predict, module, batch, finite=finite)
+        correct += int(((logits.argmax(dim=1) == target) & logits.isfinite().all(dim=1)).sum())
         samples += len(target)
+        logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
         for copy in copies.values():
             copy.to(logits.device).update(logits, target)
     if samples == 0:

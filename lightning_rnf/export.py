@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_rnf.channels import BATCH_NORMS
+from lightning_rnf.channels import CHANNEL_NORMS
 from lightning_rnf.grouped import LAYERS, TRANSPOSED, by_group, folded, layer_form
 from lightning_rnf.guard import borrowed
 from lightning_rnf.pruning import Plan, plan
@@ -19,6 +19,8 @@ from lightning_rnf.tracing import Traced, bare, silenced, tensor_copy, torch_cla
 from lightning_rnf.units import UnitLayer
 
 log = logging.getLogger(__name__)
+
+_FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may name as norm and slopes
 
 
 def export(
@@ -100,31 +102,20 @@ def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool
     modules = [_part(parts, name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
     if not silent.any():
         return True
-    for module in modules:
-        if module is None or torch_class(module) not in (*LAYERS, *BATCH_NORMS, nn.PReLU):
-            return False
-    for module in modules:
-        if isinstance(module, BATCH_NORMS):
-            _silence_norm(module, silent, modules[0].weight)
-            continue
-        if isinstance(module, nn.PReLU):
-            module.weight[silent.to(module.weight.device)] = 0  # one that has become NaN makes NaN of zero
-            continue
-        grouped = by_group(module, module.weight)  # a view: (groups, units, features, ...)
-        grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
-        if module.bias is not None:
-            module.bias[silent.to(module.bias.device)] = 0
-    return True
-
-
-def _silence_norm(norm: Any, silent: Tensor, like: Tensor) -> None:
-    if norm.weight is None:
-        norm.weight, norm.affine = nn.Parameter(like.new_ones(norm.num_features)), True
-    if norm.bias is None:
-        norm.bias = nn.Parameter(like.new_zeros(norm.num_features))
-    for tensor, value in ((norm.weight, 0), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
+    if any(module is None or torch_class(module) not in (*LAYERS, *_FOLLOWERS) for module in modules):
+        return False
+    own, *followers = modules
+    grouped = by_group(own, own.weight)  # a view: (groups, units, features, ...)
+    grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
+    # Zeros stay zeros in a norm without shift, and in a slope that is a number: those of silent units may be NaN.
+    rows = [(own, "bias", 0)]
+    for follower in followers:
+        rows += [(follower, name, 0) for name in ("weight", "bias", "running_mean")] + [(follower, "running_var", 1)]
+    for module, name, value in rows:
+        tensor = getattr(module, name, None)
         if tensor is not None:
             tensor[silent.to(tensor.device)] = value
+    return True
 
 
 def _part(parts: Mapping[str, Any], name: str) -> Any:

@@ -58,9 +58,12 @@ class ReferenceData:
         """The batches on which relevance is measured, in the fit's precision."""
         return [self.convert(batch) for batch in self.batches[: self.attributed]]
 
-    def measure(self, module: nn.Module, metrics: Mapping[str, Metric] | None = None) -> Measured:
+    def measure(
+        self, module: nn.Module, metrics: Mapping[str, Metric] | None = None, *, finite: bool = True
+    ) -> Measured:
         """Accuracy of ``module`` on all batches, in [0, 1], and the metrics."""
-        return measure(module, map(self.convert, self.batches), self.predict, self.forward_context, metrics)
+        batches = map(self.convert, self.batches)
+        return measure(module, batches, self.predict, self.forward_context, metrics, finite=finite)
 
     def run(self, module: nn.Module) -> None:
         """Run ``module`` on the inputs of the batches for attribution, but for batches of a single sample."""

@@ -37,6 +37,29 @@ def refuse_strategies(trainer: Trainer) -> None:
         )
 
 
+def epochs_left(trainer: Trainer) -> int:
+    """How many epochs the fit still has to run."""
+    assert trainer.max_epochs is not None
+    return trainer.max_epochs - trainer.current_epoch
+
+
+def check_epochs(trainer: Trainer, recovery_epochs: int) -> None:
+    """Check that the fit has a known number of epochs, and at least one before so many for the recovery.
+
+    Raises:
+        ValueError: if not.
+    """
+    if recovery_epochs == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        raise ValueError("recovery_epochs are the last of a known number: give Trainer(max_epochs=...)")
+    if epochs_left(trainer) <= recovery_epochs:
+        raise ValueError(
+            f"recovery_epochs={recovery_epochs} of max_epochs={trainer.max_epochs} leave no epoch for the whole "
+            "network: the sub-network is searched after at least one"
+        )
+
+
 def data_module(trainer: Trainer) -> LightningDataModule | None:
     """The data module of the run that is under way; None if it was given loaders."""
     # trainer.datamodule is still the last run's if this one was given loaders, but the loops' sources are this one's.

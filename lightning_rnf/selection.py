@@ -201,7 +201,8 @@ class _Candidates:
     def measure(self, cutoff: int) -> Measured:
         """Accuracy, and what else the criterion asks for, with so many candidates silenced."""
         with self._speaking(cutoff):
-            measured = self.reference.measure(self.module, self.criterion.metrics)
+            # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
+            measured = self.reference.measure(self.module, self.criterion.metrics, finite=cutoff == 0)
         if self.flops is not None:
             before = self.ranking.before(cutoff, self.resolution)
             flops = {"flops": self.flops(self.ranking.relevant(cutoff)) if cutoff else self.flops.total}

@@ -266,7 +266,7 @@ def fit_stream(
                         logits, target = predict_checked(predict, model, on_device)
                     matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
         model.cpu()
-    return matrix.compute()
+    return matrix.compute().reshape(len(tasks), len(tasks))  # torchmetrics makes a number of a matrix of one entry
 
 
 def _tested(model: LightningModule, task: str, callback: RelevanceFreezing | None) -> AbstractContextManager[None]:

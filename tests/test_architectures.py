@@ -142,6 +142,7 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:no free units are left")  # some layers have but a few
+@pytest.mark.filterwarnings("ignore:.*relevance is not conserved")  # layer norms have no rule
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_three_tasks_on_an_unchanged_architecture(architecture):
     torch.manual_seed(0)
@@ -152,6 +153,7 @@ def test_three_tasks_on_an_unchanged_architecture(architecture):
         criterion=lambda score: leave[model.heads.active](score),
         resolution=sum(layer.units for layer in units.layers) // 50,
         attribution_samples=4,
+        recalibrate_norm=False,  # four images are too few to estimate statistics from
         task=lambda trainer, module: module.heads.active,
     )
     x = next(iter(data(architecture, "a")))[0]

@@ -15,6 +15,11 @@ class Echo(nn.Module):
         return x
 
 
+class SumMetricOfLogits(SumMetric):
+    def update(self, logits, target):
+        super().update(logits.sum())
+
+
 def test_accuracy_counts_samples_and_not_batches():
     right, wrong = torch.eye(3), 1 - torch.eye(3)
     batches = [(right, torch.arange(3)), (wrong[:1], torch.tensor([0]))]
@@ -22,15 +27,20 @@ def test_accuracy_counts_samples_and_not_batches():
 
 
 def test_metrics_are_measured_on_all_samples_by_copies():
-    class RightLogits(SumMetric):
-        def update(self, logits, target):
-            super().update(logits.gather(1, target[:, None]))
-
-    metric = RightLogits()
+    metric = SumMetricOfLogits()
     metric.update(torch.eye(2), torch.arange(2))
     found = measure(Echo(), [(torch.eye(3), torch.arange(3)), (torch.eye(2), torch.arange(2))], metrics={"sum": metric})
     assert found.values == {"sum": 5.0}
     assert metric.compute() == 2.0
+
+
+def test_samples_whose_logits_are_not_finite_may_count_as_wrong():
+    logits = torch.tensor([[torch.inf, 0.0], [torch.nan, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    batches = [(logits, torch.tensor([0, 0, 1, 0]))]
+    assert measure(Echo(), batches, finite=False).accuracy == 0.5
+    assert measure(Echo(), batches, metrics={"sum": SumMetricOfLogits()}, finite=False).values == {"sum": 3.0}
+    with pytest.raises(ValueError, match="not finite"):
+        measure(Echo(), batches)
 
 
 def test_the_forward_context_is_entered_around_each_forward():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import runpy
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,61 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 DATA = Path(os.environ.get("RNF_DATA", "no data"))
 
 
-@pytest.mark.skipif(not (DATA / "MNIST").is_dir(), reason="RNF_DATA names no folder with MNIST in it")
-def test_split_mnist_forgets_nothing_on_a_slice_of_the_real_data(tmp_path):
-    main = runpy.run_path(str(EXAMPLES / "split_mnist.py"))["main"]
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs an example with options; what it writes as JSON."""
+
+    def main(name: str, *options: str) -> dict:
+        monkeypatch.syspath_prepend(EXAMPLES)
+        importlib.import_module(name).main(["--data", str(DATA), "--output", str(tmp_path), *options])
+        assert (tmp_path / f"{name}.png").exists()
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return main
+
+
+def has(folder: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not (DATA / folder).is_dir(), reason=f"RNF_DATA names no folder with {folder} in it")
+
+
+@has("MNIST")
+def test_split_mnist_forgets_nothing_on_a_slice_of_the_real_data(run):
     options = ["--methods", "naive", "default", "--seeds", "1", "--epochs", "1", "--samples", "6000"]
-    main(["--data", str(DATA), "--output", str(tmp_path), *options])
-    summary = json.loads((tmp_path / "split_mnist.json").read_text())
-    (run,) = summary["runs"]["default"]
-    assert run["forgetting"] == 0
-    assert run["average"] > 0.9
-    assert (tmp_path / "split_mnist.png").exists()
+    summary = run("split_mnist", *options)
+    (result,) = summary["runs"]["default"]
+    assert result["forgetting"] == 0
+    assert result["average"] > 0.9
+
+
+@has("MNIST")
+def test_results_that_are_there_are_not_made_again_and_other_options_are_refused(run, capsys):
+    options = ["--methods", "naive", "--epochs", "1", "--samples", "2000", "--tasks", "1"]
+    first = run("split_mnist", *options, "--seeds", "1")
+    second = run("split_mnist", *options, "--seeds", "2")
+    assert second["runs"]["naive"][0] == first["runs"]["naive"][0]
+    assert [result["seed"] for result in second["runs"]["naive"]] == [0, 1]
+    with pytest.raises(SystemExit):
+        run("split_mnist", "--epochs", "2")
+    assert "was made with other options" in capsys.readouterr().err
+
+
+@has("MNIST")
+def test_mnist_permuted_recovers_on_a_slice_of_the_real_data(run):
+    options = ["--methods", "recovery", "--epochs", "5", "--samples", "3000", "--tasks", "2"]
+    (result,) = run("mnist_permuted", *options)["runs"]["recovery"]
+    assert result["forgetting"] == 0
+    assert result["average"] > 0.7
+    assert 0 < result["free_capacity"][1] < result["free_capacity"][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*overridden `on_after_batch_transfer` in `LightningModule`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*passed in a `val_dataloader` but have no `validation_step`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*falls short of the criterion:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*no free units are left:UserWarning")
+@has("cifar100")
+def test_cifar_resnet_runs_on_a_slice_of_the_real_data(run):
+    options = ["--width", "8", "--stem-stride", "2", "--epochs", "7", "--samples", "6000", "--tasks", "2"]
+    (result,) = run("cifar_resnet", *options, "--methods", "recovery, ration")["runs"]["recovery, ration"]
+    assert result["forgetting"] == 0
+    assert result["average"] > 0.15  # chance is 0.1; 54 batches a task
+    assert min(result["capacity"][0].values()) >= 0.6

@@ -84,8 +84,10 @@ class Task:
             cutoff=0,
             accuracy=1.0,
             subnetwork_accuracy=1.0,
+            accepted=True,
             samples=1,
             evaluations=(),
+            capacity={},
             seconds={},
         )
 
@@ -468,7 +470,7 @@ def test_what_later_tasks_did_to_irrelevant_units_is_not_in_it(name):
     with torch.no_grad():
         for layer in task.layers:
             for key in layer.parameters:
-                task.net.get_parameter(key)[~task.relevant[layer.name]] = torch.nan
+                task.net.get_parameter(key)[layer.spread(key, ~task.relevant[layer.name])] = torch.nan
         for buffer in task.net.buffers():
             buffer.fill_(3)
     small = task.exported()

@@ -73,6 +73,7 @@ def test_random_is_the_same_for_a_seed_and_never_zero(net, batches):
     assert (scores(random, net, batches) > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 def test_random_keeps_other_units_in_every_task():
     model, rnf = Classifier(), RelevanceFreezing(importance="random", candidates="all")
     train(model, rnf, "a", "b")

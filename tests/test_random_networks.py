@@ -120,8 +120,10 @@ def record_of(net: nn.Module, units: UnitMap, relevant: dict[str, Tensor]) -> Ta
         cutoff=0,
         accuracy=1.0,
         subnetwork_accuracy=1.0,
+        accepted=True,
         samples=1,
         evaluations=(),
+        capacity={},
         seconds={},
     )
 
