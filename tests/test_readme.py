@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from training import Classifier, clusters, inputs
 
-from lightning_rnf import MultiHead, RelevanceFreezing
+from lightning_rnf import MultiHead, RelevanceFreezing, UnitMap
 from lightning_rnf.streams import TaskDataModule
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -24,9 +25,17 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         TaskDataModule(name, 2, *(clusters(task, 320, seed) for seed in range(3)), batch_size=32)
         for task, name in (("a", "digits-01"), ("b", "digits-23"))
     ]
-    code, options, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(code, {"model": model, "tasks": tasks, "x": inputs()})
+    code, *more = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {"model": model, "tasks": tasks, "x": inputs(), "torch": torch, "UnitMap": UnitMap}
+    exec(code, names)
+    names["batch"] = (inputs(), torch.zeros(len(inputs()), dtype=torch.long))
+    options, *more = more
     exec(options, {"RelevanceFreezing": RelevanceFreezing})
+    for code in more:
+        exec(code, names)
+    loaded = torch.load("digits-01.pt", weights_only=False)
+    with names["rnf"].recall("digits-01"), torch.no_grad():
+        torch.testing.assert_close(loaded(inputs()), model(inputs()))
     assert "'body.0'" in capsys.readouterr().out
 
 
