@@ -33,6 +33,9 @@ METHODS = {
     "exact, recalibrated": RelevanceFreezing,
     "recovery": partial(RelevanceFreezing, **RECOVERY),
     "recovery, ration": partial(RelevanceFreezing, ration=0.35, recovery_criterion=0.0, **RECOVERY),
+    "longer recovery, ration": partial(
+        RelevanceFreezing, ration=0.35, recovery_criterion=0.0, recovery_epochs=16, reset_free=True
+    ),
     **{name: partial(RelevanceFreezing, importance=name) for name in IMPORTANCES},
 }
 
@@ -109,6 +112,7 @@ EXPERIMENT = Experiment(
     model,
     epochs=10,
     default_methods=("naive", "paper", "exact", "exact, recalibrated", "recovery", "recovery, ration"),
+    drawn=("naive", "paper", "exact, recalibrated", "recovery, ration"),
     setup={"network": "ResNet-18 for 32 x 32", "training": "SGD 0.05, one cycle a task, batch 64, crops and flips"},
     arguments=arguments,
 )

@@ -38,6 +38,7 @@ class Experiment:
         epochs: per task.
         default_methods: those that run if none are named.
         seeds: how many, if no number is given.
+        drawn: methods in the figure, at most four; none named: the first four.
         setup: what else a reader has to know, for the JSON.
         arguments: adds options of the experiment's own.
     """
@@ -49,6 +50,7 @@ class Experiment:
     epochs: int
     default_methods: Sequence[str]
     seeds: int = 1
+    drawn: Sequence[str] = ()
     setup: Mapping[str, Any] = field(default_factory=dict)
     arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 
@@ -89,7 +91,8 @@ class Experiment:
                     f"forgetting {100 * last['forgetting']:.2f}",
                     flush=True,
                 )
-        results = [stream_result(method, runs[0]) for method, runs in summary["runs"].items()]
+        drawn = [method for method in self.drawn or self.methods if method in summary["runs"]][:4]
+        results = [stream_result(method, summary["runs"][method][0]) for method in drawn or summary["runs"]]
         plot_retention(results, options.output / f"{name}.png")
         print(table(summary["runs"]))
         return summary
