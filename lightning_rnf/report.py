@@ -67,12 +67,12 @@ def accuracy_table(result: StreamResult) -> Table:
 
 
 def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -> None:
-    """Draw average accuracy with free capacity, and the accuracy of each task, over the stream.
+    """Draw average accuracy with free capacity, and the accuracy of each task with the first and the last method.
 
     Line styles are the methods'; the first is drawn dashed, as what the others are compared with.
 
     Args:
-        results: of one stream.
+        results: of one stream, at most four.
         path: where to write the figure; the ending says in which format.
 
     Raises:
@@ -98,6 +98,8 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
             places = [step - 0.3 + width * (freezing.index(result) + 0.5) for step in steps]
             free = [100 * share for share in result.free_capacity]
             capacity.bar(places, free, width=width, color=colour, alpha=0.18, label=f"free units, {result.method}")
+    compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
+    for result, style in zip(compared, styles, strict=False):
         for task in range(len(result.tasks)):
             right.plot(
                 list(steps)[task:],
@@ -116,6 +118,11 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     handles = [*left.get_legend_handles_labels()[0], *capacity.get_legend_handles_labels()[0]]
     labels = [*left.get_legend_handles_labels()[1], *capacity.get_legend_handles_labels()[1]]
     left.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False)
-    right.set(title="Each task", xlabel="tasks trained", ylabel="test accuracy, %", xticks=steps)
+    right.set(
+        title="Each task: " + " and ".join(result.method for result in compared),
+        xlabel="tasks trained",
+        ylabel="test accuracy, %",
+        xticks=steps,
+    )
     right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
