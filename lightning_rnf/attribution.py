@@ -17,6 +17,7 @@ from lightning_rnf.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.functions import FunctionRules
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
+from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.units import UnitLayer
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -42,6 +43,7 @@ def attribute(
     predict: Predict = supervised,
     composite: Composite | None = None,
     progress: Callable[[int], None] = lambda samples: None,
+    ranks: Ranks = ALONE,
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
@@ -52,12 +54,13 @@ def attribute(
     Args:
         module: the bare model, not a wrapper around it.
         layers: its unit layers.
-        batches: on the module's device.
+        batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits ``(N, classes)`` and labels ``(N,)`` of a batch.
         composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
             convolutions, on a network whose layers have the batch norms that directly follow merged into them.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
         progress: called after each batch with the number of samples so far.
+        ranks: whose sums are added up; they all get the same.
 
     Raises:
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
@@ -100,8 +103,9 @@ def attribute(
             _merge_norms(module, layers)
 
     relevance = propagate(
-        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, journal.add
+        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, journal.add, ranks
     )
+    journal.join(ranks)
     return Attribution(relevance, journal.conservation(relevance))
 
 
@@ -154,13 +158,14 @@ def propagate(
     progress: Callable[[int], None] = lambda samples: None,
     prepare: Callable[[nn.Module], None] = lambda module: None,
     arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Send something back from the logits and add up what arrives at the units, on a borrowed module.
 
     Args:
         module: the bare model.
         layers: its unit layers.
-        batches: on the module's device.
+        batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits and labels of a batch.
         start: ``(logits, target)`` to what is sent back from the logits, ``(N, classes)``.
         reduce: ``(layer, output, what arrives at it)`` to one number per unit, ``(units,)``; called while it flows.
@@ -168,39 +173,48 @@ def propagate(
         progress: called after each batch with the number of samples so far.
         prepare: called once with the borrowed module, which it may change.
         arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
+        ranks: whose sums are added up; they all get the same.
 
     Returns:
-        By layer: float64 ``(units,)`` on the CPU, summed over batches.
+        By layer: float64 ``(units,)`` on the CPU, summed over batches and ranks.
 
     Raises:
         ValueError: as `attribute`.
     """
     sums = {layer.name: _Sum(layer, reduce) for layer in layers}
-    samples = 0
-    with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
-        module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter gets a gradient
-        _widen(module)
-        forget_gradient_hooks(module)
-        prepare(module)
-        roots: list[Tensor] = []
-        for layer in layers:
-            submodule = module.get_submodule(layer.name)
-            hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
-            hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
-        for batch in batches:
-            roots.clear()
-            # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
-            with rules(module):
-                logits, target = predict_checked(
-                    predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
-                )
-                sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers run again and add to it
-                arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
-            samples += len(target)
-            progress(samples)
-    if samples == 0:
+
+    def of_share() -> tuple[int, dict[str, Tensor | None]]:
+        samples = 0
+        with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
+            module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter's gradient
+            _widen(module)
+            forget_gradient_hooks(module)
+            prepare(module)
+            roots: list[Tensor] = []
+            for layer in layers:
+                submodule = module.get_submodule(layer.name)
+                hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
+                hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
+            for batch in batches:
+                roots.clear()
+                # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
+                with rules(module):
+                    logits, target = predict_checked(
+                        predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
+                    )
+                    sent, ends = (
+                        start(logits.detach(), target),
+                        tuple(roots),
+                    )  # checkpointed layers run again, add to it
+                    arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
+                samples += len(target)
+                progress(samples)
+        return samples, {name: total.of_share() for name, total in sums.items()}
+
+    shares = ranks.each(of_share)
+    if not any(samples for samples, _ in shares):
         raise ValueError("no reference sample to attribute")
-    return {name: total.value() for name, total in sums.items()}
+    return {layer.name: _total(layer, [found[layer.name] for _, found in shares]) for layer in layers}
 
 
 def over_positions(layer: UnitLayer, values: Tensor) -> Tensor:
@@ -227,16 +241,21 @@ class _Sum:
 
         output.register_hook(add)
 
-    def value(self) -> Tensor:
-        if self.total is None:
-            raise ValueError(f"no relevance reached layer {self.layer.name!r}: the logits do not depend on it")
-        total = self.total.to("cpu", torch.float64)
-        if not total.isfinite().all():
-            raise ValueError(
-                f"relevance of layer {self.layer.name!r} is not finite in {int((~total.isfinite()).sum())} of "
-                f"{self.layer.units} units"
-            )
-        return total
+    def of_share(self) -> Tensor | None:
+        return None if self.total is None else self.total.to("cpu", torch.float64)
+
+
+def _total(layer: UnitLayer, shares: Sequence[Tensor | None]) -> Tensor:
+    found = [share for share in shares if share is not None]
+    if not found:
+        raise ValueError(f"no relevance reached layer {layer.name!r}: the logits do not depend on it")
+    total = sum(found[1:], start=found[0])
+    if not total.isfinite().all():
+        raise ValueError(
+            f"relevance of layer {layer.name!r} is not finite in {int((~total.isfinite()).sum())} of "
+            f"{layer.units} units"
+        )
+    return total
 
 
 def _rooted(name: str, roots: list[Tensor]) -> Any:

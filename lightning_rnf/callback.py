@@ -30,6 +30,7 @@ from lightning_rnf.runs import (
     check_epochs,
     epochs_left,
     given_name,
+    ranks_of,
     refuse_strategies,
     task_of_evaluation,
     tasks_of_loaders,
@@ -282,10 +283,8 @@ class RelevanceFreezing(Callback):
             initial.reset_free(self.state, pl_module)
         reference = self._reference()
         with isolate_rng():
-            example = reference.example(trainer)
-            units = self._trace(pl_module, example)
-            self._check_size(reference.size(trainer))
-            self.selection.attribute(pl_module, units, ReferenceData([example], 1, 1, self.predict))
+            example, samples = reference.example(trainer), reference.size(trainer)
+            units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, example, samples))
         check_globs("elasticity", self.elasticity, units)
         check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None
@@ -308,8 +307,7 @@ class RelevanceFreezing(Callback):
         self._freezer.follow(trainer.optimizers)
         if self._is_time_to_recover(trainer):
             name = self._task_name(trainer, pl_module)
-            with isolate_rng():
-                units, reference = self._observe(trainer, pl_module)
+            with self._observing(trainer, pl_module) as (units, reference):
                 record = self.selection.select(name, pl_module, units, reference, self.state, self.recovery_criterion)
             self.state.recover(replace(record, recovery_epochs=self.recovery_epochs), units)
             self._freezer.change(self._elasticities())
@@ -339,8 +337,7 @@ class RelevanceFreezing(Callback):
         self._in_training.close()
         name = self._task_name(trainer, pl_module)
         recovered = self.state.recovering
-        with isolate_rng():
-            units, reference = self._observe(trainer, pl_module)
+        with self._observing(trainer, pl_module) as (units, reference):
             if recovered is None:
                 if self.recovery_epochs:
                     rank_zero_warn(f"{name}: the fit ended before its last {self.recovery_epochs} epochs: no recovery")
@@ -449,10 +446,19 @@ class RelevanceFreezing(Callback):
         self._in_training.enter_context(recompiled())
         self._in_training.enter_context(subnetwork.silence(module, self.state.layers, self.state.recovering.relevant))
 
-    def _observe(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[UnitMap, ReferenceData]:
-        reference = self._reference().draw(trainer)
-        self._check_size(reference.samples)
-        return self._trace(module, reference.example), reference
+    def _rehearse(self, module: pl.LightningModule, example: Any, samples: int | None) -> UnitMap:
+        units = self._trace(module, example)
+        self._check_size(samples)
+        self.selection.attribute(module, units, ReferenceData([example], 1, 1, self.predict))
+        return units
+
+    @contextmanager
+    def _observing(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[UnitMap, ReferenceData]]:
+        with isolate_rng():
+            reference = self._reference().draw(trainer)
+            self._check_size(reference.samples)
+            with subnetwork.with_leading_buffers(module, reference.ranks):
+                yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
 
     def _is_time_to_recover(self, trainer: pl.Trainer) -> bool:
         return (
@@ -504,7 +510,7 @@ class RelevanceFreezing(Callback):
             rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
 
     def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        name = given_name(self.task, trainer, module)
+        name = ranks_of(trainer).decided(lambda: given_name(self.task, trainer, module))
         if name is None:
             name = f"task-{len(self.state.tasks)}"
         if name in self.state.tasks:

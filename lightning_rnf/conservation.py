@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from zennit.types import BatchNorm
 
+from lightning_rnf.ranks import Ranks
 from lightning_rnf.units import UnitLayer
 
 INPUT = "<input>"
@@ -164,6 +165,12 @@ class Journal:
         self._sent += relevance.sum().item()
         self._sent_absolute += relevance.abs().sum().item()
         self._arrived += sum(of_root.sum().item() for of_root in leaves.values() if of_root is not None)
+
+    def join(self, ranks: Ranks) -> None:
+        """Once, after the last batch: what all ranks have found together. Rank 0 has had a batch, others may not."""
+        found = ranks.gather((self._sent, self._sent_absolute, self._arrived))
+        self._sent, self._sent_absolute, self._arrived = (sum(values) for values in zip(*found, strict=True))
+        self._cuts, self._unruled, self._causes = ranks.gather((self._cuts, self._unruled, self._causes))[0]
 
     def conservation(self, relevance: Mapping[str, Tensor]) -> Conservation:
         """What has been found.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_rnf.ranks import ALONE, Ranks, joined
 from lightning_rnf.search import Measured
 
 Predict = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -68,16 +69,18 @@ def measure(
     metrics: Mapping[str, Metric] | None = None,
     *,
     finite: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Measured:
     """Accuracy and metrics of a module, which should be in eval mode, on labelled batches.
 
     Args:
         module: the model.
-        batches: on the module's device.
+        batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits and labels of a batch.
         forward_context: entered around each forward, for autocast.
         metrics: of logits and labels; copies of them are updated.
         finite: whether all logits have to be; if not, samples whose aren't count as wrong, and metrics get zeros.
+        ranks: that measure together, each on its share; they all get the same.
 
     Returns:
         The share of the samples whose largest logit is the label's, and the metrics' values by name.
@@ -85,21 +88,48 @@ def measure(
     Raises:
         ValueError: if there is no sample, or as `predict_checked`.
     """
-    copies = {name: metric.clone() for name, metric in (metrics or {}).items()}
-    for copy in copies.values():
-        copy.reset()
-    correct = samples = 0
-    for batch in batches:
-        with forward_context():
-            logits, target = predict_checked(predict, module, batch, finite=finite)
-        correct += int(((logits.argmax(dim=1) == target) & logits.isfinite().all(dim=1)).sum())
-        samples += len(target)
-        logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
+    copies = {name: _cleared(metric) for name, metric in (metrics or {}).items()}
+
+    def update(logits: Tensor, target: Tensor) -> None:
         for copy in copies.values():
             copy.to(logits.device).update(logits, target)
+
+    def of_share() -> tuple[int, int, list[tuple[Tensor, Tensor]]]:
+        correct = samples = 0
+        for_metrics: list[tuple[Tensor, Tensor]] = []
+        for batch in batches:
+            with forward_context():
+                logits, target = predict_checked(predict, module, batch, finite=finite)
+            correct += int(((logits.argmax(dim=1) == target) & logits.isfinite().all(dim=1)).sum())
+            samples += len(target)
+            logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
+            if ranks.size == 1:
+                update(logits, target)
+            elif copies:
+                for_metrics.append((logits.cpu(), target.cpu()))
+        return correct, samples, for_metrics
+
+    def values() -> dict[str, float]:
+        # Metrics see in one rank what one process would show them: merging states would need those of every metric to
+        # have a form that merges, and ranks without a sample break the collectives of torchmetrics' own.
+        for logits, target in joined(for_metrics for _, _, for_metrics in shares):
+            update(logits, target)
+        return {name: float(copy.compute()) for name, copy in copies.items()}
+
+    shares = ranks.each(of_share)
+    correct, samples = sum(share[0] for share in shares), sum(share[1] for share in shares)
     if samples == 0:
         raise ValueError("no sample to measure accuracy on")
-    return Measured(correct / samples, {name: float(copy.compute()) for name, copy in copies.items()})
+    return Measured(correct / samples, ranks.decided(values) if copies else {})
+
+
+def _cleared(metric: Metric) -> Metric:
+    copy = metric.clone()
+    copy.reset()
+    for part in copy.modules():
+        if isinstance(part, Metric):
+            part.sync_on_compute = False  # only one rank computes
+    return copy
 
 
 def _described(value: object) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.attribution import over_positions, propagate
 from lightning_rnf.evaluation import Predict
+from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.units import UnitLayer
 
 ImportanceName = Literal["lrp", "gradient_x_activation", "taylor", "activation", "magnitude", "random"]
@@ -21,7 +22,11 @@ Importance = Callable[[nn.Module, Sequence[UnitLayer], Iterable[Any], Predict], 
 
 
 def gradient_x_activation(
-    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Output times gradient of the true class's logit, summed over positions and samples; signed."""
 
@@ -31,11 +36,15 @@ def gradient_x_activation(
     def contribution(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
         return over_positions(layer, output * gradient).sum(dim=0)
 
-    return propagate(module, layers, batches, predict, true_class, contribution)
+    return propagate(module, layers, batches, predict, true_class, contribution, ranks=ranks)
 
 
 def taylor(
-    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """First-order change of the loss without the unit (Molchanov et al. 2017, equation 8): absolute for each sample.
 
@@ -48,11 +57,15 @@ def taylor(
     def change(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
         return over_positions(layer, output * gradient).abs().sum(dim=0)
 
-    return propagate(module, layers, batches, predict, of_loss, change)
+    return propagate(module, layers, batches, predict, of_loss, change, ranks=ranks)
 
 
 def activation(
-    module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """What units say: the positive part of their output, as a ReLU passes it on, summed over positions and samples."""
 
@@ -62,7 +75,7 @@ def activation(
     def said(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
         return over_positions(layer, output.clamp(min=0)).sum(dim=0)
 
-    return propagate(module, layers, batches, predict, nothing, said)
+    return propagate(module, layers, batches, predict, nothing, said, ranks=ranks)
 
 
 def magnitude(
@@ -107,3 +120,10 @@ IMPORTANCES: dict[str, Importance] = {
     "magnitude": magnitude,
     "random": random,
 }
+
+SUMMED: dict[ImportanceName, Callable[..., dict[str, Tensor]]] = {
+    "gradient_x_activation": gradient_x_activation,
+    "taylor": taylor,
+    "activation": activation,
+}
+"""Those that are sums over samples, so that several ranks can each add up a share (``ranks=``)."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.state import FreezeState
 
 NormStatistics = Literal["per_task", "pinned", "shared"]
@@ -25,7 +27,7 @@ def with_statistics(module: nn.Module, buffers: Iterable[str]) -> dict[str, nn.M
 
 
 @contextmanager
-def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None]) -> Iterator[None]:
+def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ranks = ALONE) -> Iterator[None]:
     """Inside the context the statistics are estimated anew: the mean over the batches that ``run`` sends through.
 
     The statistics of a whole network are wrong for its sub-network, whose silent units shift and shrink what the next
@@ -34,6 +36,8 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None]) -> Iterato
     Args:
         norms: with running statistics.
         run: runs the network, in eval mode but for these norms, on batches of more than one sample.
+        ranks: over whose batches the mean is taken, each batch by its own statistics: a synchronised norm does not
+            synchronise here.
     """
     buffers = [(norm, buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
@@ -49,14 +53,43 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None]) -> Iterato
             for norm in {norm for norm, _, _ in buffers}:
                 assert isinstance(norm, _NormBase)
                 flags.callback(norm.__dict__.update, training=norm.training, momentum=norm.momentum)
+                if isinstance(norm, nn.SyncBatchNorm):
+                    flags.enter_context(_unsynchronised(norm))
                 norm.reset_running_stats()
                 norm.training, norm.momentum = True, None  # None: the mean over batches, each with the same weight
             with torch.no_grad():
-                run()
+                ranks.agreed(run)
+                _average(buffers, ranks)
         put_back(only_unseen=True)
         yield
     finally:
         put_back(only_unseen=False)
+
+
+def _average(buffers: Iterable[tuple[nn.Module, Tensor, Tensor]], ranks: Ranks) -> None:
+    """The mean over the batches of all ranks: how many each norm has seen may differ."""
+    if ranks.size == 1:
+        return
+    own = [(int(norm.get_buffer("num_batches_tracked")), buffer.double().cpu()) for norm, buffer, _ in buffers]
+    for (_, buffer, _), shares in zip(buffers, zip(*ranks.gather(own), strict=True), strict=True):
+        batches = sum(seen for seen, _ in shares)
+        if buffer.is_floating_point() and batches:
+            buffer.copy_(sum(seen / batches * value for seen, value in shares))
+        else:
+            buffer.fill_(batches)  # how many were tracked
+
+
+@contextmanager
+def _unsynchronised(norm: nn.SyncBatchNorm) -> Iterator[None]:
+    """Ranks may have unequal numbers of batches: a norm that waits for the others' would wait for ever."""
+    own = norm.__dict__.get("forward")
+    norm.forward = partial(_BatchNorm.forward, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del norm.__dict__["forward"]
+        if own is not None:
+            norm.__dict__["forward"] = own
 
 
 def frozen_channels(state: FreezeState, module: nn.Module) -> dict[str, Tensor]:

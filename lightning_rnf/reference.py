@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics import Metric
 
 from lightning_rnf.evaluation import Predict, measure, supervised
-from lightning_rnf.runs import data_module
+from lightning_rnf.ranks import ALONE, Ranks, joined
+from lightning_rnf.runs import data_module, ranks_of
 from lightning_rnf.search import Measured
 
 ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
@@ -32,13 +35,17 @@ _EMPTY = "reference data is empty: give the task validation data, or set referen
 class ReferenceData:
     """Batches on the device; accuracy is measured on all of them, relevance on the first ``attributed``.
 
+    Of several ranks, each holds the share of whole batches that is its own: a batch is the same batch as in one
+    process, and with it what batch norms see.
+
     Attributes:
         batches: in random order where the data could be indexed.
         attributed: number of leading batches for relevance.
-        samples: number of samples in all batches.
+        samples: number of samples in all batches of all ranks.
         predict: how to get logits and labels of a batch.
         forward_context: entered around each forward of `accuracy`: the fit's precision.
         convert: applied to each batch before that forward, for the same reason.
+        ranks: that have a share each.
     """
 
     batches: list[Any]
@@ -47,10 +54,11 @@ class ReferenceData:
     predict: Predict = supervised
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     convert: Callable[[Any], Any] = lambda batch: batch
+    ranks: Ranks = ALONE
 
     @property
     def example(self) -> Any:
-        """One batch, in the fit's precision."""
+        """One batch, in the fit's precision. Of several ranks only rank 0 is sure to have one."""
         return self.convert(self.batches[0])
 
     @property
@@ -61,9 +69,9 @@ class ReferenceData:
     def measure(
         self, module: nn.Module, metrics: Mapping[str, Metric] | None = None, *, finite: bool = True
     ) -> Measured:
-        """Accuracy of ``module`` on all batches, in [0, 1], and the metrics."""
+        """Accuracy of ``module`` on all batches of all ranks, in [0, 1], and the metrics."""
         batches = map(self.convert, self.batches)
-        return measure(module, batches, self.predict, self.forward_context, metrics, finite=finite)
+        return measure(module, batches, self.predict, self.forward_context, metrics, finite=finite, ranks=self.ranks)
 
     def run(self, module: nn.Module) -> None:
         """Run ``module`` on the inputs of the batches for attribution, but for batches of a single sample."""
@@ -102,37 +110,47 @@ class Reference:
         """How many samples would be drawn; None: only drawing can tell."""
         with self._loader(trainer) as loader:
             sampler = getattr(loader, "sampler", None)
+            if isinstance(sampler, DistributedSampler) and _can_be_indexed(loader, ranks_of(trainer)):
+                sampler = loader.dataset
             batch_size = getattr(loader, "batch_size", None)
             if not isinstance(sampler, Sized) or batch_size is None:
                 return None
             if self.samples is None:
                 return len(sampler)
-            whole_batches = batch_size if not _can_be_indexed(loader) else 1
+            whole_batches = batch_size if not _can_be_indexed(loader, ranks_of(trainer)) else 1
             return min(len(sampler), math.ceil(self.samples / whole_batches) * whole_batches)
 
     def example(self, trainer: Trainer) -> Any:
-        """One batch on the device, in the fit's precision.
+        """One batch on the device, in the fit's precision; None in all ranks but the first.
 
         Raises:
             ValueError: if there is no reference data, or more than one loader.
         """
-        with self._loader(trainer) as loader, _validating(trainer):
-            for batch in loader:
+        ranks = ranks_of(trainer)
+
+        def first(loader: Any) -> Any:
+            for batch in loader if ranks.rank == 0 else ():
                 return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-        raise ValueError(_EMPTY)
+            if ranks.rank == 0:
+                raise ValueError(_EMPTY)
+            return None
+
+        with self._loader(trainer) as loader, _validating(trainer):
+            return ranks.agreed(lambda: first(loader))
 
     def draw(self, trainer: Trainer) -> ReferenceData:
-        """Draw the task's reference data and put it on the device.
+        """Draw the task's reference data and put it on the device; of several ranks, this one's share.
 
-        A plain DataLoader's dataset is indexed at random; other loaders are walked from their start.
+        A plain DataLoader's dataset is indexed at random; other loaders are walked from their start, by every rank.
 
         Raises:
             ValueError: if there is no reference data, or more than one loader.
         """
+        ranks = ranks_of(trainer)
         with self._loader(trainer) as loader, _validating(trainer):
-            draw = self._random_parts if _can_be_indexed(loader) else self._leading_parts
-            samples, *parts = draw(loader)
-            on_device = [[trainer.strategy.batch_to_device(batch) for batch in part] for part in parts]
+            draw = self._random_parts if _can_be_indexed(loader, ranks) else self._leading_parts
+            samples, *parts = draw(loader, ranks)
+            on_device = ranks.agreed(lambda: [[trainer.strategy.batch_to_device(b) for b in part] for part in parts])
         if samples == 0:
             raise ValueError(_EMPTY)
         precision = trainer.precision_plugin
@@ -143,57 +161,122 @@ class Reference:
             self.predict,
             precision.forward_context,
             precision.convert_input,
+            ranks,
         )
 
-    def _random_parts(self, loader: DataLoader[Any]) -> tuple[int, Iterable[Any], Iterable[Any]]:
+    def _random_parts(self, loader: DataLoader[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
         dataset: Any = loader.dataset
         drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = drawn[: self.samples]
         attributed = len(drawn) if self.attribution_samples is None else self.attribution_samples
+        # The border falls between batches.
+        first, rest = _chunks(drawn[:attributed], loader.batch_size), _chunks(drawn[attributed:], loader.batch_size)
 
-        def batches(indices: list[int]) -> Iterable[Any]:
+        def batches(indices: list[list[int]]) -> Iterable[Any]:
             return DataLoader(
-                Subset(dataset, indices),
-                batch_size=loader.batch_size,
+                dataset,
+                batch_sampler=indices,
                 num_workers=loader.num_workers,
                 collate_fn=loader.collate_fn,
                 worker_init_fn=loader.worker_init_fn,
             )
 
-        # Two loaders, so that the border falls between batches.
-        return len(drawn), batches(drawn[:attributed]), batches(drawn[attributed:])
+        return len(drawn), batches(ranks.share(first)), batches(ranks.share(rest, len(first)))
 
-    def _leading_parts(self, loader: Iterable[Any]) -> tuple[int, Iterable[Any], Iterable[Any]]:
-        batches: list[Any] = []
-        seen = attributed = 0
-        for batch in loader:
-            if self.samples is not None and seen >= self.samples:
-                break
-            if self.attribution_samples is None or seen < self.attribution_samples:
-                attributed += 1
-            batches.append(batch)
-            seen += extract_batch_size(batch)
-        return seen, batches[:attributed], batches[attributed:]
+    def _leading_parts(self, loader: Iterable[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
+        if ranks.size > 1:  # samplers that draw should draw the same
+            torch.set_rng_state(ranks.gather(torch.get_rng_state())[0])
+        batches = ranks.agreed(lambda: list(_leading(loader, self.samples)))
+        attributed = len(list(_leading(batches, self.attribution_samples)))
+        if ranks.size == 1:
+            return _count(batches), batches[:attributed], batches[attributed:]
+        seen = ranks.each(lambda: [_fingerprint(batch) for batch in batches])
+        if all(other == seen[0] for other in seen):
+            rank_zero_warn(
+                f"reference data can't be indexed: each of {ranks.size} processes walks through all of it and keeps "
+                f"every {ranks.size}-th batch"
+            )
+            first, rest = batches[:attributed], batches[attributed:]
+            return _count(batches), ranks.share(first), ranks.share(rest, attributed)
+        rank_zero_warn(
+            f"reference data can't be indexed, and the {ranks.size} processes see different batches: each is taken to "
+            "see a share of its own, and a sample that several see counts several times; give reference= a data set "
+            "that can be indexed, or one that is the same in all processes"
+        )
+        batches = list(_leading(batches, _part(self.samples, ranks)))
+        attributed = len(list(_leading(batches, _part(self.attribution_samples, ranks))))
+        return sum(ranks.gather(_count(batches))), batches[:attributed], batches[attributed:]
 
     @contextmanager
     def _loader(self, trainer: Trainer) -> Iterator[Any]:
-        source = self.source(trainer, trainer.lightning_module) if callable(self.source) else self.source
+        ranks = ranks_of(trainer)
+        given = self.source
+        source = ranks.agreed(lambda: given(trainer, trainer.lightning_module) if callable(given) else given)
         if source is None or source is data_module(trainer):
-            yield _single(_validation_data(trainer), "the fit's validation data")
+            yield ranks.agreed(lambda: _single(_validation_data(trainer), "the fit's validation data"))
         elif isinstance(source, LightningDataModule):
             with set_up(source, trainer, "validate"):
-                yield _single(source.val_dataloader(), "reference.val_dataloader()")
+                yield ranks.agreed(lambda: _single(source.val_dataloader(), "reference.val_dataloader()"))
         else:
-            yield _single(source, "reference")
+            yield ranks.agreed(lambda: _single(source, "reference"))
 
 
-def _can_be_indexed(loader: object) -> bool:
-    # A sampler of the user's own says which samples belong to the task; a subclass may do anything.
+def gathered(batches: list[Any], ranks: Ranks) -> list[Any]:
+    """The batches of all ranks, in the order of one process, on this rank's device."""
+    if ranks.size == 1:
+        return batches
+    devices: list[torch.device] = []
+
+    def to_cpu(tensor: Tensor) -> Tensor:
+        devices.append(tensor.device)
+        return tensor.cpu()
+
+    shares = ranks.each(lambda: [apply_to_collection(batch, Tensor, to_cpu, allow_frozen=True) for batch in batches])
+    device = devices[0] if devices else torch.device("cpu")  # only a rank without any batch knows none
+    return [
+        apply_to_collection(batch, Tensor, lambda one: one.to(device), allow_frozen=True) for batch in joined(shares)
+    ]
+
+
+def _chunks(indices: list[int], batch_size: int | None) -> list[list[int]]:
+    assert batch_size is not None
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def _leading(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """Whole batches until there are so many samples."""
+    seen = 0
+    for batch in batches:
+        if samples is not None and seen >= samples:
+            break
+        yield batch
+        seen += extract_batch_size(batch)
+
+
+def _count(batches: Iterable[Any]) -> int:
+    return sum(extract_batch_size(batch) for batch in batches)
+
+
+def _part(samples: int | None, ranks: Ranks) -> int | None:
+    return None if samples is None else math.ceil(samples / ranks.size)
+
+
+def _fingerprint(batch: Any) -> list[str]:
+    """Sums of a batch's tensors: enough to see whether several processes walk through the same data."""
+    sums: list[str] = []
+    apply_to_collection(batch, Tensor, lambda one: sums.append(f"{tuple(one.shape)} {one.double().sum().item()}"))
+    return sums
+
+
+def _can_be_indexed(loader: object, ranks: Ranks) -> bool:
+    # A sampler of the user's own says which samples belong to the task; a subclass may do anything. In several
+    # processes torch's distributed one only says which of them each is to see.
+    samplers = (SequentialSampler, RandomSampler, *((DistributedSampler,) if ranks.size > 1 else ()))
     return (
         type(loader) is DataLoader
         and loader.batch_size is not None
         and not isinstance(loader.dataset, IterableDataset)
-        and type(loader.sampler) in (SequentialSampler, RandomSampler)
+        and type(loader.sampler) in samplers
     )
 
 
@@ -220,6 +303,10 @@ def _single(loaders: Any, where: str) -> Any:
 
 
 def _validation_data(trainer: Trainer) -> Any:
+    if trainer.enable_validation and trainer.world_size > 1:
+        # As the user gave them: Lightning deals its own out to the processes, and repeats samples until that comes out.
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
     if trainer.enable_validation:
         # Lightning does this at the first validation; here it may be asked for earlier.
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
@@ -233,12 +320,12 @@ def _validation_data(trainer: Trainer) -> Any:
 @contextmanager
 def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[None]:
     """The life cycle that Lightning gives only to the Trainer's own data module."""
+    ranks = ranks_of(trainer)
     before, data.trainer = data.trainer, trainer
     try:
-        if trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0):
-            data.prepare_data()
-        trainer.strategy.barrier("lightning_rnf_prepare_data")
-        data.setup(stage)
+        prepares = trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0)
+        ranks.agreed(lambda: data.prepare_data() if prepares else None)  # nobody goes on before
+        ranks.agreed(lambda: data.setup(stage))
         try:
             yield
         finally:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.ranks import Ranks
 from lightning_rnf.state import FreezeState
 
 TaskOption = str | Callable[[Trainer, LightningModule], str] | None
@@ -18,7 +19,7 @@ TaskOption = str | Callable[[Trainer, LightningModule], str] | None
 
 
 def refuse_strategies(trainer: Trainer) -> None:
-    """Check that there is one process, and that it keeps what it finds.
+    """Check that every process has the whole model and keeps what it finds.
 
     Raises:
         ValueError: if not, naming what to use.
@@ -28,13 +29,18 @@ def refuse_strategies(trainer: Trainer) -> None:
         raise ValueError(
             f"RelevanceFreezing can't work under {type(trainer.strategy).__name__} as it is set up here: spawned and "
             "forked processes take the finished tasks with them, sharded weights can't be attributed; use "
-            "Trainer(strategy='auto', devices=1)"
+            "Trainer(strategy='ddp')"
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(
-            f"RelevanceFreezing runs on one device for now, the Trainer has {trainer.world_size} processes: "
-            "use Trainer(devices=1)"
+            f"RelevanceFreezing does not know how {type(trainer.strategy).__name__} spreads a model over "
+            f"{trainer.world_size} processes: use Trainer(strategy='ddp')"
         )
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The processes of the run."""
+    return Ranks(trainer.global_rank, trainer.world_size)
 
 
 def epochs_left(trainer: Trainer) -> int:

@@ -18,11 +18,11 @@ from zennit.core import Composite
 from lightning_rnf import norms, subnetwork
 from lightning_rnf.attribution import Attribution, attribute
 from lightning_rnf.conservation import Conservation
-from lightning_rnf.criteria import Criterion
+from lightning_rnf.criteria import Criterion, SubnetworkScore
 from lightning_rnf.guard import borrowed, evaluating
-from lightning_rnf.importance import IMPORTANCES, Importance, ImportanceName, check_scores, random
+from lightning_rnf.importance import IMPORTANCES, SUMMED, Importance, ImportanceName, check_scores, random
 from lightning_rnf.norms import NormStatistics
-from lightning_rnf.reference import ReferenceData
+from lightning_rnf.reference import ReferenceData, gathered
 from lightning_rnf.search import Candidates, Evaluation, Measured, Method, Normalize, Ranking, rank, search_cutoff
 from lightning_rnf.sizes import SubnetworkFlops
 from lightning_rnf.state import FreezeState, TaskRecord
@@ -49,14 +49,18 @@ class Selection:
 
     def attribute(self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0) -> Attribution:
         """Score every unit: float32 ``(units,)`` by layer; ``task`` counts the finished ones."""
-        batches = reference.for_attribution
+        batches, predict, ranks = reference.for_attribution, reference.predict, reference.ranks
         if self.importance == "lrp":
-            found = attribute(module, units.layers, batches, reference.predict, self.composite, _report_samples)
+            found = attribute(module, units.layers, batches, predict, self.composite, _report_samples, ranks)
+        elif not callable(self.importance) and self.importance in SUMMED:
+            found = Attribution(SUMMED[self.importance](module, units.layers, batches, predict, ranks=ranks))
         else:
             importance = self.importance if callable(self.importance) else IMPORTANCES[self.importance]
             if importance is random:  # the same units in every task would be another method
                 importance = partial(random, seed=task)
-            scores = importance(module, units.layers, batches, reference.predict)
+            # Whether a user's function can be told from shares of the data is not known, so it is shown all of them.
+            batches = gathered(batches, ranks) if callable(self.importance) else batches
+            scores = ranks.decided(lambda: importance(module, units.layers, batches, predict))
             found = Attribution(check_scores(scores, units.layers))
         # As the record keeps them: a ranking made from the record is then the same.
         return replace(found, relevance={name: values.float() for name, values in found.relevance.items()})
@@ -76,15 +80,16 @@ class Selection:
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
-        ranking = self._rank(relevance, state, notes)
+        ranks = reference.ranks
+        ranking = ranks.decided(lambda: self._rank(relevance, state, notes))
         with borrowed(module), evaluating(module):
             candidates = _Candidates(self, module, units, reference, ranking, criterion)
             found = search_cutoff(
-                ranking, candidates.measure, criterion, method=self.search, resolution=self.resolution
+                ranking, candidates.measure, candidates.verdict, method=self.search, resolution=self.resolution
             )
             statistics = candidates.statistics(found.taken.score.cutoff)
         relevant = ranking.relevant(found.taken.score.cutoff)
-        return TaskRecord(
+        record = TaskRecord(
             name=name,
             head=units.head,
             head_parameters=units.head_parameters,
@@ -103,6 +108,7 @@ class Selection:
             cuts=conservation.cuts,
             notes=notes,
         )
+        return ranks.decided(lambda: record)
 
     def settle(
         self,
@@ -128,7 +134,8 @@ class Selection:
                 largest first; if it accepts none of them, the recovered one stays.
         """
         started = time.perf_counter()
-        ranking = self._rank(record.relevance, state, record.notes)
+        ranks = reference.ranks
+        ranking = ranks.decided(lambda: self._rank(record.relevance, state, record.notes))
         smaller = {evaluation.score.cutoff for evaluation in record.evaluations} & set(
             range(ranking.beyond_ration, record.cutoff)
         )
@@ -139,13 +146,13 @@ class Selection:
             candidates = _Candidates(self, module, units, reference, ranking, criterion)
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
-                made.append(Evaluation(score, bool(criterion(score))))
+                made.append(Evaluation(score, candidates.verdict(score)))
                 if made[-1].accepted:
                     break
             taken = made[-1] if made[-1].accepted else made[0]
             statistics = candidates.statistics(taken.score.cutoff)
         relevant = ranking.relevant(taken.score.cutoff)
-        return replace(
+        settled = replace(
             record,
             relevant=relevant,
             norm_statistics=statistics,
@@ -156,6 +163,7 @@ class Selection:
             recovery=tuple(made),
             seconds={**record.seconds, "settling": time.perf_counter() - started},
         )
+        return ranks.decided(lambda: settled)
 
     def _heed(self, name: str, conservation: Conservation) -> tuple[str, ...]:
         """What the record has to say about a relevance that was conserved so well; warns where it matters."""
@@ -195,7 +203,12 @@ class _Candidates:
         self.norms = norms.with_statistics(module, units.buffers)
         self.recalibrates = selection.recalibrate_norm and bool(self.norms)
         self.resolution = selection.resolution
-        self.flops = _flops_counter(module, units, reference) if criterion.counts_flops else None
+        self.ranks = reference.ranks
+        self.flops = self.ranks.agreed(
+            lambda: (
+                _flops_counter(module, units, reference) if criterion.counts_flops and self.ranks.rank == 0 else None
+            )
+        )
         self.is_shared = selection.norm_statistics == "shared"
 
     def measure(self, cutoff: int) -> Measured:
@@ -203,14 +216,15 @@ class _Candidates:
         with self._speaking(cutoff):
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
             measured = self.reference.measure(self.module, self.criterion.metrics, finite=cutoff == 0)
-        if self.flops is not None:
-            before = self.ranking.before(cutoff, self.resolution)
-            flops = {"flops": self.flops(self.ranking.relevant(cutoff)) if cutoff else self.flops.total}
-            flops["flops_before"] = self.flops(self.ranking.relevant(before)) if before else self.flops.total
-            values = {name: float(number) for name, number in flops.items()}
-            measured = Measured(measured.accuracy, {**measured.values, **values})
+        if self.criterion.counts_flops:
+            flops = self.ranks.decided(lambda: self._count(cutoff))
+            measured = Measured(measured.accuracy, {**measured.values, **flops})
         log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
         return measured
+
+    def verdict(self, score: SubnetworkScore) -> bool:
+        """The criterion's, which may be any function of the user's: all ranks go by that of rank 0."""
+        return self.ranks.decided(lambda: bool(self.criterion(score)))
 
     def statistics(self, cutoff: int) -> dict[str, Tensor]:
         """What recall brings back: the buffers with which that sub-network was measured."""
@@ -220,13 +234,21 @@ class _Candidates:
             return {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
         return buffers
 
+    def _count(self, cutoff: int) -> dict[str, float]:
+        assert self.flops is not None
+        before = self.ranking.before(cutoff, self.resolution)
+        return {
+            "flops": float(self.flops(self.ranking.relevant(cutoff)) if cutoff else self.flops.total),
+            "flops_before": float(self.flops(self.ranking.relevant(before)) if before else self.flops.total),
+        }
+
     @contextmanager
     def _speaking(self, cutoff: int) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
             if self.recalibrates and cutoff > 0:
                 run = partial(self.reference.run, self.module)
-                stack.enter_context(norms.recalibrated(self.norms.values(), run))
+                stack.enter_context(norms.recalibrated(self.norms.values(), run, self.ranks))
             yield
 
 

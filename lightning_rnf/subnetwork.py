@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.guard import attention_by_its_parts, evaluating
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.ranks import Ranks
 from lightning_rnf.state import TaskRecord
 from lightning_rnf.units import UnitLayer, UnitMap
 
@@ -63,6 +64,16 @@ def recall(
         if masked:
             stack.enter_context(silence(module, layers, record.relevant))
             stack.enter_context(_swapped(module, record.norm_statistics))
+        yield
+
+
+@contextmanager
+def with_leading_buffers(module: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Inside the context all ranks have the buffers of rank 0, which a checkpoint gets: statistics differ by rank."""
+    leading: dict[str, Tensor] = {}
+    if ranks.size > 1:
+        leading = ranks.decided(lambda: {name: buffer.detach().cpu() for name, buffer in module.named_buffers()})
+    with _swapped(module, leading):
         yield
 
 

@@ -839,7 +839,7 @@ def test_a_refused_model_does_not_take_the_place_of_the_last_one():
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_launchers_that_lose_the_state_are_refused(strategy):
-    sentence = r"take the finished tasks with them.*use Trainer\(strategy='auto', devices=1\)"
+    sentence = r"take the finished tasks with them.*use Trainer\(strategy='ddp'\)"
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=sentence):
         trainer(RelevanceFreezing(), strategy=strategy, devices=1).fit(Classifier(), datamodule=task_data("a"))
 

@@ -1,0 +1,197 @@
+"""What test_ddp runs in several processes, and in one: ``python -m torch.distributed.run … processes.py folder``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torchmetrics.classification import MulticlassAUROC
+from training import Classifier, ConvClassifier, clusters, loader, task_data, trainer
+
+from lightning_rnf import RelevanceFreezing
+from lightning_rnf.criteria import AccuracyDrop, ComputeBudget, MetricDrop
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+
+
+def fit(model, rnf, task="a", data=None, **options):
+    model.heads.activate(task)
+    strategy = {"strategy": "ddp", "devices": WORLD} if WORLD > 1 else {}
+    data = task_data(task) if data is None else data
+    trainer(rnf, **{"max_epochs": 1, **strategy, **options}).fit(model, datamodule=data)
+
+
+def trained(model_type=ConvClassifier):
+    """The same weights in any number of processes, and a fit that leaves them as they are."""
+    torch.manual_seed(0)
+    model = model_type(optimizer=torch.optim.SGD, lr=0.0)
+    model.heads.activate("a")
+    x, y = clusters("a", 320).tensors
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # what one process sees in training is not what several see
+    return model
+
+
+class Stream(IterableDataset):
+    """All of a data set, or every so-manieth sample from a start."""
+
+    def __init__(self, samples, start=0, step=1):
+        self.data, self.start, self.step = clusters("a", samples), start, step
+
+    def __iter__(self):
+        return (self.data[i] for i in range(self.start, len(self.data), self.step))
+
+
+def small(samples, batch_size=8):
+    return DataLoader(clusters("a", samples), batch_size)
+
+
+def by_weight_and_data(module, layers, batches, predict):
+    """An importance that is no sum over batches."""
+    mean = torch.cat([x for x, _ in batches]).mean(0).abs().sum().double()
+    return {
+        layer.name: module.get_parameter(f"{layer.name}.weight").detach().flatten(1).norm(dim=1).double() * mean
+        for layer in layers
+    }
+
+
+SAME = {
+    "many": {"criterion": 0.05},
+    "odd": {"criterion": 0.05, "reference": small(77), "attribution_samples": 43},
+    "seven": {"criterion": 0.2, "reference": small(7, 2), "attribution_samples": 5},
+    "one batch": {"criterion": 0.2, "reference": small(7)},
+    "two samples": {"criterion": 0.5, "reference": small(2, 1)},
+    "stream": {"criterion": 0.1, "reference": DataLoader(Stream(100), 8), "attribution_samples": 40},
+    "sampler": {
+        "criterion": 0.1,
+        "reference": DataLoader(clusters("a", 100), 8, sampler=SubsetRandomSampler(range(60))),
+    },
+    "metric": {
+        "criterion": MetricDrop(MulticlassAUROC(num_classes=2), 0.02) & AccuracyDrop(0.1),
+        "reference": small(77),
+    },
+    "few for a metric": {"criterion": MetricDrop(MulticlassAUROC(num_classes=2), 0.2), "reference": small(16, 16)},
+    "budget": {"criterion": ComputeBudget(0.5), "reference": small(77)},
+    "taylor": {"criterion": 0.1, "importance": "taylor"},
+    "random": {"criterion": 0.1, "importance": "random"},
+    "own": {"criterion": 0.1, "importance": by_weight_and_data, "reference": small(77)},
+    "ration": {"criterion": 0.1, "ration": 0.3, "search": "linear", "resolution": 20, "recalibrate_norm": False},
+}
+
+
+def records():
+    """One record by name of what was tried, all made with the same weights."""
+    found = {}
+    for name, options in SAME.items():
+        model, rnf = trained(), RelevanceFreezing(**options)
+        before = {key: value.clone() for key, value in model.state_dict().items() if "num_batches" not in key}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seed_everything(3, verbose=False)
+            fit(model, rnf)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items()), name
+        record = rnf.state_dict()["tasks"][0]
+        record["warned"] = [str(one.message) for one in caught if "can't be indexed" in str(one.message)]
+        found[name] = record
+    return found
+
+
+def sequence():
+    """Two tasks, trained in earnest, with norms, recovery and pinned statistics."""
+    seed_everything(1, verbose=False)
+    model = ConvClassifier(weight_decay=0.1)
+    rnf = RelevanceFreezing(criterion=0.1, recovery_epochs=1, ration=0.5, norm_statistics="pinned", reset_free=True)
+    fit(model, rnf, "a", max_epochs=3)
+    record = rnf.state.tasks["a"]
+    named = dict(model.named_parameters())
+    rows = {
+        name: named[name][record.relevant[layer.name]].clone()
+        for layer in rnf.state.layers
+        for name in layer.parameters
+    }
+    x = clusters("c", 50).tensors[0]
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    fit(model, rnf, "b", max_epochs=3)
+    held = all(
+        torch.equal(named[name][record.relevant[layer.name]], rows[name])
+        for layer in rnf.state.layers
+        for name in layer.parameters
+    )
+    with rnf.recall("a", model), torch.no_grad():
+        after = model(x)
+    return {
+        "held": held,
+        "exact": torch.equal(before, after),
+        "logits": after,
+        "state": rnf.state_dict(),
+        "weights": {name: value.detach().clone() for name, value in named.items()},
+    }
+
+
+def shares():
+    """A stream that deals its samples out to the processes itself; in the end one of them has nothing."""
+    rnf = RelevanceFreezing(DataLoader(Stream(99, RANK, WORLD) if RANK + 1 < WORLD else Stream(0), 8), criterion=0.1)
+    fit(trained(), rnf)
+    return rnf.state.tasks["a"].samples
+
+
+class OneBad(TensorDataset):
+    """A label outside the head, in a batch that is not rank 0's; not seen before the task's end."""
+
+    def __init__(self):
+        x, y = clusters("a", 80).tensors
+        drawn = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+        super().__init__(x, y.index_fill(0, drawn[8:9], 5))
+
+
+def failure():
+    """What a bad label in one process's share raises in each."""
+    rnf = RelevanceFreezing(DataLoader(OneBad(), 8), criterion=0.1)
+    try:
+        fit(trained(Classifier), rnf)
+    except Exception as error:
+        return type(error).__name__, str(error), list(rnf.state.tasks)
+    return None
+
+
+def unreadable():
+    """Data that one process can't read, before the training."""
+
+    def source(trainer, module):
+        if RANK == WORLD - 1:
+            raise FileNotFoundError("no such folder: data")
+        return loader("a")
+
+    try:
+        fit(trained(Classifier), RelevanceFreezing(source))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = {
+        "records": records(),
+        "sequence": sequence(),
+        "shares": shares(),
+        "failure": failure(),
+        "unreadable": unreadable(),
+    }
+    torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")
+    fit(trained(Classifier), RelevanceFreezing(DataLoader(OneBad(), 8), criterion=0.1))  # nobody catches this
