@@ -128,8 +128,12 @@ def _cleared(metric: Metric) -> Metric:
     copy.reset()
     for part in copy.modules():
         if isinstance(part, Metric):
-            part.sync_on_compute = False  # only one rank computes
+            part.distributed_available_fn = _not_at_all  # one rank computes alone
     return copy
+
+
+def _not_at_all() -> bool:
+    return False
 
 
 def _described(value: object) -> str:

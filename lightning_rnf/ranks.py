@@ -15,7 +15,7 @@ _MISSING: Any = object()
 
 # What a failure is raised as in the other ranks: the first of these that it is, so that whoever catches it, catches it
 # in all of them.
-_KINDS = (KeyError, IndexError, AttributeError, TypeError, ValueError, OSError, RuntimeError)
+_KINDS = (KeyError, IndexError, AttributeError, TypeError, ValueError, FileNotFoundError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)

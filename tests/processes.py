@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAUROC
 from training import Classifier, ConvClassifier, clusters, loader, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.criteria import AccuracyDrop, ComputeBudget, MetricDrop
+from lightning_rnf.norms import recalibrated
+from lightning_rnf.ranks import Ranks
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 
 
-def fit(model, rnf, task="a", data=None, **options):
+class Apart(pl.Callback):
+    """Running statistics that differ by rank, as training leaves them; those of rank 0 are right."""
+
+    def on_train_end(self, trainer, pl_module):
+        for norm in pl_module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean += RANK
+                norm.running_var += RANK
+
+
+def fit(model, rnf, task="a", *callbacks, **options):
     model.heads.activate(task)
     strategy = {"strategy": "ddp", "devices": WORLD} if WORLD > 1 else {}
-    data = task_data(task) if data is None else data
-    trainer(rnf, **{"max_epochs": 1, **strategy, **options}).fit(model, datamodule=data)
+    trainer(*callbacks, rnf, **{"max_epochs": 1, **strategy, **options}).fit(model, datamodule=task_data(task))
 
 
 def trained(model_type=ConvClassifier):
@@ -46,7 +59,7 @@ def trained(model_type=ConvClassifier):
 
 
 class Stream(IterableDataset):
-    """All of a data set, or every so-manieth sample from a start."""
+    """All of a data set, or every ``step``-th sample from a start."""
 
     def __init__(self, samples, start=0, step=1):
         self.data, self.start, self.step = clusters("a", samples), start, step
@@ -75,10 +88,7 @@ SAME = {
     "one batch": {"criterion": 0.2, "reference": small(7)},
     "two samples": {"criterion": 0.5, "reference": small(2, 1)},
     "stream": {"criterion": 0.1, "reference": DataLoader(Stream(100), 8), "attribution_samples": 40},
-    "sampler": {
-        "criterion": 0.1,
-        "reference": DataLoader(clusters("a", 100), 8, sampler=SubsetRandomSampler(range(60))),
-    },
+    "sampler": {"criterion": 0.1, "reference": DataLoader(clusters("a", 100), 8, sampler=range(60, 0, -1))},
     "metric": {
         "criterion": MetricDrop(MulticlassAUROC(num_classes=2), 0.02) & AccuracyDrop(0.1),
         "reference": small(77),
@@ -92,17 +102,22 @@ SAME = {
 }
 
 
-def records():
+FEW = ("odd", "seven", "one batch", "stream", "metric")
+
+
+def records(names=tuple(SAME)):
     """One record by name of what was tried, all made with the same weights."""
     found = {}
-    for name, options in SAME.items():
+    for name in names:
+        options = SAME[name]
         model, rnf = trained(), RelevanceFreezing(**options)
         before = {key: value.clone() for key, value in model.state_dict().items() if "num_batches" not in key}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             seed_everything(3, verbose=False)
-            fit(model, rnf)
-        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items()), name
+            fit(model, rnf, "a", Apart())
+        for key, value in before.items():
+            assert torch.equal(model.state_dict()[key], value + RANK if "running" in key else value), (name, key)
         record = rnf.state_dict()["tasks"][0]
         record["warned"] = [str(one.message) for one in caught if "can't be indexed" in str(one.message)]
         found[name] = record
@@ -144,7 +159,7 @@ def sequence():
 
 def shares():
     """A stream that deals its samples out to the processes itself; in the end one of them has nothing."""
-    rnf = RelevanceFreezing(DataLoader(Stream(99, RANK, WORLD) if RANK + 1 < WORLD else Stream(0), 8), criterion=0.1)
+    rnf = RelevanceFreezing(DataLoader(Stream(96, RANK, WORLD) if RANK + 1 < WORLD else Stream(0), 8), criterion=0.1)
     fit(trained(), rnf)
     return rnf.state.tasks["a"].samples
 
@@ -183,15 +198,31 @@ def unreadable():
     return None
 
 
+def synchronised():
+    """Statistics over unequal numbers of batches, by a norm that would wait for the other processes."""
+    torch.manual_seed(0)
+    batches = torch.randn(2 * WORLD - 1, 8, 3, 4)
+    ranks = Ranks(RANK, WORLD)
+    norm = nn.SyncBatchNorm(3).eval()
+    with recalibrated([norm], lambda: [norm(batch) for batch in ranks.share(batches)], ranks):
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    assert "forward" not in vars(norm)
+    by_channel = batches.transpose(1, 2).flatten(2)
+    return torch.allclose(mean, by_channel.mean(2).mean(0)) and torch.allclose(var, by_channel.var(2).mean(0))
+
+
 if __name__ == "__main__":
+    started = time.monotonic()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {
-        "records": records(),
+        "records": records() if WORLD == 2 else records(FEW),
         "sequence": sequence(),
         "shares": shares(),
         "failure": failure(),
         "unreadable": unreadable(),
+        "synchronised": synchronised(),
+        "seconds": time.monotonic() - started,
     }
     torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")
     fit(trained(Classifier), RelevanceFreezing(DataLoader(OneBad(), 8), criterion=0.1))  # nobody catches this

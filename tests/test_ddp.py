@@ -1,0 +1,148 @@
+"""Two and three gloo processes against one; what they run is in processes.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from processes import FEW, SAME, records
+
+from lightning_rnf.ranks import ALONE, Ranks, joined
+from lightning_rnf.runs import refuse_strategies
+
+SECONDS = 180
+HERE = Path(__file__).parent
+STREAMS = {"stream", "sampler"}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes: sums in another order would differ
+    try:
+        return records()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def run(request, tmp_path_factory):
+    """What each process found, and how the last fit, in which one of them fails, ended for all."""
+    folder = tmp_path_factory.mktemp("ddp")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    ended = subprocess.run(
+        [*launcher, "--nproc-per-node", str(request.param), str(HERE / "processes.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    found = [folder / f"{rank}.pt" for rank in range(request.param)]
+    assert all(path.exists() for path in found), ended.stderr[-5000:]
+    return SimpleNamespace(ranks=[torch.load(path, weights_only=True) for path in found], ended=ended)
+
+
+def test_masks_and_what_led_to_them_are_those_of_one_process(run, alone):
+    for rank in run.ranks:
+        assert set(rank["records"]) == set(SAME if len(run.ranks) == 2 else FEW)
+        for name, record in rank["records"].items():
+            for key in ("cutoff", "accuracy", "subnetwork_accuracy", "samples", "evaluations", "cuts", "notes", "head"):
+                assert record[key] == alone[name][key], (name, key)
+            for layer, mask in alone[name]["relevant"].items():
+                assert torch.equal(record["relevant"][layer], mask), name
+                assert torch.equal(record["relevance"][layer], alone[name]["relevance"][layer]), name
+            assert record["conservation"] == pytest.approx(alone[name]["conservation"])
+            for key, value in alone[name]["norm_statistics"].items():
+                assert value.dtype == torch.int64 or torch.allclose(record["norm_statistics"][key], value), (name, key)
+
+
+def test_all_ranks_keep_the_record_of_the_first(run):
+    for rank in run.ranks[1:]:
+        for name, record in rank["records"].items():
+            first = run.ranks[0]["records"][name]
+            assert record["seconds"] == first["seconds"]
+            assert all(
+                torch.equal(value, first["norm_statistics"][key]) for key, value in record["norm_statistics"].items()
+            )
+        assert torch.equal(rank["sequence"]["logits"], run.ranks[0]["sequence"]["logits"])
+        for first_task, task in zip(
+            run.ranks[0]["sequence"]["state"]["tasks"], rank["sequence"]["state"]["tasks"], strict=True
+        ):
+            assert all(torch.equal(mask, first_task["relevant"][layer]) for layer, mask in task["relevant"].items())
+            assert {key: task[key] for key in ("cutoff", "seconds", "recovery")} == {
+                key: first_task[key] for key in ("cutoff", "seconds", "recovery")
+            }
+
+
+def test_what_can_not_be_indexed_is_walked_by_all_with_a_warning(run):
+    for name, record in run.ranks[0]["records"].items():
+        assert bool(record["warned"]) == (name in STREAMS), name
+    assert "walks through all of it and keeps every" in run.ranks[0]["records"]["stream"]["warned"][0]
+
+
+def test_a_stream_that_deals_itself_out_is_taken_as_shares(run):
+    kept = len(run.ranks) - 1  # the last process sees nothing
+    assert [rank["shares"] for rank in run.ranks] == [kept * 96 // (kept + 1)] * len(run.ranks)
+
+
+def test_frozen_rows_are_bit_equal_on_all_ranks_through_recovery_and_pinned_norms(run):
+    for rank in run.ranks:
+        assert rank["sequence"]["held"]
+        assert rank["sequence"]["exact"]
+        assert [task["recovery_epochs"] for task in rank["sequence"]["state"]["tasks"]] == [1, 1]
+        for name, value in run.ranks[0]["sequence"]["weights"].items():
+            assert torch.equal(rank["sequence"]["weights"][name], value)
+
+
+def test_a_failure_in_one_process_is_raised_in_all_of_them_with_its_message(run):
+    size = len(run.ranks)
+    labels, folder = "labels range from 0 to 5, but the head has 2 outputs", "no such folder: data"
+    for number, rank in enumerate(run.ranks):
+        kind, message, tasks = rank["failure"]
+        assert (kind, tasks) == ("ValueError", [])
+        assert message.startswith(labels if number == 1 else f"process 1 of {size} has failed: ValueError: {labels}")
+        assert rank["unreadable"][0] == "FileNotFoundError"
+        assert rank["unreadable"][1].endswith(folder)
+        assert rank["unreadable"][1].startswith(f"process {size - 1} of {size}") == (number != size - 1)
+
+
+def test_a_failure_that_nobody_catches_ends_the_run(run):
+    assert run.ended.returncode != 0
+    assert "labels range from 0 to 5, but the head has 2 outputs" in run.ended.stderr
+
+
+def test_synchronised_norms_do_not_wait_for_processes_with_fewer_batches(run):
+    assert all(rank["synchronised"] for rank in run.ranks)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_leave_no_item_out_and_repeat_none(size):
+    ranks = [Ranks(rank, size) for rank in range(size)]
+    for items in range(8):
+        assert joined(one.share(range(items)) for one in ranks) == list(range(items))
+        # what follows is dealt on from where the dealing stopped, so that the whole is in order, too
+        both = [one.share(range(3)) + one.share(range(3, items + 3), before=3) for one in ranks]
+        assert joined(both) == list(range(items + 3))
+
+
+def test_alone_nothing_is_asked_of_other_processes():
+    assert ALONE.gather("a") == ["a"]
+    assert ALONE.decided(lambda: 1) == ALONE.agreed(lambda: 1) == 1
+    with pytest.raises(ZeroDivisionError):
+        ALONE.each(lambda: 1 / 0)
+
+
+def test_other_ways_to_spread_a_model_are_refused():
+    spread = SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=2)
+    with pytest.raises(
+        ValueError,
+        match=r"does not know how SingleDeviceStrategy spreads a model over 2 processes: use Trainer.strategy='ddp'",
+    ):
+        refuse_strategies(spread)
