@@ -74,7 +74,7 @@ def run(output: Path = Path("retention.png"), seed: int = 0) -> None:
     start = time.perf_counter()
     for method, callback in (("naive fine-tuning", None), ("relevance freezing", RelevanceFreezing())):
         seed_everything(seed, verbose=False)
-        stream = _digits()
+        stream = digits()
         with _quiet_lightning(), _one_thread(), console.status(method) as status, _shown(status):
             matrix = fit_stream(
                 MLP(64, 256, learning_rate=2e-2),  # a rate at which forgetting shows within seconds
@@ -102,7 +102,7 @@ def run(output: Path = Path("retention.png"), seed: int = 0) -> None:
     )
 
 
-def _digits() -> list[TaskDataModule]:
+def digits() -> list[TaskDataModule]:
     """Five tasks from scikit-learn's 1,797 digits of 8 × 8 pixels; every fourth is test data."""
     from sklearn.datasets import load_digits
 

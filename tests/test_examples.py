@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,21 @@ def run(monkeypatch, tmp_path):
 
 def has(folder: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not (DATA / folder).is_dir(), reason=f"RNF_DATA names no folder with {folder} in it")
+
+
+def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
+    pytest.importorskip("sklearn")
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLES / "ddp.py"), "--accelerator", "cpu", "--devices", "2", "--epochs", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-5000:]
+    assert ended.stderr.count("of its sub-network") == 5  # said by one of them
+    assert "All distributed processes registered. Starting with 2 processes" in ended.stderr
 
 
 @has("MNIST")
