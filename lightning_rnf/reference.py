@@ -107,18 +107,23 @@ class Reference:
         self.seed = seed
 
     def size(self, trainer: Trainer) -> int | None:
-        """How many samples would be drawn; None: only drawing can tell."""
+        """How many samples would be drawn; None: only drawing can tell.
+
+        Raises:
+            ValueError: if a data set that can be indexed is not the same in all processes.
+        """
+        ranks = ranks_of(trainer)
         with self._loader(trainer) as loader:
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(sampler, DistributedSampler) and _can_be_indexed(loader, ranks_of(trainer)):
-                sampler = loader.dataset
-            batch_size = getattr(loader, "batch_size", None)
+            if _can_be_indexed(loader, ranks):
+                length = _length(loader.dataset, ranks)
+                return length if self.samples is None else min(length, self.samples)
+            sampler: object = getattr(loader, "sampler", None)
+            batch_size: int | None = getattr(loader, "batch_size", None)
             if not isinstance(sampler, Sized) or batch_size is None:
                 return None
             if self.samples is None:
                 return len(sampler)
-            whole_batches = batch_size if not _can_be_indexed(loader, ranks_of(trainer)) else 1
-            return min(len(sampler), math.ceil(self.samples / whole_batches) * whole_batches)
+            return min(len(sampler), math.ceil(self.samples / batch_size) * batch_size)
 
     def example(self, trainer: Trainer) -> Any:
         """One batch on the device, in the fit's precision; None in all ranks but the first.
@@ -166,7 +171,7 @@ class Reference:
 
     def _random_parts(self, loader: DataLoader[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
         dataset: Any = loader.dataset
-        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        drawn = torch.randperm(_length(dataset, ranks), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = drawn[: self.samples]
         attributed = len(drawn) if self.attribution_samples is None else self.attribution_samples
         # The border falls between batches.
@@ -236,6 +241,16 @@ def gathered(batches: list[Any], ranks: Ranks) -> list[Any]:
     return [
         apply_to_collection(batch, Tensor, lambda one: one.to(device), allow_frozen=True) for batch in joined(shares)
     ]
+
+
+def _length(dataset: Any, ranks: Ranks) -> int:
+    lengths = ranks.each(lambda: len(dataset))
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the data set of the reference data has {', '.join(map(str, lengths))} samples, by process: give all of "
+            "them the whole of it, each then draws a share of its own"
+        )
+    return lengths[0]
 
 
 def _chunks(indices: list[int], batch_size: int | None) -> list[list[int]]:

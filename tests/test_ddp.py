@@ -118,6 +118,11 @@ def test_a_failure_that_nobody_catches_ends_the_run(run):
     assert "labels range from 0 to 5, but the head has 2 outputs" in run.ended.stderr
 
 
+def test_a_data_set_that_is_not_whole_in_every_process_is_refused_before_training(run):
+    lengths = ", ".join(str(80 + number) for number in range(len(run.ranks)))
+    assert all(f"has {lengths} samples, by process: give all of them the whole" in rank["dealt"] for rank in run.ranks)
+
+
 def test_synchronised_norms_do_not_wait_for_processes_with_fewer_batches(run):
     assert all(rank["synchronised"] for rank in run.ranks)
 
