@@ -42,7 +42,7 @@ from lightning_rnf.units import UnitMap
 Retention = Literal["exact", "paper"]
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
 
-_CONTEXTS = ("_recalled", "_in_training")
+_CONTEXTS = ("_recalled", "_silenced", "_pinned")
 
 
 class RelevanceFreezing(Callback):
@@ -162,6 +162,8 @@ class RelevanceFreezing(Callback):
             arguments.one_of("norm_statistics", norm_statistics, NormStatistics),
             arguments.of_type("recalibrate_norm", recalibrate_norm, bool, "True or False"),
         )
+        if recovery_epochs and retention == "paper":
+            raise ValueError("recovery_epochs train a sub-network, which retention='paper' never runs: leave one out")
         if composite is not None and importance != "lrp":
             raise ValueError(f"composite holds rules for importance='lrp', which is {importance!r} here: leave one out")
         self.reference_samples = (
@@ -179,7 +181,8 @@ class RelevanceFreezing(Callback):
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
         self._recalled = ExitStack()
-        self._in_training = ExitStack()
+        self._silenced = ExitStack()
+        self._pinned = ExitStack()
         if self.retention == "exact" and norm_statistics == "shared":
             rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
         if self.retention == "exact" and any(elasticity.values() if isinstance(elasticity, dict) else [elasticity]):
@@ -271,7 +274,7 @@ class RelevanceFreezing(Callback):
         refuse_strategies(trainer)
         self._task_name(trainer, pl_module)
         check_epochs(trainer, self.recovery_epochs)
-        self.state.stop_recovery()  # of a fit that was given up; a checkpoint brings back that of one to resume
+        self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         self._begin(pl_module)
         self._model = weakref.ref(pl_module)
 
@@ -290,15 +293,15 @@ class RelevanceFreezing(Callback):
         check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None
         if self.state.recovering is not None and self.state.recovering.name != name:
-            self.state.stop_recovery()
+            self.state.forget_unfinished()
             self._freezer.change(self._elasticities())
-        if self.reset_free and not self.state.tasks:
+        if self.reset_free and not self.state.tasks and not self.state.initial:
             initial.remember(self.state, pl_module, units)
         self._freezer.attach(trainer.optimizers)
         if self.selection.norm_statistics == "pinned":
             channels = norms.frozen_channels(self.state, pl_module)
-            self._in_training.enter_context(recompiled())
-            self._in_training.enter_context(norms.pinned(pl_module, channels))
+            self._pinned.enter_context(recompiled())
+            self._pinned.enter_context(norms.pinned(pl_module, channels))
         if self.state.recovering is not None:
             self._silence_the_rest(pl_module)
 
@@ -336,7 +339,7 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.follow(trainer.optimizers)
         self._freezer.pin()
-        self._in_training.close()
+        self._silenced.close()
         name = self._task_name(trainer, pl_module)
         recovered = self.state.recovering
         with isolate_rng():
@@ -435,8 +438,8 @@ class RelevanceFreezing(Callback):
         self._freezer.stop_gradients()
 
     def _give_back(self) -> None:
-        self._recalled.close()
-        self._in_training.close()
+        for name in _CONTEXTS:
+            getattr(self, name).close()
         if self._freezer is not None:
             self._freezer.detach()
             self._freezer = None
@@ -446,8 +449,8 @@ class RelevanceFreezing(Callback):
 
     def _silence_the_rest(self, module: pl.LightningModule) -> None:
         assert self.state.recovering is not None
-        self._in_training.enter_context(recompiled())
-        self._in_training.enter_context(subnetwork.silence(module, self.state.layers, self.state.recovering.relevant))
+        self._silenced.enter_context(recompiled())
+        self._silenced.enter_context(subnetwork.silence(module, self.state.layers, self.state.recovering.relevant))
 
     def _observe(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[UnitMap, ReferenceData]:
         reference = self._reference().draw(trainer)

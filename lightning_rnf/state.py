@@ -112,11 +112,11 @@ class FreezeState:
         self.layers = units.layers
         self.recovering = record
 
-    def stop_recovery(self) -> None:
-        """Forget the task that is being trained inside its sub-network: its training ends here or starts anew."""
+    def forget_unfinished(self) -> None:
+        """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
         self.recovering = None
         if not self.tasks:
-            self.layers = ()
+            self.layers, self.initial, self.resets = (), {}, 0
 
     def capacity_after(self, relevant: Mapping[str, Tensor]) -> dict[str, float]:
         """Share of each layer's units that is free once these are frozen, too: in [0, 1]."""

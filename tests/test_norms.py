@@ -147,6 +147,20 @@ def test_a_later_task_leaves_pinned_statistics_bit_equal_and_moves_free_ones():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
+def test_pinned_statistics_are_those_of_the_next_sub_network_too():
+    torch.manual_seed(0)
+    model, rnf = ConvClassifier(), RelevanceFreezing(criterion=FreeCapacity(0.5), norm_statistics="pinned")
+    train(model, rnf, "a")
+    frozen = rnf.state.frozen()["body.3"]
+    mean = model.body[4].running_mean.clone()
+    rnf.criterion = FreeCapacity(0.25)
+    train(model, rnf, "b")
+    kept = rnf.state.tasks["b"].norm_statistics["body.4.running_mean"]
+    assert torch.equal(kept[frozen], mean[frozen])
+    assert not torch.equal(kept, model.body[4].running_mean)  # those of free channels are estimated anew
+
+
 def test_a_norm_that_belongs_to_no_unit_is_pinned_whole():
     class Late(ConvClassifier):  # the norm reads a sum: no layer owns its channels
         def forward(self, x):

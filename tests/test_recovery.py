@@ -207,6 +207,7 @@ def test_a_fit_too_short_or_endless_is_refused(options, sentence):
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
+        ({"recovery_epochs": 2, "retention": "paper"}, "which retention='paper' never runs"),
         ({"recovery_epochs": -1}, "recovery_epochs is -1, expected a whole number of at least 0"),
         ({"recovery_criterion": "much"}, "expected a tolerance"),
         ({"recovery_search": 1}, "recovery_search is 1, expected True or False"),
@@ -262,6 +263,8 @@ def test_a_fit_stopped_before_or_within_its_recovery_and_resumed_equals_one_that
     for name, value in expected.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     assert earlier.state.tasks[task].recovery == uninterrupted.state.tasks[task].recovery
+    for name, value in uninterrupted.state.initial.items():
+        assert torch.equal(earlier.state.initial[name], value), name
 
 
 def test_a_recovery_that_was_given_up_is_forgotten_by_the_next_fit():
