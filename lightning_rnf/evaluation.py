@@ -83,7 +83,7 @@ def measure(
         The share of the samples whose largest logit is the label's, and the metrics' values by name.
 
     Raises:
-        ValueError: if there is no sample, or as `predict_checked`.
+        ValueError: if there is no sample, a metric computes several numbers, or as `predict_checked`.
     """
     copies = {name: metric.clone() for name, metric in (metrics or {}).items()}
     for copy in copies.values():
@@ -99,7 +99,14 @@ def measure(
             copy.to(logits.device).update(logits, target)
     if samples == 0:
         raise ValueError("no sample to measure accuracy on")
-    return Measured(correct / samples, {name: float(copy.compute()) for name, copy in copies.items()})
+    return Measured(correct / samples, {name: _one_number(name, copy.compute()) for name, copy in copies.items()})
+
+
+def _one_number(name: str, value: object) -> float:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        numbers = f"{value.numel()} numbers" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"metric {name!r} computed {numbers}, expected one: average='macro' makes one of several")
+    return float(value)
 
 
 def _described(value: object) -> str:
