@@ -181,6 +181,7 @@ def test_a_norm_that_belongs_to_no_unit_is_pinned_whole():
     assert torch.equal(model.body[4].running_mean, kept)
 
 
+@pytest.mark.filterwarnings("ignore:.*module.* in eval mode at the start of training")
 def test_norms_that_the_user_keeps_in_eval_mode_keep_their_statistics():
     class Frozen(ConvClassifier):
         def train(self, mode=True):
