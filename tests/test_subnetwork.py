@@ -177,30 +177,6 @@ def interrupted(net: Network, context: Callable[[], object]) -> None:
         raise KeyboardInterrupt
 
 
-def test_statistics_of_a_norm_that_is_used_as_a_function_are_recalled():
-    class Functional(ConvNet):
-        def forward(self, x: Tensor) -> Tensor:
-            bn = self.bn1
-            z = batch_norm(self.conv1(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training)
-            return self.heads(self.conv2(z.tanh()).tanh().mean(dim=(2, 3)))
-
-    net = make(Functional).eval()
-    x, y = batch(net)
-    units = UnitMap.of(net, (x, y))
-    assert {"bn1.running_mean", "bn1.running_var"} <= set(units.buffers)
-
-
-def test_a_unit_is_silent_for_what_reads_it_before_its_norm_too():
-    net = make(ConvNet).eval()
-    heard = []
-    net.bn1.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
-    relevant = every_second(net.layers)
-    with silence(net, net.layers, relevant):
-        net(batch(net)[0])
-    assert not heard[0][:, ~relevant["conv1"]].any()
-    assert heard[0][:, relevant["conv1"]].any()
-
-
 @each_net
 def test_silence_ends_with_an_exception_too(kind):
     net = make(kind)
