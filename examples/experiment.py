@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import platform
@@ -84,6 +85,7 @@ class Experiment:
                 if any(run["seed"] == seed for run in runs):
                     continue
                 runs.append(self.run(method, seed, options))
+                gc.collect()  # Trainer, model and data refer to each other; several runs' data are too much
                 path.write_text(json.dumps(summary, indent=1) + "\n")
                 last = runs[-1]
                 print(

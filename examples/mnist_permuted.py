@@ -25,6 +25,9 @@ METHODS = {
     "paper": RelevanceFreezing.paper,
     "default": RelevanceFreezing,
     "recovery": partial(RelevanceFreezing, recovery_epochs=3, recovery_criterion=0.1, reset_free=True),
+    "recovery, ration": partial(
+        RelevanceFreezing, recovery_epochs=6, recovery_criterion=0.0, ration=0.15, reset_free=True
+    ),
 }
 
 

@@ -287,6 +287,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def _widen(module: nn.Module) -> None:
     # Other tensors in the old ones' places: new data in the same ones would cut off DDP's hooks.
     for submodule in module.modules():
+        if vars(submodule).get("_dtype") in (torch.float16, torch.bfloat16):
+            vars(submodule)["_dtype"] = torch.float32  # a LightningModule's own, which its forward may ask for
         for name, parameter in submodule._parameters.items():
             if parameter is not None and _wide(parameter) is not parameter:
                 submodule._parameters[name] = nn.Parameter(_wide(parameter.detach()), requires_grad=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -43,7 +43,8 @@ from lightning_rnf.units import UnitMap
 Retention = Literal["exact", "paper"]
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
 
-_CONTEXTS = ("_recalled", "_in_training")
+_OF_LIGHTNING = ("log", "log_dict")  # methods of the module that the Trainer leaves in each callback
+_CONTEXTS = ("_recalled", "_silenced", "_pinned")
 
 
 class RelevanceFreezing(Callback):
@@ -80,8 +81,9 @@ class RelevanceFreezing(Callback):
             free ones.
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
         recovery_epochs: the task's last epochs, so many, train inside the sub-network: the search comes before them,
-            against ``recovery_criterion``; then only the head and the free units that are relevant learn, and the
-            network, pruned harder, gets its accuracy back. The tolerance is checked at the end.
+            against ``recovery_criterion``; then only the head, the free units that are relevant, and in the first task
+            shared parameters learn, and the network, pruned harder, gets its accuracy back. The tolerance is checked
+            at the end.
         recovery_criterion: what the search before the recovery may take; a number is the absolute drop of accuracy.
             None: 0.1.
         recovery_search: if the recovery falls short of ``criterion``, take a milder cutoff of those that were measured.
@@ -152,6 +154,10 @@ class RelevanceFreezing(Callback):
         self.recovery_criterion = as_criterion(0.1 if recovery_criterion is None else recovery_criterion)
         self.recovery_search = arguments.of_type("recovery_search", recovery_search, bool, "True or False")
         self.reset_free = arguments.of_type("reset_free", reset_free, bool, "True or False")
+        if self.recovery_epochs:
+            _ = (self.criterion & self.recovery_criterion).metrics  # raises where one name means two metrics
+        elif recovery_criterion is not None or recovery_search:
+            raise ValueError("recovery_criterion and recovery_search are of use with recovery_epochs only: it is 0")
         self.selection = Selection(
             importance if callable(importance) else arguments.one_of("importance", importance, ImportanceName),
             arguments.of_type("composite", composite, Composite, "a composite of Zennit"),
@@ -163,6 +169,8 @@ class RelevanceFreezing(Callback):
             arguments.one_of("norm_statistics", norm_statistics, NormStatistics),
             arguments.of_type("recalibrate_norm", recalibrate_norm, bool, "True or False"),
         )
+        if recovery_epochs and retention == "paper":
+            raise ValueError("recovery_epochs train a sub-network, which retention='paper' never runs: leave one out")
         if composite is not None and importance != "lrp":
             raise ValueError(f"composite holds rules for importance='lrp', which is {importance!r} here: leave one out")
         self.reference_samples = (
@@ -177,10 +185,12 @@ class RelevanceFreezing(Callback):
         self.task = arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
         self.seed = arguments.of_type("seed", seed, int, "a whole number")
         self.state = FreezeState()
+        self._is_resumed = False
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
         self._recalled = ExitStack()
-        self._in_training = ExitStack()
+        self._silenced = ExitStack()
+        self._pinned = ExitStack()
         if self.retention == "exact" and norm_statistics == "shared":
             rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
         if self.retention == "exact" and any(elasticity.values() if isinstance(elasticity, dict) else [elasticity]):
@@ -271,35 +281,36 @@ class RelevanceFreezing(Callback):
             raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
         refuse_strategies(trainer)
         self._task_name(trainer, pl_module)
-        check_epochs(trainer, self.recovery_epochs)
-        self.state.stop_recovery()  # of a fit that was given up; a checkpoint brings back that of one to resume
+        self._is_resumed = False
+        self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         self._begin(pl_module)
         self._model = weakref.ref(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what the task's end will need while nothing is lost, and hold frozen rows from here on."""
         name = self._task_name(trainer, pl_module)
+        if self.state.recovering is not None and self.state.recovering.name != name:
+            self.state.forget_unfinished()
+        if self.state.recovering is None:
+            check_epochs(trainer, self.recovery_epochs, resumed=self._is_resumed)
         if self.reset_free:
             initial.reset_free(self.state, pl_module)
         reference = self._reference()
         with isolate_rng():
             example, samples = reference.example(trainer), reference.size(trainer)
-            units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, example, samples))
+            batch = ReferenceData([example], 1, 1, self.predict, trainer.precision_plugin.forward_context)
+            units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, batch, samples))
         check_globs("elasticity", self.elasticity, units)
         check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
         assert self._freezer is not None
-        if self.state.recovering is not None and self.state.recovering.name != name:
-            self.state.stop_recovery()
-            self._freezer.change(self._elasticities())
-        if self.reset_free and not self.state.tasks:
+        if self.reset_free and not self.state.tasks and not self.state.initial:
             initial.remember(self.state, pl_module, units)
         self._freezer.attach(trainer.optimizers)
         if self.selection.norm_statistics == "pinned":
-            channels = norms.frozen_channels(self.state, pl_module)
-            self._in_training.enter_context(recompiled())
-            self._in_training.enter_context(norms.pinned(pl_module, channels))
+            self._pinned.enter_context(recompiled())
+            self._pinned.enter_context(norms.pinned(pl_module, norms.stored(self.state, pl_module)))
         if self.state.recovering is not None:
-            self._silence_the_rest(pl_module)
+            self._stay_inside(pl_module, self.state.recovering)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow optimizers that were put in place of others; go on inside the sub-network when it is time."""
@@ -308,10 +319,13 @@ class RelevanceFreezing(Callback):
         if self._is_time_to_recover(trainer):
             name = self._task_name(trainer, pl_module)
             with self._observing(trainer, pl_module) as (units, reference):
-                record = self.selection.select(name, pl_module, units, reference, self.state, self.recovery_criterion)
-            self.state.recover(replace(record, recovery_epochs=self.recovery_epochs), units)
-            self._freezer.change(self._elasticities())
-            self._silence_the_rest(pl_module)
+                criteria = (self.recovery_criterion, self.criterion)
+                record = self.selection.select(name, pl_module, units, reference, self.state, *criteria)
+            self.state.recover(record, units)
+            self._stay_inside(pl_module, record)
+        if self.state.recovering is not None:
+            epochs = self.state.recovering.recovery_epochs + 1
+            self.state.recovering = replace(self.state.recovering, recovery_epochs=epochs)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -334,7 +348,7 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         self._freezer.follow(trainer.optimizers)
         self._freezer.pin()
-        self._in_training.close()
+        self._silenced.close()
         name = self._task_name(trainer, pl_module)
         recovered = self.state.recovering
         with self._observing(trainer, pl_module) as (units, reference):
@@ -392,6 +406,7 @@ class RelevanceFreezing(Callback):
         if module is not None and self._freezer is not None:
             was_attached = self._freezer.attached
             self._begin(module)
+            self._is_resumed = True
             if was_attached:  # the learning rate finder restores a checkpoint in the middle of a fit
                 self._freezer.attach(module.trainer.optimizers)
 
@@ -432,24 +447,28 @@ class RelevanceFreezing(Callback):
         self._freezer.stop_gradients()
 
     def _give_back(self) -> None:
-        self._recalled.close()
-        self._in_training.close()
+        for name in _CONTEXTS:
+            getattr(self, name).close()
         if self._freezer is not None:
             self._freezer.detach()
             self._freezer = None
+        for name in _OF_LIGHTNING:  # they would keep the model alive
+            vars(self).pop(name, None)
 
-    def _elasticities(self) -> dict[str, torch.Tensor]:
-        return elasticities(self.state, self.elasticity, self.irrelevant_elasticity)
+    def _elasticities(self, inside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        return elasticities(self.state, self.elasticity, self.irrelevant_elasticity, inside)
 
-    def _silence_the_rest(self, module: pl.LightningModule) -> None:
-        assert self.state.recovering is not None
-        self._in_training.enter_context(recompiled())
-        self._in_training.enter_context(subnetwork.silence(module, self.state.layers, self.state.recovering.relevant))
+    def _stay_inside(self, module: pl.LightningModule, record: TaskRecord) -> None:
+        """Until the task's end nothing but its sub-network speaks, and no unit outside of it learns."""
+        assert self._freezer is not None
+        self._freezer.change(self._elasticities(record.relevant))
+        self._silenced.enter_context(recompiled())
+        self._silenced.enter_context(subnetwork.silence(module, self.state.layers, record.relevant))
 
-    def _rehearse(self, module: pl.LightningModule, example: Any, samples: int | None) -> UnitMap:
-        units = self._trace(module, example)
+    def _rehearse(self, module: pl.LightningModule, batch: ReferenceData, samples: int | None) -> UnitMap:
+        units = self._trace(module, batch.example)
         self._check_size(samples)
-        self.selection.attribute(module, units, ReferenceData([example], 1, 1, self.predict))
+        self.selection.check(module, units, batch, *self._criteria())
         return units
 
     @contextmanager
@@ -484,7 +503,11 @@ class RelevanceFreezing(Callback):
 
     def _check_size(self, samples: int | None) -> None:
         if samples is not None:
-            self.criterion.check_samples(samples)
+            for criterion in self._criteria():
+                criterion.check_samples(samples)
+
+    def _criteria(self) -> tuple[Criterion, ...]:
+        return (self.criterion, self.recovery_criterion) if self.recovery_epochs else (self.criterion,)
 
     def _full_layers(self) -> set[str]:
         return {layer for layer, share in self.capacity().items() if share == 0}
@@ -499,11 +522,13 @@ class RelevanceFreezing(Callback):
             f"{self.free_capacity:.1%} free"
         )
         if not record.accepted:
-            cause = "its recovery" if record.recovery else f"the ration of {self.selection.ration}"
+            cause, way_out = f"the ration of {self.selection.ration}", "give it a larger ration, or recovery_epochs"
+            if record.recovery:
+                cause = "its recovery"
+                way_out = "give it more recovery_epochs, a milder recovery_criterion or ration, or recovery_search=True"
             rank_zero_warn(
                 f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
-                f"network, {record.subnetwork_accuracy:.4f} of the sub-network; give it more recovery_epochs, a milder "
-                "recovery_criterion or ration, or recovery_search=True"
+                f"network, {record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"
             )
         full = self._full_layers() - full_before
         if full:
@@ -542,7 +567,8 @@ class RelevanceFreezing(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no fit under way.
-        return {**vars(self), "_model": None, "_freezer": None, **dict.fromkeys(_CONTEXTS)}
+        kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
+        return {**kept, "_model": None, "_freezer": None, **dict.fromkeys(_CONTEXTS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, **{name: ExitStack() for name in _CONTEXTS})

@@ -51,6 +51,19 @@ _CONSERVING = """
 
 
 @dataclass(frozen=True)
+class Loss:
+    """Where relevance was not conserved.
+
+    Attributes:
+        sentence: which layer is the first, and what lies on the way to it.
+        only_biases: whether that is biases alone: they take their share by the rules, and no rule can mend it.
+    """
+
+    sentence: str
+    only_biases: bool
+
+
+@dataclass(frozen=True)
 class Conservation:
     """What became of the relevance of the logits.
 
@@ -78,8 +91,8 @@ class Conservation:
             for kind, places in self.unruled.items()
         )
 
-    def loss(self) -> str | None:
-        """The first cut, from the logits down, where relevance is far from what it was at the one above, in a sentence.
+    def loss(self) -> Loss | None:
+        """The first cut, from the logits down, where relevance is far from what it was at the one above.
 
         The change is taken over the sum of the *absolute* relevance of the logits: where their signs cancel, a ratio
         to the signed sum tells nothing.
@@ -89,11 +102,12 @@ class Conservation:
             causes = self.causes[name]
             far = FAR_WITH_BIASES if set(causes) == {BIAS} else FAR
             if abs(self.ratios[name] - before) / self.size > far:
-                return (
-                    f"relevance is not conserved: of 1 at the logits, {above}{self.ratios[name]:.3g} arrives at "
+                sentence = (
+                    f"relevance is not conserved: of 1 at the logits {above}{self.ratios[name]:.3g} is left at "
                     f"{_place(name)}; on the way: {_described(causes) or UNKNOWN}"
                 )
-            above, before = f"{self.ratios[name]:.3g} arrives at {_place(name)} and of that ", self.ratios[name]
+                return Loss(sentence, only_biases=set(causes) == {BIAS})
+            above, before = f"{self.ratios[name]:.3g} is left at {_place(name)}, and ", self.ratios[name]
         return None
 
 

@@ -55,6 +55,10 @@ class Criterion:
         """Whether the sub-network will do."""
         raise NotImplementedError
 
+    def met(self, score: SubnetworkScore) -> bool:
+        """Whether a sub-network that is taken is what was asked for; by default, whether the search may take it."""
+        return self(score)
+
     def check_samples(self, samples: int) -> None:
         """Check that so many reference samples can tell; does nothing by default.
 
@@ -81,10 +85,17 @@ class _Both(Criterion):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        return {**self.first.metrics, **self.second.metrics}
+        first, second = self.first.metrics, self.second.metrics
+        for name in first.keys() & second.keys():
+            if first[name] is not second[name]:
+                raise ValueError(f"two different metrics are both called {name!r}: give one MetricDrop(..., name=...)")
+        return {**first, **second}
 
     def __call__(self, score: SubnetworkScore) -> bool:
         return self.first(score) and self.second(score)
+
+    def met(self, score: SubnetworkScore) -> bool:
+        return self.first.met(score) and self.second.met(score)
 
     def check_samples(self, samples: int) -> None:
         self.first.check_samples(samples)
@@ -157,6 +168,10 @@ class FreeCapacity(Criterion):
         """Whether the step before left too few free."""
         return score.free_before < self.minimum * score.units - 1e-9  # 0.07 × 100 is 7.000000000000001
 
+    def met(self, score: SubnetworkScore) -> bool:
+        """Whether the share is free."""
+        return score.free >= self.minimum * score.units - 1e-9
+
 
 @dataclass(frozen=True)
 class MetricDrop(Criterion):
@@ -167,6 +182,7 @@ class MetricDrop(Criterion):
             updated itself.
         tolerance: absolute, of at least 0, in the metric's own unit.
         higher_is_better: its direction; None: as the metric says itself.
+        name: of its value in a score; None: the metric's class.
 
     Raises:
         ValueError: if the tolerance is below 0 or the direction is not known.
@@ -180,6 +196,7 @@ class MetricDrop(Criterion):
     metric: Metric
     tolerance: float = 0.02
     higher_is_better: bool | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, Metric):
@@ -188,18 +205,17 @@ class MetricDrop(Criterion):
             raise ValueError(f"tolerance is {self.tolerance}, expected at least 0, in the metric's unit")
         if self._direction is None:
             raise ValueError(
-                f"{self.name} does not say whether more is better: pass higher_is_better=True or higher_is_better=False"
+                f"{self._key} does not say whether more is better: pass higher_is_better=True or higher_is_better=False"
             )
-
-    @property
-    def name(self) -> str:
-        """Key of the metric's value in a score."""
-        return type(self.metric).__name__
 
     @property
     def metrics(self) -> dict[str, Metric]:
         """The metric, by its name."""
-        return {self.name: self.metric}
+        return {self._key: self.metric}
+
+    @property
+    def _key(self) -> str:
+        return self.name or type(self.metric).__name__
 
     @property
     def _direction(self) -> bool | None:
@@ -207,7 +223,7 @@ class MetricDrop(Criterion):
 
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the metric has worsened by no more than the tolerance."""
-        gain = score.values[self.name] - score.baseline_values[self.name]
+        gain = score.values[self._key] - score.baseline_values[self._key]
         return -gain * (1 if self._direction else -1) <= self.tolerance + _SLACK
 
 
@@ -235,8 +251,14 @@ class ComputeBudget(Criterion):
 
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the step before was above the budget."""
-        whole = score.baseline_values["flops"]
-        return score.values["flops_before"] > (self.flops * whole if self.flops <= 1 else self.flops)
+        return score.values["flops_before"] > self._budget(score)
+
+    def met(self, score: SubnetworkScore) -> bool:
+        """Whether the sub-network is within the budget."""
+        return score.values["flops"] <= self._budget(score)
+
+    def _budget(self, score: SubnetworkScore) -> float:
+        return self.flops * score.baseline_values["flops"] if self.flops <= 1 else self.flops
 
 
 def as_criterion(criterion: float | Callable[[SubnetworkScore], bool]) -> Criterion:

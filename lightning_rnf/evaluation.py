@@ -86,7 +86,7 @@ def measure(
         The share of the samples whose largest logit is the label's, and the metrics' values by name.
 
     Raises:
-        ValueError: if there is no sample, or as `predict_checked`.
+        ValueError: if there is no sample, a metric computes several numbers, or as `predict_checked`.
     """
     copies = {name: _cleared(metric) for name, metric in (metrics or {}).items()}
 
@@ -134,6 +134,13 @@ def _cleared(metric: Metric) -> Metric:
 
 def _not_at_all() -> bool:
     return False
+
+
+def _one_number(name: str, value: object) -> float:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        numbers = f"{value.numel()} numbers" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"metric {name!r} computed {numbers}, expected one: average='macro' makes one of several")
+    return float(value)
 
 
 def _described(value: object) -> str:

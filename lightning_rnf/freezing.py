@@ -18,7 +18,10 @@ ElasticityOption = float | dict[str, float]
 
 
 def elasticities(
-    state: FreezeState, elasticity: ElasticityOption = 0.0, irrelevant_elasticity: ElasticityOption = 1.0
+    state: FreezeState,
+    elasticity: ElasticityOption = 0.0,
+    irrelevant_elasticity: ElasticityOption = 1.0,
+    inside: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The factor on the learning rate of every parameter that the finished tasks know.
 
@@ -26,11 +29,11 @@ def elasticities(
         state: the finished tasks.
         elasticity: of relevant units and shared parameters (the paper's lr_frozen as a factor). Without a match: 0.
         irrelevant_elasticity: of units that are relevant to no task (the paper's lr_irrelevant). Without a match: 1.
+        inside: bool ``(units,)`` by layer: units of the sub-network that is being trained. All others are 0.
 
     Returns:
         By parameter name: one factor per slice along the dimensions that tell units apart (`UnitLayer.leading_shape`:
         ``(units,)``, in general), or one for the whole, ``()``. Heads of finished tasks are 0: they never train again.
-        While a task is trained inside its sub-network, the units outside it are 0, too.
     """
     factors: dict[str, Tensor] = {}
     all_frozen = state.frozen()
@@ -39,8 +42,8 @@ def elasticities(
         relevant = torch.tensor(_factor(elasticity, layer.name, 0.0))
         irrelevant = torch.tensor(_factor(irrelevant_elasticity, layer.name, 1.0))
         of_units = torch.where(frozen, relevant, irrelevant)
-        if state.recovering is not None:
-            of_units = of_units.masked_fill(~state.recovering.relevant[layer.name], 0.0)
+        if inside is not None:
+            of_units = of_units.masked_fill(~inside[layer.name], 0.0)
         for name in layer.parameters:
             factors[name] = layer.spread(name, of_units)
     for name in state.shared:

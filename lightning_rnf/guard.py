@@ -25,6 +25,9 @@ def borrowed(module: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with _forked_random_state(module):
         try:
+            for submodule, _ in modules:
+                # A LightningModule that logs in its forward: these are no results of the user's.
+                vars(submodule).update((name, _log_nothing) for name in ("log", "log_dict") if hasattr(submodule, name))
             yield
         finally:
             for submodule, attributes in modules:
@@ -139,6 +142,9 @@ class _Tensor:
             tensor.data = self.data
         tensor.grad = self.grad
         tensor.requires_grad_(self.requires_grad)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 def _is_container(value: object) -> bool:

@@ -21,9 +21,18 @@ def remember(state: FreezeState, module: nn.Module, units: UnitMap) -> None:
 
 @torch.no_grad()
 def reset_free(state: FreezeState, module: nn.Module) -> None:
-    """Give units that are relevant to no task the values that were remembered, once after each task."""
-    if not state.initial or state.resets == len(state.tasks):
+    """Give units that are relevant to no task the values that were remembered, once after each task.
+
+    Raises:
+        ValueError: if none were.
+    """
+    if state.resets == len(state.tasks):
         return
+    if not state.initial:
+        raise ValueError(
+            "free units can't be reset: the finished tasks were trained without reset_free, so what units started from "
+            "is not known; leave reset_free out"
+        )
     own = _tensors(module)
     free_rows = {name: factor == 1 for name, factor in elasticities(state, 0.0, 1.0).items()}
     frozen = state.frozen()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -92,52 +93,80 @@ def _unsynchronised(norm: nn.SyncBatchNorm) -> Iterator[None]:
             norm.__dict__["forward"] = own
 
 
-def frozen_channels(state: FreezeState, module: nn.Module) -> dict[str, Tensor]:
-    """Which channels of each norm with running statistics belong to finished tasks: bool ``(channels,)`` by name.
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Statistics of some channels of a norm.
 
-    Those of frozen units; and all channels of a norm that belongs to no unit layer, since it is frozen whole.
+    Attributes:
+        channels: bool ``(channels,)``: which.
+        mean: ``(channels,)``; of use where they are chosen.
+        var: the same.
     """
-    of_units = {layer.norm: state.frozen()[layer.name] for layer in state.layers if layer.norm}
-    ran = [name for record in state.tasks.values() for name in record.norm_statistics]
-    return {
-        name: of_units.get(name, torch.ones(len(norm.get_buffer("running_mean")), dtype=torch.bool))
-        for name, norm in with_statistics(module, ran).items()
-    }
+
+    channels: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def stored(state: FreezeState, module: nn.Module) -> dict[str, Stored]:
+    """The statistics with which finished tasks are recalled, of the channels that belong to them, by norm.
+
+    A unit's are those of the first task that it is relevant to. A norm that belongs to no unit layer is frozen whole,
+    and all its channels are the first task's.
+    """
+    found: dict[str, Stored] = {}
+    layer_of = {layer.norm: layer.name for layer in state.layers if layer.norm}
+    for record in state.tasks.values():
+        for name in with_statistics(module, record.norm_statistics):
+            mean, var = (record.norm_statistics[f"{name}.{key}"] for key in ("running_mean", "running_var"))
+            own = record.relevant[layer_of[name]] if name in layer_of else torch.ones(len(mean), dtype=torch.bool)
+            if name in found:
+                before = found[name]
+                mean, var = (
+                    torch.where(before.channels, before.mean, mean),
+                    torch.where(before.channels, before.var, var),
+                )
+                own = own | before.channels
+            found[name] = Stored(own, mean, var)
+    return found
 
 
 @contextmanager
-def pinned(module: nn.Module, channels: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the context these channels normalise with the statistics that they have now, in training mode, too.
+def pinned(module: nn.Module, statistics: Mapping[str, Stored]) -> Iterator[None]:
+    """Inside the context these channels have these statistics, and normalise with them in training mode, too.
 
     Args:
         module: the model, on its device.
-        channels: bool ``(channels,)`` by name of a norm with running statistics.
+        statistics: by name of a norm with running statistics.
     """
     with ExitStack() as hooks:
-        for name, chosen in channels.items():
+        for name, own in statistics.items():
             norm = module.get_submodule(name)
-            if chosen.any():
-                hooks.callback(norm.register_forward_hook(_Pinned(norm, chosen)).remove)
+            if own.channels.any():
+                pin = _Pinned(norm, own)
+                pin.put_back(norm)
+                hooks.callback(norm.register_forward_hook(pin).remove)
         yield
 
 
 class _Pinned:
     """A forward hook that puts back a norm's statistics, and its output with them, for some channels."""
 
-    def __init__(self, norm: nn.Module, channels: Tensor) -> None:
-        assert isinstance(norm, _NormBase)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        self.channels = channels.to(norm.running_mean.device)
-        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+    def __init__(self, norm: nn.Module, own: Stored) -> None:
+        like = norm.get_buffer("running_mean")
+        self.channels = own.channels.to(like.device)
+        self.mean, self.var = own.mean.to(like), own.var.to(like)
+
+    def put_back(self, norm: Any) -> None:
+        for buffer, value in ((norm.running_mean, self.mean), (norm.running_var, self.var)):
+            # Through .data: backward counts writes to the buffers, though in training mode it doesn't read them.
+            buffer.data.copy_(torch.where(self.channels, value, buffer.data))
 
     def __call__(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         if not norm.training:
             return None
-        for buffer, stored in ((norm.running_mean, self.mean), (norm.running_var, self.var)):
-            # Through .data: backward counts writes to the buffers, though in training mode it doesn't read them.
-            buffer.data.copy_(torch.where(self.channels, stored, buffer.data))
-        stored = nn.functional.batch_norm(
+        self.put_back(norm)
+        as_stored = nn.functional.batch_norm(
             args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
         )
-        return torch.where(self.channels.view(-1, *[1] * (output.ndim - 2)), stored, output)
+        return torch.where(self.channels.view(-1, *[1] * (output.ndim - 2)), as_stored, output)

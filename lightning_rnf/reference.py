@@ -74,9 +74,14 @@ class ReferenceData:
         return measure(module, batches, self.predict, self.forward_context, metrics, finite=finite, ranks=self.ranks)
 
     def run(self, module: nn.Module) -> None:
-        """Run ``module`` on the inputs of the batches for attribution, but for batches of a single sample."""
-        for batch in self.for_attribution:
-            if extract_batch_size(batch) > 1:
+        """Run ``module`` on the inputs of the batches for attribution, but for much smaller ones and single samples.
+
+        Each batch weighs the same in statistics that are estimated from them.
+        """
+        batches = self.for_attribution
+        sizes = [extract_batch_size(batch) for batch in batches]
+        for batch, size in zip(batches, sizes, strict=True):
+            if size > 1 and size >= max(sizes) / 2:
                 with torch.no_grad(), self.forward_context():
                     self.predict(module, batch)
 

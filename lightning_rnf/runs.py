@@ -49,8 +49,10 @@ def epochs_left(trainer: Trainer) -> int:
     return trainer.max_epochs - trainer.current_epoch
 
 
-def check_epochs(trainer: Trainer, recovery_epochs: int) -> None:
-    """Check that the fit has a known number of epochs, and at least one before so many for the recovery.
+def check_epochs(trainer: Trainer, recovery_epochs: int, *, resumed: bool) -> None:
+    """Check that the fit has a known number of epochs left, and at least one before so many for the recovery.
+
+    A fit that is ``resumed`` may have had that one before.
 
     Raises:
         ValueError: if not.
@@ -59,10 +61,10 @@ def check_epochs(trainer: Trainer, recovery_epochs: int) -> None:
         return
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         raise ValueError("recovery_epochs are the last of a known number: give Trainer(max_epochs=...)")
-    if epochs_left(trainer) <= recovery_epochs:
+    if epochs_left(trainer) + resumed <= recovery_epochs:
         raise ValueError(
-            f"recovery_epochs={recovery_epochs} of max_epochs={trainer.max_epochs} leave no epoch for the whole "
-            "network: the sub-network is searched after at least one"
+            f"recovery_epochs={recovery_epochs} of the {epochs_left(trainer)} epochs that are left leave none for the "
+            "whole network: the sub-network is searched after at least one; give Trainer(max_epochs=...) more"
         )
 
 
@@ -95,7 +97,7 @@ def tasks_of_loaders(trainer: Trainer) -> list[str | None]:
     data set may have a ``task``.
 
     Raises:
-        ValueError: if the data module names more or fewer tasks than there are loaders.
+        ValueError: if the data module names more or fewer tasks than there are loaders, or one batch holds several.
     """
     loaders: Any = {
         TrainerFn.VALIDATING: trainer.val_dataloaders,
@@ -107,11 +109,22 @@ def tasks_of_loaders(trainer: Trainer) -> list[str | None]:
     names = getattr(data_module(trainer), "task", None)
     if isinstance(names, str):
         return [None] * len(each)
-    if isinstance(names, (list, tuple)):
-        if len(names) != len(each):
-            raise ValueError(f"datamodule.task names {len(names)} tasks, {list(names)}, for {len(each)} loaders")
-        return list(names)
-    return [getattr(getattr(loader, "dataset", None), "task", None) for loader in each]
+    if isinstance(names, (list, tuple)) and len(names) != len(each):
+        raise ValueError(f"datamodule.task names {len(names)} tasks, {list(names)}, for {len(each)} loaders")
+    of_data = [getattr(getattr(loader, "dataset", None), "task", None) for loader in each]
+    found = list(names) if isinstance(names, (list, tuple)) else of_data
+    if len(set(found)) > 1 and (mode := _evaluation_mode(trainer)) != "sequential":
+        raise ValueError(
+            f"loaders of the tasks {found} are combined in mode {mode!r}, and a batch can run as one task only: "
+            "use mode 'sequential'"
+        )
+    return found
+
+
+def _evaluation_mode(trainer: Trainer) -> str:
+    loop: Any = trainer.predict_loop if trainer.state.fn == TrainerFn.PREDICTING else trainer._evaluation_loop
+    mode: str = loop._combined_loader._mode
+    return mode
 
 
 def task_of_evaluation(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import and_
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from zennit.core import Composite
 
 from lightning_rnf import norms, subnetwork
@@ -65,6 +68,14 @@ class Selection:
         # As the record keeps them: a ranking made from the record is then the same.
         return replace(found, relevance={name: values.float() for name, values in found.relevance.items()})
 
+    def check(self, module: nn.Module, units: UnitMap, example: ReferenceData, *criteria: Criterion) -> None:
+        """Try everything on one batch, before a training whose end would need it."""
+        self.attribute(module, units, example)
+        if any(criterion.counts_flops or criterion.metrics for criterion in criteria):
+            ranking = rank({layer.name: torch.ones(layer.units) for layer in units.layers}, {})
+            with self._candidates(module, units, example, ranking, *criteria) as candidates:
+                candidates.measure(0)
+
     def select(
         self,
         name: str,
@@ -73,20 +84,32 @@ class Selection:
         reference: ReferenceData,
         state: FreezeState,
         criterion: Criterion,
+        *later: Criterion,
     ) -> TaskRecord:
-        """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is."""
+        """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is.
+
+        Args:
+            name: of the task.
+            module: the model.
+            units: its units.
+            reference: the task's data.
+            state: the finished tasks.
+            criterion: what the search may take.
+            later: criteria that the record will be held to after a recovery: what they ask for is measured, too.
+        """
         started = time.perf_counter()
         attribution = self.attribute(module, units, reference, len(state.tasks))
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
-        ranks = reference.ranks
-        ranking = ranks.decided(lambda: self._rank(relevance, state, notes))
-        with borrowed(module), evaluating(module):
-            candidates = _Candidates(self, module, units, reference, ranking, criterion)
-            found = search_cutoff(
-                ranking, candidates.measure, candidates.verdict, method=self.search, resolution=self.resolution
-            )
+        ranking = reference.ranks.decided(lambda: self._rank(relevance, state, notes))
+
+        def verdict(score: SubnetworkScore) -> bool:
+            # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
+            return reference.ranks.decided(lambda: criterion(score))
+
+        with self._candidates(module, units, reference, ranking, criterion, *later) as candidates:
+            found = search_cutoff(ranking, candidates.measure, verdict, method=self.search, resolution=self.resolution)
             statistics = candidates.statistics(found.taken.score.cutoff)
         relevant = ranking.relevant(found.taken.score.cutoff)
         record = TaskRecord(
@@ -99,7 +122,7 @@ class Selection:
             cutoff=found.taken.score.cutoff,
             accuracy=found.taken.score.baseline,
             subnetwork_accuracy=found.taken.score.accuracy,
-            accepted=found.taken.accepted,
+            accepted=found.taken.accepted or criterion.met(found.taken.score),
             samples=reference.samples,
             evaluations=found.evaluations,
             capacity=state.capacity_after(relevant),
@@ -108,7 +131,7 @@ class Selection:
             cuts=conservation.cuts,
             notes=notes,
         )
-        return ranks.decided(lambda: record)
+        return reference.ranks.decided(lambda: record)
 
     def settle(
         self,
@@ -142,11 +165,10 @@ class Selection:
         whole = record.evaluations[0].score
         baseline = Measured(whole.accuracy, whole.values)
         made: list[Evaluation] = []
-        with borrowed(module), evaluating(module):
-            candidates = _Candidates(self, module, units, reference, ranking, criterion)
+        with self._candidates(module, units, reference, ranking, criterion) as candidates:
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
-                made.append(Evaluation(score, candidates.verdict(score)))
+                made.append(Evaluation(score, reference.ranks.decided(partial(criterion.met, score))))
                 if made[-1].accepted:
                     break
             taken = made[-1] if made[-1].accepted else made[0]
@@ -165,12 +187,28 @@ class Selection:
         )
         return ranks.decided(lambda: settled)
 
+    @contextmanager
+    def _candidates(
+        self,
+        module: nn.Module,
+        units: UnitMap,
+        reference: ReferenceData,
+        ranking: Ranking,
+        *criteria: Criterion,
+    ) -> Iterator[_Candidates]:
+        # Norms that the user keeps in eval mode have their statistics on purpose.
+        own = norms.with_statistics(module, units.buffers)
+        moving = [norm for norm in own.values() if isinstance(norm, _BatchNorm) and norm.training]
+        with borrowed(module), evaluating(module):
+            yield _Candidates(self, module, units, reference, ranking, criteria, own, moving)
+
     def _heed(self, name: str, conservation: Conservation) -> tuple[str, ...]:
         """What the record has to say about a relevance that was conserved so well; warns where it matters."""
         notes = conservation.notes
         if lost := conservation.loss():
-            rank_zero_warn(f"{name}: {lost}" + ("; composite= may have rules for it" if conservation.unruled else ""))
-            notes = (*notes, lost)
+            notes = (*notes, lost.sentence)
+            if not lost.only_biases:
+                rank_zero_warn(f"{name}: {lost.sentence}")
         if conservation.unruled and self.normalize == "none":
             rank_zero_warn(
                 f"{name}: {'; '.join(conservation.notes)}; {_PER_LAYER}, so normalize='none' is not followed"
@@ -193,38 +231,37 @@ class _Candidates:
         units: UnitMap,
         reference: ReferenceData,
         ranking: Ranking,
-        criterion: Criterion,
+        criteria: Sequence[Criterion],
+        own_norms: Mapping[str, nn.Module],
+        moving_norms: Sequence[nn.Module],
     ) -> None:
         self.module = module
         self.units = units
         self.reference = reference
         self.ranking = ranking
-        self.criterion = criterion
-        self.norms = norms.with_statistics(module, units.buffers)
-        self.recalibrates = selection.recalibrate_norm and bool(self.norms)
+        self.metrics = reduce(and_, criteria).metrics
         self.resolution = selection.resolution
         self.ranks = reference.ranks
-        self.flops = self.ranks.agreed(
-            lambda: (
-                _flops_counter(module, units, reference) if criterion.counts_flops and self.ranks.rank == 0 else None
-            )
-        )
         self.is_shared = selection.norm_statistics == "shared"
+        self.norms = own_norms
+        # Shared statistics are not brought back by recall: the sub-network has to do with the model's own.
+        self.recalibrated = moving_norms if selection.recalibrate_norm and not self.is_shared else ()
+        self.counts_flops = any(criterion.counts_flops for criterion in criteria)
+        counts_here = self.counts_flops and self.ranks.rank == 0
+        self.flops = self.ranks.agreed(lambda: _flops_counter(module, units, reference) if counts_here else None)
 
     def measure(self, cutoff: int) -> Measured:
         """Accuracy, and what else the criterion asks for, with so many candidates silenced."""
         with self._speaking(cutoff):
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
-            measured = self.reference.measure(self.module, self.criterion.metrics, finite=cutoff == 0)
-        if self.criterion.counts_flops:
+            measured = self.reference.measure(self.module, self.metrics, finite=cutoff == 0)
+        if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
+            raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
+        if self.counts_flops:
             flops = self.ranks.decided(lambda: self._count(cutoff))
             measured = Measured(measured.accuracy, {**measured.values, **flops})
         log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
         return measured
-
-    def verdict(self, score: SubnetworkScore) -> bool:
-        """The criterion's, which may be any function of the user's: all ranks go by that of rank 0."""
-        return self.ranks.decided(lambda: bool(self.criterion(score)))
 
     def statistics(self, cutoff: int) -> dict[str, Tensor]:
         """What recall brings back: the buffers with which that sub-network was measured."""
@@ -246,9 +283,9 @@ class _Candidates:
     def _speaking(self, cutoff: int) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
-            if self.recalibrates and cutoff > 0:
+            if self.recalibrated and cutoff > 0:
                 run = partial(self.reference.run, self.module)
-                stack.enter_context(norms.recalibrated(self.norms.values(), run, self.ranks))
+                stack.enter_context(norms.recalibrated(self.recalibrated, run, self.ranks))
             yield
 
 

@@ -39,7 +39,7 @@ class TaskRecord:
         recovery: what was measured after the epochs inside the sub-network; empty without such epochs.
         recovery_epochs: how many there were.
         capacity: share of each layer's units that is free once this task's are frozen, in [0, 1].
-        seconds: wall-clock time of ``"attribution"`` and ``"search"``.
+        seconds: wall-clock time of ``"attribution"``, ``"search"`` and, after a recovery, ``"settling"``.
         conservation: relevance over that of the logits, by layer and for `conservation.INPUT`; empty for scores that
             are no relevance.
         cuts: those of them that all relevance runs through, where 1 is right. Elsewhere it is a branch's share.
@@ -112,11 +112,11 @@ class FreezeState:
         self.layers = units.layers
         self.recovering = record
 
-    def stop_recovery(self) -> None:
-        """Forget the task that is being trained inside its sub-network: its training ends here or starts anew."""
+    def forget_unfinished(self) -> None:
+        """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
         self.recovering = None
         if not self.tasks:
-            self.layers = ()
+            self.layers, self.initial, self.resets = (), {}, 0
 
     def capacity_after(self, relevant: Mapping[str, Tensor]) -> dict[str, float]:
         """Share of each layer's units that is free once these are frozen, too: in [0, 1]."""
@@ -232,14 +232,18 @@ class FreezeState:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
         recovering: dict[str, Any] | None = _get(plain, "recovering", (dict, type(None)))
-        return cls(
-            layers,
-            _get_names(plain, "shared"),
-            tasks,
-            None if recovering is None else _record_from_plain(recovering, layers),
-            _get_tensors(plain, "initial"),
-            _get(plain, "resets", int),
-        )
+        initial, resets = _get_tensors(plain, "initial"), _get(plain, "resets", int)
+        if not 0 <= resets <= len(tasks):
+            raise ValueError(f"not a state of lightning_rnf: {resets} resets after {len(tasks)} tasks")
+        allowed = {name for layer in layers for name in layer.parameters}
+        allowed |= {f"{layer.norm}.{key}" for layer in layers for key in ("running_mean", "running_var")}
+        if tasks and not allowed.issuperset(initial):
+            raise ValueError(f"not a state of lightning_rnf: {sorted(set(initial) - allowed)} belong to no unit")
+        names = _get_names(plain, "shared")
+        unfinished = None if recovering is None else _record_from_plain(recovering, layers)
+        if unfinished is not None and not unfinished.evaluations:
+            raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
+        return cls(layers, names, tasks, unfinished, initial, resets)
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from lightning_rnf.units import UnitLayer, UnitMap
 def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the context all units that are not relevant put out zero.
 
-    The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled after
-    the norm that follows: a norm's shift leaks through a zeroed filter.
+    The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled again
+    after the norm and the slopes that follow: a norm's shift leaks through a zeroed filter.
 
     Args:
         module: the model.
@@ -32,11 +32,12 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
         hooks.enter_context(attention_by_its_parts())
         for layer in layers:
             irrelevant = ~relevant[layer.name]
-            if irrelevant.any():
-                speaker = module.get_submodule(layer.speaker)
-                device = next(speaker.parameters(), irrelevant).device
-                silent = irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device)
-                hooks.callback(speaker.register_forward_hook(_filler(silent)).remove)
+            for name in (layer.name, layer.norm, layer.slopes) if irrelevant.any() else ():
+                if name is not None:
+                    speaker = module.get_submodule(name)
+                    device = next(speaker.parameters(), irrelevant).device
+                    silent = irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device)
+                    hooks.callback(speaker.register_forward_hook(_filler(silent)).remove)
         yield
 
 

@@ -110,6 +110,8 @@ def bare(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     for key, child in module._modules.items():
         twin._modules[key] = None if child is None else bare(child, memo)
+    if isinstance(twin, nn.TransformerEncoder):  # recall runs it without its fast path, see `guard`
+        vars(twin).update(use_nested_tensor=False, enable_nested_tensor=False)
     if isinstance(twin, nn.RNNBase):
         nn.RNNBase._init_flat_weights(twin)  # it lists its parameters in a second place
     return twin
@@ -142,7 +144,10 @@ class _Tracer(fx.Tracer):
         self.called: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return torch_class(m) is not nn.Sequential and all(torch_class(part) is not nn.Module for part in m.modules())
+        # Hooks of the user's may change what goes in or comes out: fx follows them where it follows the call.
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in m.modules())
+        is_own = any(torch_class(part) is nn.Module for part in m.modules())
+        return not hooked and not is_own and torch_class(m) is not nn.Sequential
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -26,8 +26,7 @@ class UnitMap:
         head_parameters: parameters of the head.
         shared: parameters that belong to no unit and no head; of modules that ran detached from the logits, too.
         idle: parameters that took no part in the forward: other tasks' heads, or unused.
-        buffers: of the modules that ran, and those of the outermost that were read: norms' statistics, and whatever
-            else may move.
+        buffers: of the modules that ran, and any others that were read: norms' statistics, and whatever else may move.
         reasons: why each shared parameter is shared, by its name, in few words.
         kinds: type names of all modules, by module name.
     """
@@ -186,15 +185,16 @@ def _assign(trace: Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tuple
 
 
 def _buffers(trace: Trace) -> tuple[str, ...]:
-    buffers = [
-        f"{name}.{key}"
+    """Those of modules that ran, and any that a function was given: a norm's statistics, say, used without the norm.
+
+    Others may be anything: a replay memory in the outermost module, say, that is not read when it predicts.
+    """
+    return tuple(
+        f"{name}.{key}" if name else key
         for name, module in trace.modules.items()
-        if name and trace.runs[name]
-        for key, _ in module.named_buffers(recurse=False)
-    ]
-    # The outermost module's own may be anything: a replay memory, say, that is not read when it predicts.
-    own = trace.modules[""].named_buffers(recurse=False)
-    return (*buffers, *(key for key, buffer in own if id(buffer) in trace.read))
+        for key, buffer in module.named_buffers(recurse=False)
+        if (name and trace.runs[name]) or id(buffer) in trace.read
+    )
 
 
 def _globs(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from snapshot import changes, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -471,6 +472,17 @@ def test_a_loader_of_an_unfinished_task_among_others_runs_the_model_as_it_is():
         assert torch.equal(torch.cat(finished), model(clusters("a", 320, seed=2).tensors[0]))
 
 
+@pytest.mark.parametrize("mode", ["max_size", "min_size", "max_size_cycle"])
+def test_loaders_of_several_tasks_in_one_batch_are_refused(mode):
+    model, rnf = OfSeveralLoaders(), RelevanceFreezing()
+    train(model, rnf, "a", "b")
+    loaders = {task: task_data(task).test_dataloader() for task in "ab"}
+    for task, one in loaders.items():
+        one.dataset.task = task
+    with pytest.raises(ValueError, match=rf"tasks \['a', 'b'\] are combined in mode '{mode}'.*use mode 'sequential'"):
+        trainer(rnf).test(model, CombinedLoader(loaders, mode))
+
+
 def test_a_data_module_that_names_another_number_of_tasks_is_refused():
     model, rnf = OfSeveralLoaders(), RelevanceFreezing()
     train(model, rnf, "a")
@@ -496,6 +508,54 @@ def test_a_metric_as_the_criterion_is_measured_on_the_reference_data():
     assert taken.values == {"MulticlassF1Score": pytest.approx(expected)}
     assert taken.baseline_values["MulticlassF1Score"] - expected <= 0.05
     assert metric.update_count == 0
+
+
+@pytest.mark.parametrize(
+    ("criterion", "error", "sentence"),
+    [
+        (MetricDrop(MulticlassF1Score(2, average="none")), ValueError, "computed 2 numbers, expected one"),
+        (ComputeBudget(0.5), ValueError, "predict does not call the module"),
+    ],
+)
+def test_what_a_criterion_asks_for_is_tried_before_the_training(criterion, error, sentence):
+    def predict(module, batch):
+        return module.heads(module.body(batch[0])), batch[1]
+
+    model = Classifier()
+    before = model.body[0].weight.detach().clone()
+    with pytest.raises(error, match=sentence):
+        trainer(RelevanceFreezing(criterion=criterion, predict=predict)).fit(model, datamodule=task_data("a"))
+    assert torch.equal(model.body[0].weight, before)
+
+
+def test_a_forward_that_logs_keeps_its_logs_to_training_and_ends_its_task():
+    class Logging(Classifier):
+        def forward(self, x):
+            z = self.body(x)
+            self.log("mean", z.mean(), batch_size=len(x))
+            return self.heads(z)
+
+    model, rnf = Logging(), RelevanceFreezing()
+    model.heads.activate("a")
+    fit = trainer(rnf)
+    fit.fit(model, datamodule=task_data("a"))
+    assert list(rnf.state.tasks) == ["a"]
+    assert "mean" in fit.callback_metrics
+    assert "log" not in vars(model)
+
+
+def test_a_copy_of_the_callback_holds_no_model():
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a")
+    assert b"Classifier" not in pickle.dumps(rnf)
+    model.heads.activate("b")
+
+    class Pickling(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.size = len(pickle.dumps(rnf))
+
+    trainer(rnf, copying := Pickling()).fit(model, datamodule=task_data("b"))
+    assert copying.size > 0
 
 
 @MODELS

@@ -97,7 +97,7 @@ def test_activations_that_vanish_are_named_as_a_cause(architecture):
     assert net(batch[0]).abs().max() < 1e-8
     found = conservation(net, batch)
     assert abs(found.ratios[INPUT]) < 0.01
-    assert "activations are so small" in found.loss()
+    assert "activations are so small" in found.loss().sentence
 
 
 # -- cuts -------------------------------------------------------------------------------------------------------------
@@ -333,7 +333,8 @@ def test_the_module_comes_back_as_it_was(composite):
 def test_the_first_loss_from_the_logits_down_is_told_with_what_lies_there():
     net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), linear(8, 8), nn.ReLU(), nn.LayerNorm(8), linear(8, 3))
     found = conservation(net, labelled(16, 4))
-    told = found.loss()
+    told = found.loss().sentence
+    assert not found.loss().only_biases
     assert "layer '2'" in told
     assert "LayerNorm (4)" in told
     assert "layer '0'" not in told
@@ -349,8 +350,13 @@ def example(**ratios: float) -> Conservation:
 def test_biases_may_take_relevance_but_not_make_it():
     assert example(upper=0.4, lower=0.01).loss() is None
     assert example(upper=1.0, lower=0.0).loss() is None
-    assert "a bias (head)" in example(upper=2.5, lower=2.5).loss()
-    assert "a bias (upper)" in example(upper=0.8, lower=-0.5).loss()
+    assert "a bias (head)" in example(upper=2.5, lower=2.5).loss().sentence
+    told = example(upper=0.8, lower=-0.5).loss()
+    assert told.sentence.startswith(
+        "relevance is not conserved: of 1 at the logits 0.8 is left at layer 'upper', and -0.5"
+    )
+    assert "a bias (upper)" in told.sentence
+    assert told.only_biases
 
 
 def test_a_ratio_to_logits_that_cancel_is_no_loss():
@@ -362,7 +368,7 @@ def test_a_ratio_to_logits_that_cancel_is_no_loss():
 
 def test_long_lists_are_cut_short():
     found = Conservation(unruled={"LayerNorm": tuple(f"norm{index}" for index in range(30))})
-    assert found.notes[0].endswith("norm5 and 24 more): relevance is a plain gradient there")
+    assert found.notes[0].endswith("norm2 and 27 more): relevance is a plain gradient there")
 
 
 # -- through the callback ---------------------------------------------------------------------------------------------

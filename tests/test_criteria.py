@@ -142,6 +142,32 @@ def test_a_metric_may_worsen_by_the_tolerance_in_its_direction(metric, direction
     assert criterion.metrics == {name: metric}
 
 
+def test_two_metrics_of_one_name_are_refused_unless_they_are_one_or_named_apart():
+    strict, lax = MulticlassF1Score(3), MulticlassF1Score(3, top_k=2)
+    with pytest.raises(ValueError, match=r"both called 'MulticlassF1Score': give one MetricDrop\(..., name=...\)"):
+        _ = (MetricDrop(strict) & MetricDrop(lax)).metrics
+    assert (MetricDrop(strict, 0.1) & MetricDrop(strict, 0.2)).metrics == {"MulticlassF1Score": strict}
+    both = MetricDrop(strict, 0.1) & MetricDrop(lax, 0.1, name="lax")
+    assert both.metrics == {"MulticlassF1Score": strict, "lax": lax}
+    before = {"MulticlassF1Score": 0.9, "lax": 0.9}
+    assert both(with_values(before, before))
+    for name in before:
+        assert not both(with_values(before, {**before, name: 0.5}))
+
+
+def test_what_is_free_or_small_enough_is_met_however_much_more_is_pruned():
+    enough = replace(score(0.5, 1.0), free=5, free_before=4)
+    assert FreeCapacity(0.3).met(enough)
+    assert not FreeCapacity(0.3)(enough)
+    assert not FreeCapacity(0.6).met(enough)
+    small = with_values({"flops": 100.0}, {"flops": 40.0, "flops_before": 45.0})
+    assert ComputeBudget(0.5).met(small)
+    assert not ComputeBudget(0.5)(small)
+    assert not ComputeBudget(30).met(small)
+    assert (AccuracyDrop(0.5) & FreeCapacity(0.3)).met(enough)
+    assert not (AccuracyDrop(0.4) & FreeCapacity(0.3)).met(enough)
+
+
 def test_a_metric_without_direction_or_what_is_none_is_refused():
     with pytest.raises(ValueError, match="higher_is_better=True"):
         MetricDrop(SumMetric())

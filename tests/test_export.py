@@ -713,6 +713,28 @@ def test_a_compiled_part():
     torch.compiler.reset()
 
 
+def test_an_encoder_with_padding_at_the_end_keeps_off_the_fast_path_as_recall_does():
+    net = Built(
+        lambda self, x: self.head(self.encoder(x, src_key_padding_mask=0 * x[..., 0] + self.padding > 0).mean(1)),
+        encoder=nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True), 2),
+        head=nn.Linear(16, CLASSES),
+    )
+    net.register_buffer("padding", torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0]))
+    Task(net, (5, 16)).check()
+
+
+@pytest.mark.parametrize("place", ["0", "1", "2", "4"])
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_the_user_that_change_what_goes_in_or_comes_out_are_followed(place, before):
+    net = mlp()
+    part = net.get_submodule(place)
+    if before:
+        part.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    else:
+        part.register_forward_hook(lambda module, args, output: output * 1.5)
+    Task(net, (4,)).check()
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 

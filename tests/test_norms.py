@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from records import ConvNet, make
+from records import ConvNet, make, record_of, state_of
 from snapshot import changes, snapshot
 from torch import nn
 from training import ConvClassifier, clusters, inputs, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.criteria import FreeCapacity
-from lightning_rnf.norms import pinned, recalibrated, with_statistics
+from lightning_rnf.norms import Stored, pinned, recalibrated, stored, with_statistics
 from lightning_rnf.subnetwork import silence
 
 BATCHES = [torch.randn(n, 1, 5, 5, generator=torch.Generator().manual_seed(n)) for n in (7, 5, 6)]
@@ -106,42 +106,60 @@ def test_the_whole_network_is_measured_with_its_own_statistics():
 CHANNELS = torch.tensor([True, False, True, False])
 
 
+STORED = {"bn1": Stored(CHANNELS, torch.tensor([0.5, 9.0, -0.25, 9.0]), torch.tensor([2.0, 9.0, 0.5, 9.0]))}
+
+
 def test_pinned_channels_normalise_with_stored_statistics_in_training_too_and_others_with_the_batch_s():
     net, twin = conv_net().train(), conv_net().train()
-    mean, var = net.bn1.running_mean.clone(), net.bn1.running_var.clone()
+    mean, var = STORED["bn1"].mean, STORED["bn1"].var
     x = net.conv1(BATCHES[0]).detach()
-    stored = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + net.bn1.eps).sqrt()
-    stored = stored * net.bn1.weight.view(-1, 1, 1) + net.bn1.bias.view(-1, 1, 1)
-    with pinned(net, {"bn1": CHANNELS}):
+    as_stored = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + net.bn1.eps).sqrt()
+    as_stored = as_stored * net.bn1.weight.view(-1, 1, 1) + net.bn1.bias.view(-1, 1, 1)
+    with pinned(net, STORED):
         for _ in range(3):
             found, plain = net.bn1(x), twin.bn1(x)
-            torch.testing.assert_close(found[:, CHANNELS], stored[:, CHANNELS])
+            torch.testing.assert_close(found[:, CHANNELS], as_stored[:, CHANNELS])
             assert torch.equal(found[:, ~CHANNELS], plain[:, ~CHANNELS])
-    for buffer, before in (("running_mean", mean), ("running_var", var)):
-        assert torch.equal(net.bn1.get_buffer(buffer)[CHANNELS], before[CHANNELS])
+    for buffer, value in (("running_mean", mean), ("running_var", var)):
+        assert torch.equal(net.bn1.get_buffer(buffer)[CHANNELS], value[CHANNELS])
         assert torch.equal(net.bn1.get_buffer(buffer)[~CHANNELS], twin.bn1.get_buffer(buffer)[~CHANNELS])
     assert torch.equal(net.bn1(x), twin.bn1(x))
 
 
 def test_gradients_flow_through_pinned_norms_after_several_forwards():
     net = conv_net().train()
-    with pinned(net, {"bn1": CHANNELS}):
+    with pinned(net, STORED):
         (net(BATCHES[0]).sum() + net(BATCHES[1]).sum()).backward()
     assert net.conv1.weight.grad.abs().sum(dim=(1, 2, 3)).all()
 
 
-def test_a_later_task_leaves_pinned_statistics_bit_equal_and_moves_free_ones():
+def test_what_is_stored_of_a_channel_is_of_the_first_task_that_it_belongs_to():
+    net = conv_net()
+    records = []
+    for number, relevant in enumerate([[1, 0, 0, 1], [1, 1, 0, 0]]):
+        masks = {"conv1": torch.tensor(relevant, dtype=torch.bool), "conv2": torch.ones(5, dtype=torch.bool)}
+        net.bn1.running_mean.fill_(number + 1)
+        records.append(record_of(net, ("first", "second")[number], masks))
+    found = stored(state_of(net, *records), net)["bn1"]
+    assert found.channels.tolist() == [True, True, False, True]
+    assert found.mean[found.channels].tolist() == [1, 2, 1]
+
+
+def test_a_later_task_leaves_pinned_statistics_as_they_are_recalled_and_moves_free_ones():
     torch.manual_seed(0)
     model, rnf = ConvClassifier(), RelevanceFreezing(criterion=FreeCapacity(0.5), norm_statistics="pinned")
     train(model, rnf, "a")
     frozen = rnf.state.frozen()["body.3"]
     assert 0 < frozen.sum() < len(frozen)
-    before = model.body[4].running_mean.clone(), model.body[4].running_var.clone()
+    kept = rnf.state.tasks["a"].norm_statistics
     with rnf.recall("a"), torch.no_grad():
         logits = model(inputs())
     train(model, rnf, "b")
-    for buffer, was in zip((model.body[4].running_mean, model.body[4].running_var), before, strict=True):
-        assert torch.equal(buffer == was, frozen)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(model.body[4].get_buffer(name) == kept[f"body.4.{name}"], frozen)
+        assert torch.equal(
+            rnf.state.tasks["b"].norm_statistics[f"body.4.{name}"][frozen], kept[f"body.4.{name}"][frozen]
+        )
     with rnf.recall("a"), torch.no_grad():
         assert torch.equal(model(inputs()), logits)
     assert not any(module._forward_hooks for module in model.modules())
@@ -158,9 +176,23 @@ def test_a_norm_that_belongs_to_no_unit_is_pinned_whole():
     model, rnf = Late(), RelevanceFreezing(criterion=FreeCapacity(0.5), norm_statistics="pinned")
     train(model, rnf, "a")
     assert "body.4.weight" in rnf.state.shared
-    before = model.body[4].running_mean.clone()
     train(model, rnf, "b")
-    assert torch.equal(model.body[4].running_mean, before)
+    kept = rnf.state.tasks["a"].norm_statistics["body.4.running_mean"]
+    assert torch.equal(model.body[4].running_mean, kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*module.* in eval mode at the start of training")
+def test_norms_that_the_user_keeps_in_eval_mode_keep_their_statistics():
+    class Frozen(ConvClassifier):
+        def train(self, mode=True):
+            super().train(mode)
+            self.body[4].eval()
+            return self
+
+    model, rnf = Frozen().train(), RelevanceFreezing(criterion=FreeCapacity(0.5))
+    model.body[4].running_mean.fill_(0.3)
+    train(model, rnf, "a")
+    assert (rnf.state.tasks["a"].norm_statistics["body.4.running_mean"] == 0.3).all()
 
 
 # -- per task, shared -------------------------------------------------------------------------------------------------
@@ -181,7 +213,12 @@ def test_shared_statistics_are_left_alone_by_recall_and_this_is_said():
     with pytest.warns(UserWarning, match="norm_statistics='shared'.*recall is not exact"):
         rnf = RelevanceFreezing(criterion=FreeCapacity(0.5), norm_statistics="shared")
     model = ConvClassifier()
-    train(model, rnf, "a", "b")
+    train(model, rnf, "a")
+    record = rnf.state.tasks["a"]
+    x, y = task_data("a").validation.tensors
+    with rnf.recall("a"), torch.no_grad():
+        assert (model(x).argmax(1) == y).double().mean().item() == record.subnetwork_accuracy
+    train(model, rnf, "b")
     assert not any("running" in name for name in rnf.state.tasks["a"].norm_statistics)
     moved = model.body[4].running_mean.clone()
     with rnf.recall("a"):

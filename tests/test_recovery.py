@@ -8,10 +8,11 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from torchmetrics.classification import MulticlassF1Score
 from training import Classifier, ConvClassifier, clusters, inputs, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.criteria import FreeCapacity
+from lightning_rnf.criteria import ComputeBudget, FreeCapacity, MetricDrop
 
 HALF = {"recovery_epochs": 2, "recovery_criterion": FreeCapacity(0.5), "criterion": 1.0}
 
@@ -133,6 +134,15 @@ def test_a_compiled_model_recovers_inside_its_sub_network_too():
     assert all(torch.equal(value, compiled_weights[name]) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("criterion", [MetricDrop(MulticlassF1Score(2), 1.0), ComputeBudget(0.9)])
+def test_what_only_the_later_criterion_asks_for_is_measured_before_the_recovery_too(criterion):
+    rnf = RelevanceFreezing(**{**HALF, "criterion": criterion})
+    fit(seeded(), rnf, "a")
+    record = rnf.state.tasks["a"]
+    assert set(record.recovery[0].score.values) == set(record.evaluations[0].score.values)
+    assert record.recovery[0].score.baseline_values == record.evaluations[0].score.values
+
+
 # -- what falls short -------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +202,7 @@ def test_a_fit_that_ends_before_its_last_epochs_recovers_nothing_and_says_so():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"max_epochs": 2}, r"recovery_epochs=2 of max_epochs=2 leave no epoch for the whole network"),
+        ({"max_epochs": 2}, r"recovery_epochs=2 of the 2 epochs that are left leave none for the whole network"),
         (
             {"max_epochs": -1, "max_steps": 5},
             r"recovery_epochs are the last of a known number: give Trainer\(max_epochs",
@@ -207,9 +217,12 @@ def test_a_fit_too_short_or_endless_is_refused(options, sentence):
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
+        ({"recovery_epochs": 2, "retention": "paper"}, "which retention='paper' never runs"),
         ({"recovery_epochs": -1}, "recovery_epochs is -1, expected a whole number of at least 0"),
         ({"recovery_criterion": "much"}, "expected a tolerance"),
         ({"recovery_search": 1}, "recovery_search is 1, expected True or False"),
+        ({"recovery_search": True}, "of use with recovery_epochs only"),
+        ({"recovery_criterion": 0.3}, "of use with recovery_epochs only"),
         ({"ration": 0}, "ration is 0, expected a share"),
         ({"ration": 1.5}, "ration is 1.5, expected a share"),
         ({"reset_free": "yes"}, "reset_free is 'yes'"),
@@ -262,6 +275,70 @@ def test_a_fit_stopped_before_or_within_its_recovery_and_resumed_equals_one_that
     for name, value in expected.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     assert earlier.state.tasks[task].recovery == uninterrupted.state.tasks[task].recovery
+    for name, value in uninterrupted.state.initial.items():
+        assert torch.equal(earlier.state.initial[name], value), name
+
+
+def test_a_recovery_that_was_stopped_early_says_how_many_epochs_it_had():
+    class StopInThree(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 2
+
+    rnf = RelevanceFreezing(**HALF)
+    fit(seeded(), rnf, "a", StopInThree())
+    assert rnf.state.tasks["a"].recovery_epochs == 1
+
+
+def test_a_trainer_that_was_stopped_can_resume_within_the_recovery(tmp_path):
+    model, rnf = seeded(), RelevanceFreezing(**HALF)
+    stop = Stop(3)
+    model.heads.activate("a")
+    one = trainer(rnf, stop, max_epochs=4, default_root_dir=tmp_path, enable_checkpointing=True)
+    with pytest.raises(KeyError, match="stopped"):
+        one.fit(model, datamodule=task_data("a"))
+    stop.epoch = -1
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    one.fit(model, datamodule=task_data("a"), ckpt_path=checkpoint)
+    assert rnf.state.tasks["a"].recovery_epochs == 2
+
+
+def test_resumed_under_another_name_the_whole_network_learns_again(tmp_path):
+    model, rnf = seeded(), RelevanceFreezing(**HALF, task="one")
+    model.heads.activate("a")
+    saving = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+    with pytest.raises(KeyError, match="stopped"):
+        trainer(rnf, Stop(3), max_epochs=4, **saving).fit(model, datamodule=task_data("a"))
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    other = RelevanceFreezing(**HALF, task="two")
+    trainer(other, watch := Watch(), max_epochs=8, **saving).fit(model, datamodule=task_data("a"), ckpt_path=checkpoint)
+    assert list(other.state.tasks) == ["two"]
+    assert all(said.all() for said in watch.said[0].values())
+    first, last = watch.at_start[0], watch.at_start[2]
+    assert (first["body.0.weight"] != last["body.0.weight"]).all()
+
+
+def test_an_optimizer_of_what_can_learn_is_resumed_within_a_recovery(tmp_path):
+    class Filtering(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-2)
+
+    saving = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+    model, rnf = seeded(Filtering), RelevanceFreezing(**HALF)
+    fit(model, rnf, "a")
+    with pytest.raises(KeyError, match="stopped"):
+        fit(model, rnf, "b", Stop(3), **saving)  # b only reuses what a has
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    model.heads.activate("b")
+    trainer(rnf, max_epochs=4, **saving).fit(model, datamodule=task_data("b"), ckpt_path=checkpoint)
+    assert list(rnf.state.tasks) == ["a", "b"]
+
+
+def test_what_units_started_from_has_to_be_known_to_reset_them():
+    model, rnf = seeded(), RelevanceFreezing()
+    fit(model, rnf, "a")
+    rnf.reset_free = True
+    with pytest.raises(ValueError, match=r"were trained without reset_free.*leave reset_free out"):
+        fit(model, rnf, "b")
 
 
 def test_a_recovery_that_was_given_up_is_forgotten_by_the_next_fit():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from records import ConvNet, Mlp, Network, batch, every_second, make, record_of
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import batch_norm, layer_norm, linear
 
 from lightning_rnf.guard import evaluating
 from lightning_rnf.state import TaskRecord
@@ -136,13 +136,37 @@ def test_units_are_counted_along_their_axis(layer, shape):
     assert torch.equal(said, expected)
 
 
+def test_statistics_of_a_norm_that_is_used_as_a_function_are_recalled():
+    class Functional(ConvNet):
+        def forward(self, x: Tensor) -> Tensor:
+            bn = self.bn1
+            z = batch_norm(self.conv1(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training)
+            return self.heads(self.conv2(z.tanh()).tanh().mean(dim=(2, 3)))
+
+    net = make(Functional).eval()
+    x, y = batch(net)
+    units = UnitMap.of(net, (x, y))
+    assert {"bn1.running_mean", "bn1.running_var"} <= set(units.buffers)
+
+
+def test_a_unit_is_silent_for_what_reads_it_before_its_norm_too():
+    net = make(ConvNet).eval()
+    heard = []
+    net.bn1.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    relevant = every_second(net.layers)
+    with silence(net, net.layers, relevant):
+        net(batch(net)[0])
+    assert not heard[0][:, ~relevant["conv1"]].any()
+    assert heard[0][:, relevant["conv1"]].any()
+
+
 @each_net
 def test_silence_ends_with_the_context(kind):
     net = make(kind).eval()
     x, _ = batch(net)
     before, logits = hooks(net), net(x)
     with silence(net, net.layers, every_second(net.layers)):
-        assert hooks(net) == before + len(net.layers)
+        assert hooks(net) == before + sum(1 + (layer.norm is not None) for layer in net.layers)
         assert not torch.equal(net(x), logits)
     assert hooks(net) == before
     assert torch.equal(net(x), logits)
