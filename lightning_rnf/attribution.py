@@ -17,10 +17,9 @@ from lightning_rnf.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.functions import FunctionRules
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
+from lightning_rnf.layers import BATCH_NORMS
 from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.units import UnitLayer
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +129,7 @@ def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
     """
     for layer in layers:
         norm = module.get_submodule(layer.norm) if layer.norm else None
-        if not isinstance(norm, _BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
+        if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
             continue  # other norms, and those that always use the batch's statistics
         submodule = module.get_submodule(layer.name)
         with torch.no_grad():

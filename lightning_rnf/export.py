@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_rnf.channels import CHANNEL_NORMS
-from lightning_rnf.grouped import LAYERS, TRANSPOSED, by_group, folded, layer_form
+from lightning_rnf.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.guard import borrowed
+from lightning_rnf.layers import CHANNEL_NORMS, TRANSPOSED
 from lightning_rnf.pruning import Plan, plan
 from lightning_rnf.state import TaskRecord
 from lightning_rnf.subnetwork import recall

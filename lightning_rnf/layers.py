@@ -22,16 +22,10 @@ OUTPUT_AXIS: dict[type[nn.Module], int] = {
 }
 """Unit layers and the axis of their output that counts units, from the end."""
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PER_CHANNEL_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+"""Norms that treat each channel by itself, as a `nn.GroupNorm` of one channel per group does."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,7 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     weight = trace.own_parameters(name)[f"{name}.weight"]
     axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
     units, transposed = len(weight), None
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         units, transposed = module.groups * weight.shape[1], (module.groups, len(weight) // module.groups)
     norm = _follower(trace, call, units, axis, _is_per_channel_norm)
     slopes = _follower(trace, norm or call, units, axis, _is_prelu)
@@ -220,7 +214,7 @@ def _is_per_channel_norm(module: nn.Module) -> bool:
     """Whether it treats every channel by itself. Others mix channels: what is silenced would be heard after them."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == module.num_channels
-    return isinstance(module, _PER_CHANNEL_NORMS)
+    return isinstance(module, CHANNEL_NORMS)
 
 
 def _is_prelu(module: nn.Module) -> bool:

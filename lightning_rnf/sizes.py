@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rnf.grouped import LAYERS, TRANSPOSED, layer_form
+from lightning_rnf.grouped import LAYERS, layer_form
 from lightning_rnf.guard import borrowed, evaluating
+from lightning_rnf.layers import TRANSPOSED
 from lightning_rnf.pruning import Plan, plan
 from lightning_rnf.tracing import Traced, torch_class
 from lightning_rnf.units import UnitLayer

@@ -133,6 +133,26 @@ def record_of(
     return TaskRecord(**values | changes)
 
 
+def bare_record(units: UnitMap, relevant: dict[str, Tensor], buffers: dict[str, Tensor]) -> TaskRecord:
+    """What recall and export read of a record, and nothing else."""
+    return TaskRecord(
+        name="task",
+        head=units.head,
+        head_parameters=units.head_parameters,
+        relevant=relevant,
+        relevance={},
+        norm_statistics=buffers,
+        cutoff=0,
+        accuracy=1.0,
+        subnetwork_accuracy=1.0,
+        accepted=True,
+        samples=1,
+        evaluations=(),
+        capacity={},
+        seconds={},
+    )
+
+
 def state_of(net: Network, *records: TaskRecord) -> FreezeState:
     """The state after these tasks (none given: after the first)."""
     state = FreezeState()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CLASSES, Built, convnet, mlp
+from records import bare_record
 from snapshot import changes, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, everybody's name for it
@@ -19,7 +20,6 @@ from training import Classifier, ConvClassifier, inputs, train
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.export import export
 from lightning_rnf.sizes import Size, SubnetworkFlops, measure
-from lightning_rnf.state import TaskRecord
 from lightning_rnf.subnetwork import recall, silence, statistics
 from lightning_rnf.units import UnitLayer, UnitMap
 
@@ -74,22 +74,7 @@ class Task:
         self.layers = self.units.layers
         self.relevant = random_masks(self.layers, share) | (relevant or {})
         stir(self.net, self.x, self.layers, self.relevant)
-        self.record = TaskRecord(
-            name="task",
-            head=self.units.head,
-            head_parameters=self.units.head_parameters,
-            relevant=self.relevant,
-            relevance={},
-            norm_statistics=statistics(self.net, self.units),
-            cutoff=0,
-            accuracy=1.0,
-            subnetwork_accuracy=1.0,
-            accepted=True,
-            samples=1,
-            evaluations=(),
-            capacity={},
-            seconds={},
-        )
+        self.record = bare_record(self.units, self.relevant, statistics(self.net, self.units))
 
     def logits(self) -> Tensor:
         with torch.no_grad(), recall(self.net, self.layers, self.record):

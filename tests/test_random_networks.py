@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CLASSES, Built, labelled
+from records import bare_record
 from torch import Tensor, nn
 
 from lightning_rnf.freezing import Freezer, elasticities
@@ -110,22 +111,7 @@ def network(plan: list[Block], dimensions: int) -> nn.Module:
 
 
 def record_of(net: nn.Module, units: UnitMap, relevant: dict[str, Tensor]) -> TaskRecord:
-    return TaskRecord(
-        name="a",
-        head=units.head,
-        head_parameters=units.head_parameters,
-        relevant=relevant,
-        relevance={name: mask.float() for name, mask in relevant.items()},
-        norm_statistics=statistics(net, units),
-        cutoff=0,
-        accuracy=1.0,
-        subnetwork_accuracy=1.0,
-        accepted=True,
-        samples=1,
-        evaluations=(),
-        capacity={},
-        seconds={},
-    )
+    return bare_record(units, relevant, statistics(net, units))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -158,7 +144,7 @@ def test_every_parameter_has_one_owner_and_recall_needs_only_the_frozen(plan, di
     relevant = {layer.name: torch.rand(layer.units) < 0.6 for layer in units.layers}
     state = FreezeState()
     state.add(record_of(net, units, relevant), units)
-    with recall(net, units.layers, state.tasks["a"]), torch.no_grad():
+    with recall(net, units.layers, state.tasks["task"]), torch.no_grad():
         logits = net(x)
 
     # An optimizer that writes everywhere, and norms that have seen what it wrote.
@@ -179,5 +165,5 @@ def test_every_parameter_has_one_owner_and_recall_needs_only_the_frozen(plan, di
             assert torch.equal(moved.all(dim=1), ~relevant[layer.name])
             assert torch.equal(moved.any(dim=1), ~relevant[layer.name])
     assert all(torch.equal(own[name], before[name]) for name in (*units.shared, *units.head_parameters))
-    with recall(net, units.layers, state.tasks["a"]), torch.no_grad():
+    with recall(net, units.layers, state.tasks["task"]), torch.no_grad():
         assert torch.equal(net(x), logits)
