@@ -114,7 +114,7 @@ def measure(
         # have a form that merges, and ranks without a sample break the collectives of torchmetrics' own.
         for logits, target in joined(for_metrics for _, _, for_metrics in shares):
             update(logits, target)
-        return {name: float(copy.compute()) for name, copy in copies.items()}
+        return {name: _one_number(name, copy.compute()) for name, copy in copies.items()}
 
     shares = ranks.each(of_share)
     correct, samples = sum(share[0] for share in shares), sum(share[1] for share in shares)
