@@ -7,6 +7,7 @@ The search looks for the largest cutoff that its criterion accepts. Criteria are
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -40,7 +41,7 @@ class SubnetworkScore:
     baseline_values: Mapping[str, float] = field(default_factory=dict)
 
 
-class Criterion:
+class Criterion(ABC):
     """Says of one score whether pruning may go so far. Subclasses say what they want measured, too."""
 
     counts_flops: bool = False
@@ -51,15 +52,15 @@ class Criterion:
         """Metrics to be measured on the reference data, by their name in ``values``."""
         return {}
 
+    @abstractmethod
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the sub-network will do."""
-        raise NotImplementedError
 
     def met(self, score: SubnetworkScore) -> bool:
         """Whether a sub-network that is taken is what was asked for; by default, whether the search may take it."""
         return self(score)
 
-    def check_samples(self, samples: int) -> None:
+    def check_samples(self, samples: int) -> None:  # noqa: B027 - most criteria have nothing to check
         """Check that so many reference samples can tell; does nothing by default.
 
         Raises:

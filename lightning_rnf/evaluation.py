@@ -102,10 +102,12 @@ def measure(
                 logits, target = predict_checked(predict, module, batch, finite=finite)
             correct += int(((logits.argmax(dim=1) == target) & logits.isfinite().all(dim=1)).sum())
             samples += len(target)
+            if not copies:
+                continue
             logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
             if ranks.size == 1:
                 update(logits, target)
-            elif copies:
+            else:
                 for_metrics.append((logits.cpu(), target.cpu()))
         return correct, samples, for_metrics
 

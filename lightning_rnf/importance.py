@@ -113,17 +113,11 @@ def check_scores(scores: dict[str, Tensor], layers: Sequence[UnitLayer]) -> dict
     return {layer.name: scores[layer.name] for layer in layers}
 
 
-IMPORTANCES: dict[str, Importance] = {
-    "gradient_x_activation": gradient_x_activation,
-    "taylor": taylor,
-    "activation": activation,
-    "magnitude": magnitude,
-    "random": random,
-}
-
-SUMMED: dict[ImportanceName, Callable[..., dict[str, Tensor]]] = {
+SUMMED: dict[str, Callable[..., dict[str, Tensor]]] = {
     "gradient_x_activation": gradient_x_activation,
     "taylor": taylor,
     "activation": activation,
 }
 """Those that are sums over samples, so that several ranks can each add up a share (``ranks=``)."""
+
+IMPORTANCES: dict[str, Importance] = {**SUMMED, "magnitude": magnitude, "random": random}

@@ -168,7 +168,7 @@ class Selection:
         with self._candidates(module, units, reference, ranking, criterion) as candidates:
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
-                made.append(Evaluation(score, reference.ranks.decided(partial(criterion.met, score))))
+                made.append(Evaluation(score, ranks.decided(partial(criterion.met, score))))
                 if made[-1].accepted:
                     break
             taken = made[-1] if made[-1].accepted else made[0]

@@ -32,12 +32,14 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
         hooks.enter_context(attention_by_its_parts())
         for layer in layers:
             irrelevant = ~relevant[layer.name]
-            for name in (layer.name, layer.norm, layer.slopes) if irrelevant.any() else ():
+            if not irrelevant.any():
+                continue
+            # The layer has a weight to tell the device by; a norm may have none.
+            device = module.get_parameter(f"{layer.name}.weight").device
+            fill = _filler(irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device))
+            for name in (layer.name, layer.norm, layer.slopes):
                 if name is not None:
-                    speaker = module.get_submodule(name)
-                    device = next(speaker.parameters(), irrelevant).device
-                    silent = irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device)
-                    hooks.callback(speaker.register_forward_hook(_filler(silent)).remove)
+                    hooks.callback(module.get_submodule(name).register_forward_hook(fill).remove)
         yield
 
 

@@ -785,6 +785,17 @@ def test_other_precisions(precision):
     assert dtypes == {{"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)}
 
 
+def test_a_forward_that_asks_for_its_dtype_is_attributed_in_single_precision():
+    class Asking(Classifier):
+        def forward(self, x):
+            return super().forward(x.to(self.dtype))
+
+    model, rnf = Asking(), RelevanceFreezing(criterion=0.1)
+    train(model, rnf, "a", precision="bf16-true")
+    assert list(rnf.state.tasks) == ["a"]
+    assert model.dtype == torch.bfloat16
+
+
 def test_batches_of_another_form_are_read_by_predict():
     class Dictionaries(torch.utils.data.Dataset):
         def __len__(self):

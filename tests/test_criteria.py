@@ -10,7 +10,15 @@ import torch
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassF1Score, MulticlassHingeLoss
 
-from lightning_rnf.criteria import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, SubnetworkScore, as_criterion
+from lightning_rnf.criteria import (
+    AccuracyDrop,
+    ComputeBudget,
+    Criterion,
+    FreeCapacity,
+    MetricDrop,
+    SubnetworkScore,
+    as_criterion,
+)
 from lightning_rnf.search import Measured, rank, search_cutoff
 
 
@@ -214,6 +222,14 @@ def test_criteria_combine_to_one_that_accepts_what_all_accept_and_asks_for_what_
     assert ((lambda score: False) & AccuracyDrop(1.0))(score(1.0, 1.0)) is False
     with pytest.raises(ValueError, match="samples"):
         both.check_samples(9)
+
+
+def test_a_criterion_without_a_verdict_is_refused_when_it_is_made():
+    class Undecided(Criterion):
+        pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        Undecided()
 
 
 # -- rubbish ----------------------------------------------------------------------------------------------------------
