@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import arguments, initial, norms, subnetwork
+from lightning_rnf import arguments, checkpoints, initial, norms, subnetwork
 from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.export import export
-from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities
+from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities, hold_in_copy
 from lightning_rnf.guard import recompiled
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
@@ -34,6 +34,7 @@ from lightning_rnf.runs import (
     refuse_strategies,
     task_of_evaluation,
     tasks_of_loaders,
+    warn_of_averages,
 )
 from lightning_rnf.search import Candidates, Method, Normalize
 from lightning_rnf.selection import Selection
@@ -64,9 +65,10 @@ class RelevanceFreezing(Callback):
             logits = model(x)
 
     Note:
-        The record of a task is made in ``on_train_end``, after ``ModelCheckpoint`` has saved: call
-        ``trainer.save_checkpoint(path)`` after ``fit`` to keep it. A task ends only with a fit that trained to its end:
-        a skipped or interrupted one, a sanity check, ``fast_dev_run`` and the learning rate finder end none.
+        The record of a task is made in ``on_train_end``, of the weights that the model has then, and saved as
+        ``<task>-ended.ckpt`` beside the files of ``ModelCheckpoint``. A task ends only with a fit that trained to its
+        end: a skipped or interrupted one, a sanity check, ``fast_dev_run`` and the learning rate finder end none. A fit
+        that is resumed from a checkpoint of after the last epoch ends its task, too.
 
     Args:
         reference: a data module or loader to draw reference data from, the same for every task; a function
@@ -185,7 +187,8 @@ class RelevanceFreezing(Callback):
         self.task = arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
         self.seed = arguments.of_type("seed", seed, int, "a whole number")
         self.state = FreezeState()
-        self._is_resumed = False
+        self._is_resumed = self._has_trained = False
+        self._steps_at_end = -1
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._freezer: Freezer | None = None
         self._recalled = ExitStack()
@@ -260,6 +263,38 @@ class RelevanceFreezing(Callback):
         self.state.check_module(module)
         return export(module, self.state.layers, record, masked=self.retention == "exact")
 
+    def end_task(self, name: str | None = None) -> TaskRecord:
+        """End the task that is being trained, inside a fit that goes on with the next one.
+
+        For several tasks in one long fit. Call it between two steps, from a hook such as ``on_train_epoch_end``, before
+        the next task's head is activated: its reference data is drawn and its head traced now, and its units are frozen
+        from the next step on. The fit's end then ends the last task, unless no step was made since.
+
+        Args:
+            name: of the task; None: as ``task`` says.
+
+        Raises:
+            RuntimeError: if no fit is under way.
+            ValueError: if the fit has several processes, the task has ended already, or as the end of a fit.
+        """
+        module = self._model()
+        if module is None or self._freezer is None or not self._freezer.attached:
+            raise RuntimeError("no fit is under way whose task could end: call end_task from a hook between two steps")
+        trainer = module.trainer
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"end_task can't work in {trainer.world_size} processes: DDP has wrapped the model with the heads that "
+                "learned at its start, and would leave the next one's gradients apart; use one fit per task"
+            )
+        self._freezer.follow(trainer.optimizers)
+        self._freezer.pin()
+        record = self._end_task(trainer, module, self._task_name(trainer, module, name))
+        if self.reset_free:
+            initial.reset_free(self.state, module)
+        self._freezer.change(self._elasticities())
+        self._pin_norms(module)
+        return record
+
     @property
     def free_capacity(self) -> float:
         """Share of the units that are relevant to no finished task, in [0, 1]."""
@@ -280,8 +315,9 @@ class RelevanceFreezing(Callback):
         if sum(isinstance(callback, RelevanceFreezing) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
         refuse_strategies(trainer)
+        warn_of_averages(trainer, self)
         self._task_name(trainer, pl_module)
-        self._is_resumed = False
+        self._is_resumed = self._has_trained = False
         self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         self._begin(pl_module)
         self._model = weakref.ref(pl_module)
@@ -305,10 +341,11 @@ class RelevanceFreezing(Callback):
         assert self._freezer is not None
         if self.reset_free and not self.state.tasks and not self.state.initial:
             initial.remember(self.state, pl_module, units)
+        self._has_trained = True
+        self._steps_at_end = -1
+        self.state.training = name
         self._freezer.attach(trainer.optimizers)
-        if self.selection.norm_statistics == "pinned":
-            self._pinned.enter_context(recompiled())
-            self._pinned.enter_context(norms.pinned(pl_module, norms.stored(self.state, pl_module)))
+        self._pin_norms(pl_module)
         if self.state.recovering is not None:
             self._stay_inside(pl_module, self.state.recovering)
 
@@ -316,6 +353,9 @@ class RelevanceFreezing(Callback):
         """Follow optimizers that were put in place of others; go on inside the sub-network when it is time."""
         assert self._freezer is not None
         self._freezer.follow(trainer.optimizers)
+        if self.state.training is None:  # the last one was ended by hand
+            name = given_name(self.task, trainer, pl_module)
+            self.state.training = None if name in self.state.tasks else name
         if self._is_time_to_recover(trainer):
             name = self._task_name(trainer, pl_module)
             with self._observing(trainer, pl_module) as (units, reference):
@@ -343,30 +383,34 @@ class RelevanceFreezing(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or trainer.global_step == self._steps_at_end:  # type: ignore[attr-defined]
             return
         assert self._freezer is not None
         self._freezer.follow(trainer.optimizers)
         self._freezer.pin()
-        self._silenced.close()
+        self._end_task(trainer, pl_module, self._task_name(trainer, pl_module))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the task of a checkpoint from after its last epoch: with nothing left to train, no training ends."""
+        if self._has_trained or not self._is_resumed or self.state.training is None or not trainer.fit_loop.done:
+            return
         name = self._task_name(trainer, pl_module)
-        recovered = self.state.recovering
-        with self._observing(trainer, pl_module) as (units, reference):
-            if recovered is None:
-                if self.recovery_epochs:
-                    rank_zero_warn(f"{name}: the fit ended before its last {self.recovery_epochs} epochs: no recovery")
-                record = self.selection.select(name, pl_module, units, reference, self.state, self.criterion)
-            else:
-                record = self.selection.settle(
-                    recovered, pl_module, units, reference, self.state, self.criterion, milder=self.recovery_search
-                )
-        full_before = self._full_layers()
-        self.state.add(record, units)
-        self._report(record, full_before)
+        if name == self.state.training:
+            pl_module.to(trainer.strategy.root_device)
+            try:
+                self._end_task(trainer, pl_module, name)
+            finally:
+                pl_module.cpu()  # where Lightning has put it
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give everything back at the end of any run."""
         self._give_back()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep frozen rows exact where another callback saves its averages in the model's place."""
+        hold_in_copy(checkpoint["state_dict"], pl_module, self._elasticities())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give everything back after an exception: Lightning calls no teardown then."""
@@ -445,6 +489,32 @@ class RelevanceFreezing(Callback):
         self.state.check_module(module)
         self._freezer = Freezer(module, self._elasticities())
         self._freezer.stop_gradients()
+
+    def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> TaskRecord:
+        self._silenced.close()
+        recovered = self.state.recovering
+        with self._observing(trainer, module) as (units, reference):
+            if recovered is None:
+                if self.recovery_epochs:
+                    rank_zero_warn(f"{name}: the fit ended before its last {self.recovery_epochs} epochs: no recovery")
+                record = self.selection.select(name, module, units, reference, self.state, self.criterion)
+            else:
+                record = self.selection.settle(
+                    recovered, module, units, reference, self.state, self.criterion, milder=self.recovery_search
+                )
+        full_before = self._full_layers()
+        self.state.add(record, units)
+        self._report(record, full_before)
+        self._steps_at_end = trainer.global_step
+        if path := checkpoints.keep(trainer, name):
+            rank_zero_info(f"{name}: kept in {path}")
+        return record
+
+    def _pin_norms(self, module: pl.LightningModule) -> None:
+        self._pinned.close()
+        if self.selection.norm_statistics == "pinned":
+            self._pinned.enter_context(recompiled())
+            self._pinned.enter_context(norms.pinned(module, norms.stored(self.state, module)))
 
     def _give_back(self) -> None:
         for name in _CONTEXTS:
@@ -534,8 +604,8 @@ class RelevanceFreezing(Callback):
         if full:
             rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
 
-    def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        name = ranks_of(trainer).decided(lambda: given_name(self.task, trainer, module))
+    def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule, given: str | None = None) -> str:
+        name = given or ranks_of(trainer).decided(lambda: given_name(self.task, trainer, module))
         if name is None:
             name = f"task-{len(self.state.tasks)}"
         if name in self.state.tasks:

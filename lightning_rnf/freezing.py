@@ -78,6 +78,23 @@ def check_elasticity(name: str, option: ElasticityOption) -> ElasticityOption:
     return option
 
 
+@torch.no_grad()
+def hold_in_copy(tensors: Mapping[str, Tensor], module: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    """Give a copy of a module's parameters the module's own frozen rows.
+
+    For a state dict on its way into a checkpoint: one of averaged weights has those rows rounded.
+
+    Args:
+        tensors: by parameter name.
+        module: whose frozen rows are right.
+        factors: by parameter name, as from `elasticities`.
+    """
+    for name, rows in _rows(module, factors).items():
+        frozen = rows.where(rows.factor == 0)
+        if frozen is not None and name in tensors:
+            frozen.write(tensors[name], frozen.read(rows.parameter))
+
+
 class Freezer:
     """Holds a module's parameters to their elasticities for the length of one fit.
 
@@ -225,7 +242,7 @@ class _Slice:
         if self.index is None:
             rows.copy_(value)
             return
-        value = value.to(rows.device)  # after the fit the parameter may be on another device
+        value = value.to(rows)  # after the fit the parameter may be on another device
         index = tuple(one.to(rows.device) for one in self.index)
         if len(index) == 1:
             rows.index_copy_(0, *index, value)
@@ -263,8 +280,8 @@ class _Rows:
 
     def hold(self) -> None:
         elastic = (self.factor != 0) & (self.factor != 1)
-        self.frozen = self._where(self.factor == 0)
-        self.elastic = self._where(elastic)
+        self.frozen = self.where(self.factor == 0)
+        self.elastic = self.where(elastic)
         if self.frozen is not None:
             self.pinned = self.frozen.read(self.parameter)
         if self.elastic is not None:
@@ -272,7 +289,7 @@ class _Rows:
             inner = [1] * (self.parameter.ndim - self.factor.ndim)
             self.weight = factors.view((*factors.shape, *inner)).to(self.parameter)
 
-    def _where(self, chosen: Tensor) -> _Slice | None:
+    def where(self, chosen: Tensor) -> _Slice | None:
         if not chosen.any():
             return None
         return _Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))

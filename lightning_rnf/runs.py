@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.ranks import Ranks
 from lightning_rnf.state import FreezeState
+
+# WeightAveraging is there from Lightning 2.6 on.
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 
 TaskOption = str | Callable[[Trainer, LightningModule], str] | None
 """A task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``."""
@@ -36,6 +43,18 @@ def refuse_strategies(trainer: Trainer) -> None:
             f"RelevanceFreezing does not know how {type(trainer.strategy).__name__} spreads a model over "
             f"{trainer.world_size} processes: use Trainer(strategy='ddp')"
         )
+
+
+def warn_of_averages(trainer: Trainer, callback: Callback) -> None:
+    """Warn of callbacks that write averaged weights into the model after this one has made a record of others."""
+    order: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for later in order[order.index(callback) + 1 :]:
+        if isinstance(later, _AVERAGING):
+            name = type(later).__name__
+            rank_zero_warn(
+                f"{name} writes its averaged weights after RelevanceFreezing has recorded the task: put {name} before "
+                "RelevanceFreezing in Trainer(callbacks=[...]), or the record is of weights that no longer exist"
+            )
 
 
 def ranks_of(trainer: Trainer) -> Ranks:

@@ -75,6 +75,7 @@ class FreezeState:
         layers: unit layers in execution order; empty until the first task has ended.
         shared: names of the parameters that are frozen whole.
         tasks: records by name, in the order of training.
+        training: the task that a fit is training: a checkpoint with it was saved before that task had ended.
         recovering: the task that is being trained inside its sub-network, as the search left it; None: no task is.
         initial: parameters and running statistics of units before the first task, by name, if free units are to be
             reset to them.
@@ -84,6 +85,7 @@ class FreezeState:
     layers: tuple[UnitLayer, ...] = ()
     shared: tuple[str, ...] = ()
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
+    training: str | None = None
     recovering: TaskRecord | None = None
     initial: dict[str, Tensor] = field(default_factory=dict)
     resets: int = 0
@@ -100,7 +102,7 @@ class FreezeState:
         self.layers = units.layers
         self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
         self.tasks[record.name] = record
-        self.recovering = None
+        self.training = self.recovering = None
 
     def recover(self, record: TaskRecord, units: UnitMap) -> None:
         """Note that a task is trained inside its sub-network from here on.
@@ -114,7 +116,7 @@ class FreezeState:
 
     def forget_unfinished(self) -> None:
         """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
-        self.recovering = None
+        self.training = self.recovering = None
         if not self.tasks:
             self.layers, self.initial, self.resets = (), {}, 0
 
@@ -208,6 +210,7 @@ class FreezeState:
             "layers": [asdict(layer) for layer in self.layers],
             "shared": list(self.shared),
             "tasks": [_record_to_plain(record) for record in self.tasks.values()],
+            "training": self.training,
             "recovering": None if self.recovering is None else _record_to_plain(self.recovering),
             "initial": dict(self.initial),
             "resets": self.resets,
@@ -231,6 +234,7 @@ class FreezeState:
             if record.name in tasks:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
+        training: str | None = _get(plain, "training", (str, type(None)))
         recovering: dict[str, Any] | None = _get(plain, "recovering", (dict, type(None)))
         initial, resets = _get_tensors(plain, "initial"), _get(plain, "resets", int)
         if not 0 <= resets <= len(tasks):
@@ -243,7 +247,7 @@ class FreezeState:
         unfinished = None if recovering is None else _record_from_plain(recovering, layers)
         if unfinished is not None and not unfinished.evaluations:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
-        return cls(layers, names, tasks, unfinished, initial, resets)
+        return cls(layers, names, tasks, training, unfinished, initial, resets)
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAUROC
@@ -56,6 +57,19 @@ def trained(model_type=ConvClassifier):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0  # what one process sees in training is not what several see
     return model
+
+
+class ByHand(pl.Callback):
+    """Ends the task in the middle of a fit."""
+
+    def __init__(self, rnf):
+        self.rnf = rnf
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        try:
+            self.rnf.end_task()
+        except ValueError as error:
+            self.sentence = str(error)
 
 
 class Stream(IterableDataset):
@@ -157,6 +171,36 @@ def sequence():
     }
 
 
+def recalled(rnf, model):
+    with rnf.recall("a", model), torch.no_grad():
+        return model(clusters("c", 50).tensors[0])
+
+
+def saved(folder):
+    """A task that ends in all processes and is kept in one file."""
+    seed_everything(1, verbose=False)
+    model, rnf = ConvClassifier(), RelevanceFreezing(criterion=0.1)
+    fit(model, rnf, "a", ModelCheckpoint(folder, save_last=True), enable_checkpointing=True)
+    return recalled(rnf, model)
+
+
+def gone_on(path):
+    """A fit that goes on from a checkpoint that another number of processes has written."""
+    model, rnf = ConvClassifier(), RelevanceFreezing(criterion=0.1)
+    model.heads.activate("b")
+    strategy = {"strategy": "ddp", "devices": WORLD} if WORLD > 1 else {}
+    trainer(rnf, max_epochs=3, **strategy).fit(model, datamodule=task_data("b"), ckpt_path=path)
+    return list(rnf.state.tasks), recalled(rnf, model)
+
+
+def by_hand():
+    """What is said to who ends a task by hand."""
+    rnf = RelevanceFreezing(criterion=0.1)
+    by_hand = ByHand(rnf)
+    fit(trained(Classifier), rnf, "a", by_hand)
+    return by_hand.sentence
+
+
 def shares():
     """A stream that deals its samples out to the processes itself; in the end one of them has nothing."""
     rnf = RelevanceFreezing(DataLoader(Stream(96, RANK, WORLD) if RANK + 1 < WORLD else Stream(0), 8), criterion=0.1)
@@ -227,6 +271,9 @@ if __name__ == "__main__":
     found = {
         "records": records() if WORLD == 2 else records(FEW),
         "sequence": sequence(),
+        "saved": saved(Path(sys.argv[1]) / "many"),
+        "gone_on": gone_on(Path(sys.argv[1]) / "alone" / "a-ended.ckpt"),
+        "by_hand": by_hand(),
         "shares": shares(),
         "failure": failure(),
         "unreadable": unreadable(),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from processes import FEW, SAME, records
+from processes import FEW, SAME, gone_on, records, saved
 
 from lightning_rnf.ranks import ALONE, Ranks, joined
 from lightning_rnf.runs import refuse_strategies
@@ -35,6 +35,7 @@ def alone():
 def run(request, tmp_path_factory):
     """What each process found, and how the last fit, in which one of them fails, ended for all."""
     folder = tmp_path_factory.mktemp("ddp")
+    alone = saved(folder / "alone")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     ended = subprocess.run(
         [*launcher, "--nproc-per-node", str(request.param), str(HERE / "processes.py"), str(folder)],
@@ -46,7 +47,9 @@ def run(request, tmp_path_factory):
     )
     found = [folder / f"{rank}.pt" for rank in range(request.param)]
     assert all(path.exists() for path in found), ended.stderr[-5000:]
-    return SimpleNamespace(ranks=[torch.load(path, weights_only=True) for path in found], ended=ended)
+    return SimpleNamespace(
+        ranks=[torch.load(path, weights_only=True) for path in found], ended=ended, folder=folder, alone=alone
+    )
 
 
 def test_masks_and_what_led_to_them_are_those_of_one_process(run, alone):
@@ -61,6 +64,24 @@ def test_masks_and_what_led_to_them_are_those_of_one_process(run, alone):
             assert record["conservation"] == pytest.approx(alone[name]["conservation"])
             for key, value in alone[name]["norm_statistics"].items():
                 assert value.dtype == torch.int64 or torch.allclose(record["norm_statistics"][key], value), (name, key)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
+@pytest.mark.parametrize("name", ["a-ended.ckpt", "last.ckpt"])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(run, name):
+    tasks, logits = gone_on(run.folder / "many" / name)
+    assert tasks == ["a", "b"]
+    assert torch.equal(logits, run.ranks[0]["saved"])
+    for rank in run.ranks:
+        tasks, logits = rank["gone_on"]
+        assert tasks == ["a", "b"]
+        assert torch.equal(logits, run.alone)
+
+
+def test_a_task_ended_by_hand_is_refused_in_all_of_several_processes(run):
+    for rank in run.ranks:
+        assert rank["by_hand"].startswith(f"end_task can't work in {len(run.ranks)} processes: DDP has wrapped")
 
 
 def test_all_ranks_keep_the_record_of_the_first(run):
