@@ -21,7 +21,8 @@ _AVERAGING = tuple(
     getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
 )
 
-TaskOption = str | Callable[[Trainer, LightningModule], str] | None
+# A function first: a command line takes any text for a name.
+TaskOption = Callable[[Trainer, LightningModule], str] | str | None
 """A task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``."""
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -230,6 +232,7 @@ def fit_stream(
     *,
     activate: Callable[[LightningModule, Any], None] | None = None,
     predict: Predict = supervised,
+    folder: str | PathLike[str] | None = None,
 ) -> Tensor:
     """Train all tasks one after the other and test every task seen so far after each.
 
@@ -241,6 +244,8 @@ def fit_stream(
         activate: called with model and task before each fit and test; None: activate the task's head in the model's
             `MultiHead`, adding one if the task has ``classes`` and no head yet.
         predict: how to get logits and labels of a batch.
+        folder: each task keeps its checkpoints in ``folder/<task>``, and a stream that was stopped goes on from them.
+            None: nothing is kept but what ``trainer_factory`` keeps.
 
     Returns:
         The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal.
@@ -253,8 +258,14 @@ def fit_stream(
     matrix = AccuracyMatrix(len(tasks))
     for trained, task in enumerate(tasks):
         activate(model, task)
-        trainer = trainer_factory(callbacks=[callback] if callback is not None else [])
-        trainer.fit(model, datamodule=task)
+        callbacks: list[Callback] = [callback] if callback is not None else []
+        last = None
+        if folder is not None:
+            saver = ModelCheckpoint(Path(folder) / task.task, save_last=True, enable_version_counter=False)
+            callbacks.append(saver)
+            last = Path(folder) / task.task / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
+        trainer = trainer_factory(callbacks=callbacks)
+        trainer.fit(model, datamodule=task, ckpt_path=last if last is not None and last.exists() else None)
         model.to(trainer.strategy.root_device)
         for index, seen in enumerate(tasks[: trained + 1]):
             activate(model, seen)
