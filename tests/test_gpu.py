@@ -76,7 +76,8 @@ def recalled(model, callback, task, device, precision="32-true"):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @MODELS
 def test_frozen_rows_are_bit_equal_and_recall_bit_identical(model_type, precision, device):
-    model, rnf, before, rows = model_type(weight_decay=0.1), RelevanceFreezing(criterion=0.1), {}, {}
+    model = model_type(weight_decay=1.0)  # less is rounded away in bfloat16, and would move no row that isn't held
+    rnf, before, rows = RelevanceFreezing(criterion=0.1), {}, {}
     for task in "abc":
         skipped = fit(model, rnf, task, device, precision)
         assert (0 < skipped < 20) == (precision == "16-mixed")
