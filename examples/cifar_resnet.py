@@ -3,6 +3,7 @@
     python examples/cifar_resnet.py --data FOLDER                # shards as in FOLDER/cifar100/train_00.avif
     python examples/cifar_resnet.py --data FOLDER --torchvision  # torchvision's layout: FOLDER/cifar-100-python
     python examples/cifar_resnet.py --data FOLDER --width 16 --stem-stride 2 # for a CPU
+    python examples/cifar_resnet.py --data FOLDER --accelerator gpu --precision bf16-mixed --epochs 30
 
 Classes are assigned to tasks at random by the seed. A tenth of the training data is held out: reference data comes
 from there, the test set is only for the report.
@@ -91,11 +92,11 @@ def stream(options: argparse.Namespace, seed: int) -> list[TaskDataModule]:
     classes = torch.randperm(100, generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [classes[first : first + 10] for first in range(0, 100, 10)]
     names = [f"task {number}" for number in range(len(groups))]
-    return split_by_class(train, test, groups, name=names, batch_size=64, seed=seed)
+    return split_by_class(train, test, groups, name=names, batch_size=options.batch_size, seed=seed)
 
 
 def model(options: argparse.Namespace) -> ResNet18:
-    return ResNet18(options.width, options.stem_stride)
+    return ResNet18(options.width, options.stem_stride, options.learning_rate)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +104,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch them if they are not there (torchvision)")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage (%(default)s)")
     parser.add_argument("--stem-stride", type=int, default=1, help="2 for a quarter of the work (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=0.05, help="the cycle's highest (%(default)s)")
 
 
 EXPERIMENT = Experiment(
@@ -113,7 +116,7 @@ EXPERIMENT = Experiment(
     epochs=10,
     default_methods=("naive", "paper", "exact", "exact, recalibrated", "recovery", "recovery, ration"),
     drawn=("naive", "paper", "exact, recalibrated", "recovery, ration"),
-    setup={"network": "ResNet-18 for 32 x 32", "training": "SGD 0.05, one cycle a task, batch 64, crops and flips"},
+    setup={"network": "ResNet-18 for 32 x 32", "training": "SGD, one cycle a task, crops and flips"},
     arguments=arguments,
 )
 

@@ -66,6 +66,8 @@ class Experiment:
         parser.add_argument("--tasks", type=int, help="only so many of the tasks")
         parser.add_argument("--samples", type=int, help="only so many training and test samples: for a quick look")
         parser.add_argument("--on-validation", action="store_true", help="report validation accuracy: to choose by")
+        parser.add_argument("--accelerator", default="auto", help="of the Trainer: cpu, gpu (%(default)s)")
+        parser.add_argument("--precision", default="32-true", help="of the Trainer: bf16-mixed, … (%(default)s)")
         parser.add_argument("--output", type=Path, default=Path(name), help="folder for JSON and figure")
         self.arguments(parser)
         options = parser.parse_args(arguments)
@@ -76,9 +78,10 @@ class Experiment:
         path = options.output / f"{name}.json"
         summary = json.loads(path.read_text()) if path.exists() else {"runs": {}}
         chosen = {key: str(value) for key, value in vars(options).items() if key not in _NOT_OF_THE_RESULT}
-        if summary.get("options", chosen) != chosen:
+        defaults = {key: str(parser.get_default(key)) for key in chosen}  # of options younger than the file
+        if defaults | summary.get("options", chosen) != chosen:
             parser.error(f"{path} was made with other options, {summary['options']}: give another --output")
-        summary |= {"experiment": self.title, "options": chosen, **self.setup, **environment()}
+        summary |= {"experiment": self.title, "options": chosen, **self.setup, **environment(options.accelerator)}
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for method in options.methods:
                 runs = summary["runs"].setdefault(method, [])
@@ -109,13 +112,21 @@ class Experiment:
         callback = self.methods[method]()
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = partial(
-            Trainer, max_epochs=options.epochs, num_sanity_val_steps=0, enable_model_summary=False, **quiet
+            Trainer,
+            accelerator=options.accelerator,
+            devices=1,
+            precision=options.precision,
+            max_epochs=options.epochs,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            **quiet,
         )
         started = time.perf_counter()
         matrix = fit_stream(self.model(options), stream, callback, trainer)
         records = list(callback.state.tasks.values()) if callback else []
         return {
             "seed": seed,
+            "device": device(options.accelerator),
             "tasks": [task.task for task in stream],
             "matrix": [[None if entry != entry else entry for entry in row] for row in matrix.tolist()],
             "average": float(average_accuracy(matrix)[-1]),
@@ -131,7 +142,7 @@ class Experiment:
         }
 
 
-_NOT_OF_THE_RESULT = {"data", "output", "methods", "seeds", "first_seed", "download"}
+_NOT_OF_THE_RESULT = {"data", "output", "methods", "seeds", "first_seed", "download", "accelerator"}
 
 
 def stream_result(method: str, run: dict) -> StreamResult:
@@ -140,11 +151,16 @@ def stream_result(method: str, run: dict) -> StreamResult:
     return StreamResult(method, run["tasks"], matrix, run["free_capacity"])
 
 
-def environment() -> dict:
+def environment(accelerator: str = "auto") -> dict:
     """Versions and device."""
     packages = ("torch", "lightning", "torchmetrics", "zennit", "lightning-rnf")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return {"versions": {package: version(package) for package in packages}, "device": device}
+    return {"versions": {package: version(package) for package in packages}, "device": device(accelerator)}
+
+
+def device(accelerator: str) -> str:
+    """What a Trainer with this accelerator runs on."""
+    on_gpu = accelerator in {"auto", "gpu", "cuda"} and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})"
 
 
 def table(runs: Mapping[str, list[dict]]) -> str:

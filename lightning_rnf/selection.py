@@ -65,8 +65,10 @@ class Selection:
             batches = gathered(batches, ranks) if callable(self.importance) else batches
             scores = ranks.decided(lambda: importance(module, units.layers, batches, predict))
             found = Attribution(check_scores(scores, units.layers))
-        # As the record keeps them: a ranking made from the record is then the same.
-        return replace(found, relevance={name: values.float() for name, values in found.relevance.items()})
+        # As the record keeps them: a ranking made from the record is then the same. A user's function may have given
+        # what is on the model's device, hangs in a graph or goes on changing.
+        kept = {name: values.detach().to("cpu", torch.float32, copy=True) for name, values in found.relevance.items()}
+        return replace(found, relevance=kept)
 
     def check(self, module: nn.Module, units: UnitMap, example: ReferenceData, *criteria: Criterion) -> None:
         """Try everything on one batch, before a training whose end would need it."""

@@ -304,8 +304,8 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
         name=name,
         head=_get(plain, "head", str),
         head_parameters=_get_names(plain, "head_parameters"),
-        relevant=dict(relevant),
-        relevance=dict(relevance),
+        relevant={layer: mask.cpu() for layer, mask in relevant.items()},  # whatever map_location it was loaded with
+        relevance={layer: values.cpu() for layer, values in relevance.items()},
         norm_statistics=_get_tensors(plain, "norm_statistics"),
         cutoff=_get(plain, "cutoff", int),
         accuracy=_get(plain, "accuracy", float),
@@ -343,7 +343,7 @@ def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:
 def _get_tensors(plain: object, key: str) -> dict[str, Tensor]:
     tensors: dict[Any, Any] = _get(plain, key, dict)
     _check_names(key, list(tensors))
-    return {name: _get(tensors, name, Tensor) for name in tensors}
+    return {name: _get(tensors, name, Tensor).cpu() for name in tensors}
 
 
 def _get_numbers(plain: object, key: str) -> dict[str, float]:

@@ -88,3 +88,23 @@ def test_cifar_resnet_runs_on_a_slice_of_the_real_data(run):
     assert result["forgetting"] == 0
     assert result["average"] > 0.15  # chance is 0.1; 54 batches a task
     assert min(result["capacity"][0].values()) >= 0.6
+
+
+@pytest.mark.filterwarnings("ignore:.*overridden `on_after_batch_transfer` in `LightningModule`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*passed in a `val_dataloader` but have no `validation_step`:UserWarning")
+@has("cifar100")
+def test_cifar_resnet_takes_device_and_precision_and_goes_on_with_files_older_than_its_options(run, tmp_path):
+    options = ["--width", "8", "--stem-stride", "2", "--epochs", "1", "--samples", "2000", "--tasks", "1"]
+    options += ["--methods", "naive", "--accelerator", "cpu"]
+    summary = run("cifar_resnet", *options)
+    assert summary["runs"]["naive"][0]["device"].startswith("CPU")
+    for younger in ("precision", "batch_size", "learning_rate"):
+        del summary["options"][younger]
+    (tmp_path / "cifar_resnet.json").write_text(json.dumps(summary))
+    assert run("cifar_resnet", *options)["runs"] == summary["runs"]
+    with pytest.raises(SystemExit):
+        run("cifar_resnet", *options, "--precision", "bf16-mixed")
+    (tmp_path / "cifar_resnet.json").unlink()
+    mixed = run("cifar_resnet", *options, "--precision", "bf16-mixed", "--batch-size", "32", "--learning-rate", "0.1")
+    assert mixed["options"]["precision"] == "bf16-mixed"
+    assert mixed["runs"]["naive"][0]["matrix"] != summary["runs"]["naive"][0]["matrix"]
