@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import arguments, initial, norms, subnetwork
+from lightning_rnf import arguments, initial, norms, sharding, subnetwork
 from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.export import export
@@ -28,6 +28,7 @@ from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.runs import (
     TaskOption,
     check_epochs,
+    check_sharding,
     epochs_left,
     given_name,
     ranks_of,
@@ -293,18 +294,20 @@ class RelevanceFreezing(Callback):
             self.state.forget_unfinished()
         if self.state.recovering is None:
             check_epochs(trainer, self.recovery_epochs, resumed=self._is_resumed)
-        if self.reset_free:
-            initial.reset_free(self.state, pl_module)
+        check_sharding(trainer, pl_module)
         reference = self._reference()
-        with isolate_rng():
-            example, samples = reference.example(trainer), reference.size(trainer)
-            batch = ReferenceData([example], 1, 1, self.predict, trainer.precision_plugin.forward_context)
-            units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, batch, samples))
-        check_globs("elasticity", self.elasticity, units)
-        check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
+        with sharding.whole(pl_module):
+            if self.reset_free:
+                initial.reset_free(self.state, pl_module)
+            with isolate_rng():
+                example, samples = reference.example(trainer), reference.size(trainer)
+                batch = ReferenceData([example], 1, 1, self.predict, trainer.precision_plugin.forward_context)
+                units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, batch, samples))
+            check_globs("elasticity", self.elasticity, units)
+            check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
+            if self.reset_free and not self.state.tasks and not self.state.initial:
+                initial.remember(self.state, pl_module, units)
         assert self._freezer is not None
-        if self.reset_free and not self.state.tasks and not self.state.initial:
-            initial.remember(self.state, pl_module, units)
         self._freezer.attach(trainer.optimizers)
         if self.selection.norm_statistics == "pinned":
             self._pinned.enter_context(recompiled())
@@ -367,6 +370,7 @@ class RelevanceFreezing(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give everything back at the end of any run."""
         self._give_back()
+        sharding.reshard(pl_module)  # flags that the user sets before the next fit are to be seen by it
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give everything back after an exception: Lightning calls no teardown then."""
@@ -476,7 +480,7 @@ class RelevanceFreezing(Callback):
         with isolate_rng():
             reference = self._reference().draw(trainer)
             self._check_size(reference.samples)
-            with subnetwork.with_leading_buffers(module, reference.ranks):
+            with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
                 yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
 
     def _is_time_to_recover(self, trainer: pl.Trainer) -> bool:
