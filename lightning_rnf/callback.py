@@ -254,10 +254,13 @@ class RelevanceFreezing(Callback):
 
         Raises:
             KeyError: if there is no such finished task.
-            ValueError: if the model lacks something that the task uses, runs another head, or can't be traced.
+            ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
+                traced.
         """
         record = self.state.task(task)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+        if sharding.is_sharded(module):
+            raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
         self.state.check_module(module)
         return export(module, self.state.layers, record, masked=self.retention == "exact")
 

@@ -182,7 +182,7 @@ class Freezer:
             written_only: only where torch has counted a write since the last time; writes to ``.data`` it doesn't.
         """
         for rows in self._rows.values():
-            if not written_only or rows.version != rows.pinned_version:
+            if not written_only or sharding.writes(rows.parameter) != rows.pinned_writes:
                 rows.pin()
 
     def forget_failed_step(self) -> None:
@@ -267,14 +267,9 @@ class _Rows:
         self.frozen: _Slice | None = None
         self.elastic: _Slice | None = None
         self.pinned: Tensor
-        self.pinned_version = -1
+        self.pinned_writes = -1
         self.before: Tensor
         self.weight: Tensor
-
-    @property
-    def version(self) -> int:
-        """Counts writes to the parameter."""
-        return sharding.local(self.parameter)._version
 
     def hold(self) -> None:
         factor = sharding.local_rows(self.parameter, self.factor)
@@ -313,7 +308,7 @@ class _Rows:
     def pin(self) -> None:
         if self.frozen is not None:
             self.frozen.write(self.parameter, self.pinned)
-            self.pinned_version = self.version
+            self.pinned_writes = sharding.writes(self.parameter)
 
     def slow_down(self) -> None:
         if self.elastic is not None:

@@ -57,9 +57,18 @@ def check(module: nn.Module, processes: int) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, in the same memory and without a graph."""
-    found: Any = tensor.detach()
-    own: Tensor = found.to_local() if _is_dtensor(found) else found
+    found: Any = tensor
+    if _is_dtensor(tensor):
+        with torch.no_grad():  # the tensor inside and no view of it
+            found = found.to_local()
+    own: Tensor = found.detach()
     return own
+
+
+def writes(parameter: Tensor) -> int:
+    """How many writes to a parameter torch has counted; writes to ``.data`` it doesn't count."""
+    # Those to a sharded one count there and not in the tensor inside, which may be written to by itself.
+    return parameter._version + (local(parameter)._version if _is_dtensor(parameter) else 0)
 
 
 def local_rows(parameter: Tensor, rows: Tensor) -> Tensor:
