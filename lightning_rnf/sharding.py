@@ -32,6 +32,13 @@ def check(module: nn.Module, processes: int) -> None:
                 f"fully_shard was called on a list of modules, and the {_plain_class(part).__name__} in it can't run "
                 "without the others: call it on one module at a time, or use Trainer(strategy='ddp')"
             )
+        policy = part._get_fsdp_state()._mp_policy
+        if policy.param_dtype is not None or policy.output_dtype is not None:
+            raise ValueError(
+                f"fully_shard was given {policy} for a {_plain_class(part).__name__}, in which relevance and accuracy "
+                "would not be measured: use Trainer(precision='bf16-mixed' or 'bf16-true'), or "
+                "Trainer(strategy='ddp')"
+            )
     parameter: Any  # a DTensor has attributes of its own
     for name, parameter in module.named_parameters():
         if not _is_dtensor(parameter):

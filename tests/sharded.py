@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import RANK, SAME, WORLD, Apart, OneBad, trained
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader
 from training import Classifier, ConvClassifier, clusters, inputs, task_data, trainer
@@ -26,15 +26,13 @@ NAMES = ("many", "odd", "seven", "one batch", "metric", "budget", "taylor", "ran
 
 
 class Spread:
-    """A module for each part of the body with parameters, and one for the rest, the heads."""
+    """As in the README: each part of the body by itself, and the rest, the heads, as one."""
 
     def configure_model(self):
-        if isinstance(self, FSDPModule):
-            return
-        for part in self.body:
-            if any(True for _ in part.parameters()):
+        if not isinstance(self, FSDPModule):  # the next fit calls it again
+            for part in self.body:
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
-        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
 
 class Conv(Spread, ConvClassifier): ...
@@ -70,6 +68,12 @@ class ByColumns(Classifier):
     def configure_model(self):
         mesh = self.device_mesh["data_parallel"]
         fully_shard(self, mesh=mesh, shard_placement_fn=lambda one: Shard(1) if one.shape == (40, 6) else None)
+
+
+class InHalf(Classifier):
+    def configure_model(self):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(self, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
 
 
 def fit(model, rnf, task="a", *callbacks, whole_file=False, tensor_parallel=1, ckpt_path=None, **options):
@@ -199,7 +203,7 @@ def failure():
 def refused():
     """What layouts that can't be worked with are told."""
     found = {}
-    for model_type in (Unspread, HalfSpread, Listed, ByColumns, "tensor parallel"):
+    for model_type in (Unspread, HalfSpread, Listed, ByColumns, InHalf, "tensor parallel"):
         options = {"tensor_parallel": WORLD} if model_type == "tensor parallel" else {}
         model = Linear() if options else model_type()
         try:

@@ -144,6 +144,7 @@ def test_layouts_that_are_no_rows_over_all_processes_are_refused_by_name(run):
         "HalfSpread": "parameter 'heads.tasks.a.weight' is not sharded",
         "Listed": "fully_shard was called on a list of modules, and the Linear in it",
         "ByColumns": "parameter 'body.0.weight' is spread as (Shard(dim=1),)",
+        "InHalf": "fully_shard was given MixedPrecisionPolicy(param_dtype=torch.bfloat16",
         "tensor parallel": f"spreads each layer over {len(run.ranks)} processes (tensor_parallel_size)",
     }
     for rank in run.ranks:
