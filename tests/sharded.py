@@ -155,6 +155,23 @@ def sequence():
     }
 
 
+def reset():
+    """Whether units that a task leaves free start the next one from where they started the first."""
+    seed_everything(1, verbose=False)
+    model, rnf = Conv(), RelevanceFreezing(criterion=0.1, ration=0.5, reset_free=True)
+    start = full(model)
+    fit(model, rnf, "a", max_epochs=2)
+    trained = full(model)
+    model.options["lr"] = 0.0
+    fit(model, rnf, "b")
+    now, frozen = full(model), rnf.state.tasks["a"].relevant
+    return all(
+        torch.equal(now[name][~rows], start[name][~rows]) and torch.equal(now[name][rows], trained[name][rows])
+        for layer, rows in ((layer, frozen[layer.name]) for layer in rnf.state.layers)
+        for name in layer.parameters
+    ) and not equal(start, trained)
+
+
 class SaveAfterOneEpoch(pl.Callback):
     def __init__(self, path):
         self.path = path
@@ -329,7 +346,13 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    found = {"records": records(), "sequence": sequence(), "resumed": resumed(folder), "failure": failure()}
+    found = {
+        "records": records(),
+        "sequence": sequence(),
+        "resumed": resumed(folder),
+        "failure": failure(),
+        "reset": reset(),
+    }
     MESH = init_device_mesh("cpu", (WORLD,))
     found["held"] = {name: [held(name, whole_first) for whole_first in (False, True)] for name in OPTIMIZERS}
     found["borrowed"] = borrowed()

@@ -89,6 +89,10 @@ def test_what_is_free_learns_and_so_does_the_head_that_was_activated_while_it_wa
         assert {name for name, flag in rank["sequence"]["flags"].items() if flag} == layers | head
 
 
+def test_free_units_go_back_to_where_they_started(run):
+    assert all(rank["reset"] for rank in run.ranks)
+
+
 def test_a_test_run_recalls_the_task(run):
     for rank in run.ranks:
         tested, by_hand = rank["sequence"]["tested"]
