@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import arguments, checkpoints, initial, norms, subnetwork
+from lightning_rnf import arguments, checkpoints, initial, norms, sharding, subnetwork
 from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.export import export
@@ -28,6 +28,7 @@ from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.runs import (
     TaskOption,
     check_epochs,
+    check_sharding,
     epochs_left,
     given_name,
     ranks_of,
@@ -256,10 +257,13 @@ class RelevanceFreezing(Callback):
 
         Raises:
             KeyError: if there is no such finished task.
-            ValueError: if the model lacks something that the task uses, runs another head, or can't be traced.
+            ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
+                traced.
         """
         record = self.state.task(task)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+        if sharding.is_sharded(module):
+            raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
         self.state.check_module(module)
         return export(module, self.state.layers, record, masked=self.retention == "exact")
 
@@ -290,7 +294,8 @@ class RelevanceFreezing(Callback):
         self._freezer.pin()
         record = self._end_task(trainer, module, self._task_name(trainer, module, name))
         if self.reset_free:
-            initial.reset_free(self.state, module)
+            with sharding.whole(module):
+                initial.reset_free(self.state, module)
         self._freezer.change(self._elasticities())
         self._pin_norms(module)
         return record
@@ -329,18 +334,20 @@ class RelevanceFreezing(Callback):
             self.state.forget_unfinished()
         if self.state.recovering is None:
             check_epochs(trainer, self.recovery_epochs, resumed=self._is_resumed)
-        if self.reset_free:
-            initial.reset_free(self.state, pl_module)
+        check_sharding(trainer, pl_module)
         reference = self._reference()
-        with isolate_rng():
-            example, samples = reference.example(trainer), reference.size(trainer)
-            batch = ReferenceData([example], 1, 1, self.predict, trainer.precision_plugin.forward_context)
-            units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, batch, samples))
-        check_globs("elasticity", self.elasticity, units)
-        check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
+        with sharding.whole(pl_module):
+            if self.reset_free:
+                initial.reset_free(self.state, pl_module)
+            with isolate_rng():
+                example, samples = reference.example(trainer), reference.size(trainer)
+                batch = ReferenceData([example], 1, 1, self.predict, trainer.precision_plugin.forward_context)
+                units = ranks_of(trainer).decided(lambda: self._rehearse(pl_module, batch, samples))
+            check_globs("elasticity", self.elasticity, units)
+            check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
+            if self.reset_free and not self.state.tasks and not self.state.initial:
+                initial.remember(self.state, pl_module, units)
         assert self._freezer is not None
-        if self.reset_free and not self.state.tasks and not self.state.initial:
-            initial.remember(self.state, pl_module, units)
         self._has_trained = True
         self._steps_at_end = -1
         self.state.training = name
@@ -405,12 +412,14 @@ class RelevanceFreezing(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give everything back at the end of any run."""
         self._give_back()
+        sharding.reshard(pl_module)  # flags that the user sets before the next fit are to be seen by it
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep frozen rows exact where another callback saves its averages in the model's place."""
-        hold_in_copy(checkpoint["state_dict"], pl_module, self._elasticities())
+        if not sharding.is_sharded(pl_module):
+            hold_in_copy(checkpoint["state_dict"], pl_module, self._elasticities())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give everything back after an exception: Lightning calls no teardown then."""
@@ -546,7 +555,7 @@ class RelevanceFreezing(Callback):
         with isolate_rng():
             reference = self._reference().draw(trainer)
             self._check_size(reference.samples)
-            with subnetwork.with_leading_buffers(module, reference.ranks):
+            with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
                 yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
 
     def _is_time_to_recover(self, trainer: pl.Trainer) -> bool:

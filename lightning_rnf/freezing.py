@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rnf import sharding
 from lightning_rnf.state import FreezeState
 from lightning_rnf.units import UnitMap
 
@@ -100,7 +101,8 @@ class Freezer:
 
     Elasticity 0 means bit-equal: gradients of frozen rows are zeroed as they arrive, so that clipping, accumulation and
     moments see zeros, *and* the rows are put back after every optimizer step, since weight decay and warm moments move
-    what has no gradient. Other factors scale the update: a scaled gradient makes no difference to Adam.
+    what has no gradient. Other factors scale the update: a scaled gradient makes no difference to Adam. Of a parameter
+    that is sharded by rows (FSDP2), each process holds those that it has.
 
     Args:
         module: the bare model.
@@ -111,7 +113,7 @@ class Freezer:
         self._module = module
         self._rows = _rows(module, factors)
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._stopped: list[nn.Parameter] = []
+        self._stopped: list[_Rows] = []
         self._handles: list[Any] = []
         self._nested_steps = 0
 
@@ -124,7 +126,7 @@ class Freezer:
         """Take parameters that are frozen whole out of training. Before the strategy wraps the model."""
         for rows in self._rows.values():
             if rows.is_whole and rows.parameter.requires_grad:
-                self._stopped.append(rows.parameter)
+                self._stopped.append(rows)
                 rows.parameter.requires_grad_(False)
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -136,6 +138,10 @@ class Freezer:
             TypeError: if an optimizer has no step hooks to hold rows with.
         """
         self._remove_hooks()
+        if sharding.is_sharded(self._module):  # since the setup, with other parameters in the places of the old ones
+            sharding.reshard(self._module)
+            for name, rows in self._rows.items():
+                rows.parameter = self._module.get_parameter(name)
         self.follow(optimizers)
         for rows in self._rows.values():
             rows.hold()
@@ -157,6 +163,7 @@ class Freezer:
             TypeError: if an optimizer has no step hooks to hold rows with.
             ValueError: if somebody has put another parameter in the place of one that is held.
         """
+        sharding.reshard(self._module)
         new = [one for one in optimizers if not any(one is known for known in self._optimizers)]
         for optimizer in new:
             if not hasattr(optimizer, "register_step_post_hook"):
@@ -177,11 +184,12 @@ class Freezer:
 
     def detach(self) -> None:
         """Pin once more, remove every hook and give back the flags. Safe to call twice."""
+        sharding.reshard(self._module)
         if self.attached:
             self.pin()
         self._remove_hooks()
         while self._stopped:
-            self._stopped.pop().requires_grad_(True)
+            self._stopped.pop().parameter.requires_grad_(True)
 
     @torch.no_grad()
     def pin(self, *, written_only: bool = False) -> None:
@@ -191,7 +199,7 @@ class Freezer:
             written_only: only where torch has counted a write since the last time; writes to ``.data`` it doesn't.
         """
         for rows in self._rows.values():
-            if not written_only or rows.parameter._version != rows.pinned_version:
+            if not written_only or sharding.writes(rows.parameter) != rows.pinned_writes:
                 rows.pin()
 
     def forget_failed_step(self) -> None:
@@ -232,13 +240,13 @@ class _Slice:
     index: tuple[Tensor, ...] | None
 
     def read(self, parameter: Tensor) -> Tensor:
-        rows = parameter.detach()
+        rows = sharding.local(parameter)
         if self.index is None:
             return rows.clone()
         return rows.index_select(0, *self.index) if len(self.index) == 1 else rows[self.index]
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
-        rows = parameter.detach()
+        rows = sharding.local(parameter)
         if self.index is None:
             rows.copy_(value)
             return
@@ -250,6 +258,7 @@ class _Slice:
             rows.index_put_(index, value)
 
     def zero(self, tensor: Tensor) -> None:
+        tensor = sharding.local(tensor)
         # Filled, not multiplied: zero times NaN is NaN.
         if self.index is None:
             tensor.zero_()
@@ -260,12 +269,13 @@ class _Slice:
 
 
 def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
+    sharding.reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {name: _Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()}
 
 
 class _Rows:
-    """One parameter's frozen rows and its elastic ones."""
+    """One parameter's frozen rows and its elastic ones, of those that this process has."""
 
     def __init__(self, parameter: nn.Parameter, factor: Tensor) -> None:
         self.parameter = parameter
@@ -274,20 +284,21 @@ class _Rows:
         self.frozen: _Slice | None = None
         self.elastic: _Slice | None = None
         self.pinned: Tensor
-        self.pinned_version = -1
+        self.pinned_writes = -1
         self.before: Tensor
         self.weight: Tensor
 
     def hold(self) -> None:
-        elastic = (self.factor != 0) & (self.factor != 1)
-        self.frozen = self.where(self.factor == 0)
+        factor = sharding.local_rows(self.parameter, self.factor)
+        elastic = (factor != 0) & (factor != 1)
+        self.frozen = self.where(factor == 0)
         self.elastic = self.where(elastic)
         if self.frozen is not None:
             self.pinned = self.frozen.read(self.parameter)
         if self.elastic is not None:
-            factors = self.factor if self.elastic.index is None else self.factor[elastic]
-            inner = [1] * (self.parameter.ndim - self.factor.ndim)
-            self.weight = factors.view((*factors.shape, *inner)).to(self.parameter)
+            factors = factor if self.elastic.index is None else factor[elastic]
+            inner = [1] * (self.parameter.ndim - factor.ndim)
+            self.weight = factors.view((*factors.shape, *inner)).to(sharding.local(self.parameter))
 
     def where(self, chosen: Tensor) -> _Slice | None:
         if not chosen.any():
@@ -314,7 +325,7 @@ class _Rows:
     def pin(self) -> None:
         if self.frozen is not None:
             self.frozen.write(self.parameter, self.pinned)
-            self.pinned_version = self.parameter._version
+            self.pinned_writes = sharding.writes(self.parameter)
 
     def slow_down(self) -> None:
         if self.elastic is not None:

@@ -145,7 +145,8 @@ def pinned(module: nn.Module, statistics: Mapping[str, Stored]) -> Iterator[None
             if own.channels.any():
                 pin = _Pinned(norm, own)
                 pin.put_back(norm)
-                hooks.callback(norm.register_forward_hook(pin).remove)
+                # Before all other hooks: after FSDP's the norm's weight is not whole any more.
+                hooks.callback(norm.register_forward_hook(pin, prepend=True).remove)
         yield
 
 

@@ -11,7 +11,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
+from lightning_rnf import sharding
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.ranks import Ranks
 from lightning_rnf.state import FreezeState
@@ -26,24 +28,59 @@ TaskOption = Callable[[Trainer, LightningModule], str] | str | None
 """A task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``."""
 
 
+_REFUSED = {
+    DeepSpeedStrategy: "DeepSpeed keeps parameters in partitions and updates them in an engine of its own, past the "
+    "hooks that hold frozen rows",
+    FSDPStrategy: "FSDP flattens the parameters of several layers into one, whose pieces are no rows of any layer",
+}
+
+
 def refuse_strategies(trainer: Trainer) -> None:
-    """Check that every process has the whole model and keeps what it finds.
+    """Check that the processes keep what they find, and that each has the whole model or whole rows of it.
 
     Raises:
         ValueError: if not, naming what to use.
     """
-    sharded = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or isinstance(trainer.strategy, sharded):
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    for refused, why in _REFUSED.items():
+        if isinstance(strategy, refused):
+            raise ValueError(
+                f"RelevanceFreezing can't work under {name}: {why}; use Trainer(strategy='ddp'), or "
+                "ModelParallelStrategy with fully_shard if the model is too large to be trained whole"
+            )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
-            f"RelevanceFreezing can't work under {type(trainer.strategy).__name__} as it is set up here: spawned and "
-            "forked processes take the finished tasks with them, sharded weights can't be attributed; use "
-            "Trainer(strategy='ddp')"
+            f"RelevanceFreezing can't work under {name} as it is set up here: spawned and forked processes take the "
+            "finished tasks with them; use Trainer(strategy='ddp')"
         )
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+    if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
         raise ValueError(
-            f"RelevanceFreezing does not know how {type(trainer.strategy).__name__} spreads a model over "
-            f"{trainer.world_size} processes: use Trainer(strategy='ddp')"
+            f"RelevanceFreezing does not know how {name} spreads a model over {trainer.world_size} processes: "
+            "use Trainer(strategy='ddp')"
         )
+    for where, part in trainer.lightning_module.named_modules():
+        if isinstance(part, nn.DataParallel):
+            raise ValueError(
+                f"module {where!r} is a DataParallel, whose replicas lose the hooks that measure and silence units: "
+                "take it out and use Trainer(strategy='ddp')"
+            )
+
+
+def check_sharding(trainer: Trainer, module: LightningModule) -> None:
+    """Check that a model that is not whole in every process is spread by rows; once it is spread.
+
+    Raises:
+        ValueError: if not, naming what to use.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        tensor_parallel = trainer.strategy.device_mesh["tensor_parallel"].size()
+        if tensor_parallel > 1:
+            raise ValueError(
+                f"ModelParallelStrategy spreads each layer over {tensor_parallel} processes (tensor_parallel_size), "
+                "and no process runs a layer whose units could be measured: use ModelParallelStrategy("
+                f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1), or Trainer(strategy='ddp')"
+            )
+        sharding.check(module, trainer.world_size)
 
 
 def warn_of_averages(trainer: Trainer, callback: Callback) -> None:

@@ -139,7 +139,7 @@ def test_the_files_in_the_readme_run(command, tmp_path, monkeypatch, capsys):
     path.write_text(
         next(text for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if f"# {command}" in text)
     )
-    options = [f"--trainer.{name}={json.dumps(value)}" for name, value in {**QUIET, "max_epochs": 1}.items()]
+    options = [f"--trainer.{name}={value}".lower() for name, value in {**QUIET, "max_epochs": 1}.items()]
     main([command, "--config", str(path), *options])
     assert len(list(tmp_path.rglob("*-ended.ckpt"))) == (1 if command == "fit" else 2)
 
