@@ -18,12 +18,7 @@ from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import average_accuracy, forgetting
 from lightning_rnf.streams import fit_stream
 
-SUBCOMMANDS = {
-    "fit": "train one task; at its end relevance of its units is measured, and what it needs is frozen",
-    "validate": "measure on validation data, as the task's sub-network if the task has ended",
-    "test": "measure on test data, as the task's sub-network if the task has ended",
-    "predict": "predict, as the task's sub-network if the task has ended",
-}
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class CommandLine(LightningCLI):
