@@ -14,7 +14,7 @@ from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
 from lightning_rnf.conservation import Conservation, Journal, is_of_torch
-from lightning_rnf.evaluation import Predict, predict_checked, supervised
+from lightning_rnf.evaluation import Predict, predict_checked, supervised, true_labels
 from lightning_rnf.functions import FunctionRules
 from lightning_rnf.guard import borrowed, evaluating, forget_gradient_hooks
 from lightning_rnf.layers import BATCH_NORMS
@@ -46,6 +46,8 @@ def attribute(
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
+    A sample with several labels starts it from the logits of all of them, one without a label from none.
+
     Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was; hooks
     of the user's on the gradients of its submodules do not run.
     Relevance is reduced while it flows, so memory depends on the size of a batch and not on how many there are.
@@ -54,7 +56,7 @@ def attribute(
         module: the bare model, not a wrapper around it.
         layers: its unit layers.
         batches: on the module's device; of several ranks, this one's share.
-        predict: how to get logits ``(N, classes)`` and labels ``(N,)`` of a batch.
+        predict: how to get logits and labels of a batch.
         composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
             convolutions, on a network whose layers have the batch norms that directly follow merged into them.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
@@ -70,7 +72,7 @@ def attribute(
     functions = FunctionRules()
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
-        return logits * nn.functional.one_hot(target.long(), logits.shape[1])
+        return logits * true_labels(logits, target)
 
     def summed(layer: UnitLayer, output: Tensor, relevance: Tensor) -> Tensor:
         return over_positions(layer, relevance).sum(dim=0)

@@ -14,7 +14,10 @@ from lightning_rnf.ranks import ALONE, Ranks, joined
 from lightning_rnf.search import Measured
 
 Predict = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-"""``(module, batch) -> (logits, target)``: logits ``(N, classes)``, target ``(N,)`` of class indices."""
+"""``(module, batch) -> (logits, target)``.
+
+Logits ``(N, classes)``. Target ``(N,)`` of class indices; or, if a sample may have several labels, ``(N, classes)`` of 0
+and 1."""
 
 
 def supervised(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -36,28 +39,56 @@ def supervised(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 def predict_checked(predict: Predict, module: nn.Module, batch: Any, *, finite: bool = True) -> tuple[Tensor, Tensor]:
     """Call ``predict`` and check what it returns, and, if asked to, that it is ``finite``.
 
+    Returns:
+        Logits ``(N, classes)``, and integers: class indices ``(N,)``, or 0 and 1 of ``(N, classes)``.
+
     Raises:
-        TypeError: if logits or target are no tensors of floats and of class indices.
+        TypeError: if logits or target are no tensors of floats and of labels.
         ValueError: if their shapes disagree, a label lies outside the head, or a logit is not finite.
     """
     logits, target = predict(module, batch)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"logits are {_described(logits)}, expected a floating point tensor (N, classes)")
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
+    if not isinstance(target, Tensor) or target.is_complex() or (target.is_floating_point() and target.ndim < 2):
         raise TypeError(f"labels are {_described(target)}, expected an integer tensor (N,) of class indices")
-    if logits.ndim != 2 or target.shape != logits.shape[:1]:
+    if logits.ndim != 2 or target.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(target.shape)}, "
-            "expected (N, classes) and (N,): only single-label classification is supported"
+            f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(target.shape)}, expected (N, classes) "
+            "and (N,) of class indices, or (N, classes) of 0 and 1 for several labels a sample"
         )
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+    lowest, highest = (target.min().item(), target.max().item()) if target.numel() else (0, 0)
+    if target.ndim == 2 and not ((target == 0) | (target == 1)).all():
+        raise ValueError(f"labels (N, classes) range from {lowest} to {highest}, expected 0 and 1 alone")
+    if target.ndim == 1 and not 0 <= lowest <= highest < logits.shape[1]:
+        binary = "; two classes of one logit are labels (N, 1)" if logits.shape[1] == 1 else ""
         raise ValueError(
-            f"labels range from {int(target.min())} to {int(target.max())}, but the head has {logits.shape[1]} "
-            f"outputs: labels of a task are 0 to {logits.shape[1] - 1}"
+            f"labels range from {lowest} to {highest}, but the head has {logits.shape[1]} outputs: labels of a task "
+            f"are 0 to {logits.shape[1] - 1}{binary}"
         )
     if finite and not logits.isfinite().all():
         raise ValueError("logits on the reference data are not finite (NaN or infinity): the training has diverged")
-    return logits, target
+    return logits, target.long()
+
+
+def true_labels(logits: Tensor, target: Tensor) -> Tensor:
+    """1 for each label that a sample has, 0 for the others: ``(N, classes)``, in the logits' dtype."""
+    return (nn.functional.one_hot(target, logits.shape[1]) if target.ndim == 1 else target).to(logits)
+
+
+def answers(logits: Tensor, target: Tensor) -> Tensor:
+    """Which answers are right: bool ``(N,)``, the largest logit being the class's; or each label's own, ``(N, classes)``.
+
+    A label is given where its logit is above 0, a probability of one half. What is not finite is wrong.
+
+    >>> answers(torch.tensor([[2.0, 1.0]]), torch.tensor([1]))
+    tensor([False])
+    >>> answers(torch.tensor([[2.0, 1.0]]), torch.tensor([[1, 0]]))
+    tensor([[ True, False]])
+    """
+    finite = logits.isfinite().all(dim=1)
+    if target.ndim == 1:
+        return (logits.argmax(dim=1) == target) & finite
+    return ((logits > 0) == target.bool()) & finite.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -83,7 +114,7 @@ def measure(
         ranks: that measure together, each on its share; they all get the same.
 
     Returns:
-        The share of the samples whose largest logit is the label's, and the metrics' values by name.
+        The share of right `answers`, and the metrics' values by name.
 
     Raises:
         ValueError: if there is no sample, a metric computes several numbers, or as `predict_checked`.
@@ -95,13 +126,13 @@ def measure(
             copy.to(logits.device).update(logits, target)
 
     def of_share() -> tuple[int, int, list[tuple[Tensor, Tensor]]]:
-        correct = samples = 0
+        right = given = 0
         for_metrics: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
             with forward_context():
                 logits, target = predict_checked(predict, module, batch, finite=finite)
-            correct += int(((logits.argmax(dim=1) == target) & logits.isfinite().all(dim=1)).sum())
-            samples += len(target)
+            found = answers(logits, target)
+            right, given = right + int(found.sum()), given + found.numel()
             if not copies:
                 continue
             logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
@@ -109,7 +140,7 @@ def measure(
                 update(logits, target)
             else:
                 for_metrics.append((logits.cpu(), target.cpu()))
-        return correct, samples, for_metrics
+        return right, given, for_metrics
 
     def values() -> dict[str, float]:
         # Metrics see in one rank what one process would show them: merging states would need those of every metric to
@@ -119,10 +150,10 @@ def measure(
         return {name: _one_number(name, copy.compute()) for name, copy in copies.items()}
 
     shares = ranks.each(of_share)
-    correct, samples = sum(share[0] for share in shares), sum(share[1] for share in shares)
-    if samples == 0:
+    right, given = sum(share[0] for share in shares), sum(share[1] for share in shares)
+    if given == 0:
         raise ValueError("no sample to measure accuracy on")
-    return Measured(correct / samples, ranks.decided(values) if copies else {})
+    return Measured(right / given, ranks.decided(values) if copies else {})
 
 
 def _cleared(metric: Metric) -> Metric:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rnf.attribution import over_positions, propagate
-from lightning_rnf.evaluation import Predict
+from lightning_rnf.evaluation import Predict, true_labels
 from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.units import UnitLayer
 
@@ -28,15 +28,12 @@ def gradient_x_activation(
     predict: Predict,
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """Output times gradient of the true class's logit, summed over positions and samples; signed."""
-
-    def true_class(logits: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.one_hot(target.long(), logits.shape[1]).to(logits)
+    """Output times gradient of the true labels' logits, summed over positions and samples; signed."""
 
     def contribution(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
         return over_positions(layer, output * gradient).sum(dim=0)
 
-    return propagate(module, layers, batches, predict, true_class, contribution, ranks=ranks)
+    return propagate(module, layers, batches, predict, true_labels, contribution, ranks=ranks)
 
 
 def taylor(
@@ -48,11 +45,12 @@ def taylor(
 ) -> dict[str, Tensor]:
     """First-order change of the loss without the unit (Molchanov et al. 2017, equation 8): absolute for each sample.
 
-    The loss is cross entropy. The equation has the mean over positions: to a ranking within a layer that is the same.
+    The loss is cross entropy; binary cross entropy, summed, where a sample may have several labels. The equation has the mean over positions: to a ranking within a layer that is the same.
     """
 
     def of_loss(logits: Tensor, target: Tensor) -> Tensor:
-        return logits.softmax(dim=1) - nn.functional.one_hot(target.long(), logits.shape[1])
+        probabilities = logits.softmax(dim=1) if target.ndim == 1 else logits.sigmoid()
+        return probabilities - true_labels(logits, target)
 
     def change(layer: UnitLayer, output: Tensor, gradient: Tensor) -> Tensor:
         return over_positions(layer, output * gradient).abs().sum(dim=0)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_rnf.evaluation import answers
+
 
 def average_accuracy(matrix: Tensor) -> Tensor:
     """Mean accuracy of the tasks seen so far, after each task (Lopez-Paz and Ranzato 2017; the paper's figures).
@@ -97,12 +99,13 @@ class AccuracyMatrix(Metric):
 
         Args:
             logits: ``(N, classes)``.
-            target: ``(N,)`` class indices.
+            target: as `evaluation.predict_checked` gives it.
             trained: index of the last task that was trained.
             task: index of the task that the batch belongs to.
         """
-        self.correct[trained, task] += (logits.argmax(dim=1) == target).sum()
-        self.samples[trained, task] += target.numel()
+        right = answers(logits, target)
+        self.correct[trained, task] += right.sum()
+        self.samples[trained, task] += right.numel()
 
     def compute(self) -> Tensor:
         """The matrix: ``(tasks, tasks)``, float32."""

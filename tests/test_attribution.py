@@ -32,7 +32,7 @@ def oracle(net: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         for name, layer in net.named_children():
             seen.append((name, layer, a))
             a = layer(a.clone())  # an in-place function must not reach what was seen
-        relevance = nn.functional.one_hot(y, a.shape[1]) * a
+        relevance = (nn.functional.one_hot(y, a.shape[1]) if y.ndim == 1 else y) * a
         by_layer = {}
         for name, layer, a in reversed(seen):
             if isinstance(layer, nn.Linear):
@@ -206,6 +206,18 @@ def test_without_biases_every_layer_has_the_relevance_of_the_logits(build, shape
     true_logits = net(x)[torch.arange(16), y].sum().item()
     for relevance in found.values():
         assert relevance.sum().item() == pytest.approx(true_logits, rel=1e-4)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(mlp, (4,)), (convnet, IMAGES)], ids=["mlp", "convnet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+def test_with_several_labels_relevance_starts_at_all_of_them(build, shape, dtype):
+    net, (x, _) = build(), labelled(9, *shape)
+    y = torch.rand(9, 3) > 0.5
+    y[:2] = torch.tensor([[False], [True]])  # one sample without a label, one with all
+
+    found = unit_relevance(net, (x, y.to(dtype)))
+
+    assert difference(found, {name: value for name, value in oracle(net, x, y).items() if name in found}) < 1e-4
 
 
 def test_relevance_starts_at_the_true_class_alone():

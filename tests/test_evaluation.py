@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchmetrics import SumMetric
+from torchmetrics.classification import MultilabelF1Score
 
 from lightning_rnf.evaluation import measure, predict_checked, supervised
 
@@ -24,6 +25,22 @@ def test_accuracy_counts_samples_and_not_batches():
     right, wrong = torch.eye(3), 1 - torch.eye(3)
     batches = [(right, torch.arange(3)), (wrong[:1], torch.tensor([0]))]
     assert measure(Echo(), batches).accuracy == 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_accuracy_of_several_labels_is_the_share_that_is_right(dtype):
+    logits = torch.tensor([[3.0, -1.0, 0.5], [-2.0, -1.0, 4.0]])
+    target = torch.tensor([[1, 0, 0], [0, 1, 1]]).to(dtype)
+    batches = [(logits, target), (torch.full((1, 3), -1.0), torch.zeros(1, 3).to(dtype))]
+    assert measure(Echo(), batches).accuracy == 7 / 9
+    logits[0, 1] = torch.nan
+    assert measure(Echo(), batches, finite=False).accuracy == 5 / 9
+
+
+def test_metrics_of_several_labels_get_integers():
+    logits, target = torch.tensor([[3.0, -1.0], [-2.0, 4.0], [1.0, 1.0]]), torch.tensor([[1.0, 0], [0, 1], [0, 1]])
+    found = measure(Echo(), [(logits, target)], metrics={"f1": MultilabelF1Score(2)})
+    assert found.values["f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_metrics_are_measured_on_all_samples_by_copies():
@@ -61,8 +78,11 @@ def test_the_forward_context_is_entered_around_each_forward():
         (torch.eye(2).long(), torch.arange(2), TypeError, "logits are a torch.int64 tensor"),
         ("text", torch.arange(2), TypeError, "logits are of type str"),
         (torch.eye(2), torch.ones(2), TypeError, "labels are a torch.float32 tensor"),
+        (torch.eye(2), torch.eye(2) / 2, ValueError, "labels .N, classes. range from 0.0 to 0.5, expected 0 and 1"),
+        (torch.eye(2), torch.eye(3)[:2], ValueError, "logits of shape .2, 2. and labels of shape .2, 3."),
+        (torch.eye(2)[:, :1], torch.arange(2), ValueError, "two classes of one logit are labels .N, 1."),
         (torch.eye(2), torch.arange(3), ValueError, "logits of shape .2, 2. and labels of shape .3,."),
-        (torch.ones(2, 2, 4, 4), torch.ones(2, 4, 4).long(), ValueError, "only single-label classification"),
+        (torch.ones(2, 2, 4, 4), torch.ones(2, 4, 4).long(), ValueError, "expected .N, classes. and .N,. of class indices, or"),
         (torch.eye(2), torch.tensor([0, 2]), ValueError, "labels range from 0 to 2, but the head has 2 outputs"),
         (torch.eye(2) / 0, torch.arange(2), ValueError, "logits on the reference data are not finite"),
     ],

@@ -50,6 +50,14 @@ def test_taylor(net, batches):
     torch.testing.assert_close(scores(taylor, net, batches), (hidden * (of_logits @ weight)).abs().sum(dim=0))
 
 
+def test_taylor_of_several_labels(net, batches):
+    hidden, y, weight, logits = written_out(net, batches)
+    several = nn.functional.one_hot(y, 3) + nn.functional.one_hot((y + 1) % 3, 3)
+    batches = [(x, part) for (x, _), part in zip(batches, several.split([6, 3]), strict=True)]
+    of_logits = 1 / (1 + (-logits).exp()) - several
+    torch.testing.assert_close(scores(taylor, net, batches), (hidden * (of_logits @ weight)).abs().sum(dim=0))
+
+
 def test_activation(net, batches):
     torch.testing.assert_close(scores(activation, net, batches), written_out(net, batches)[0].sum(dim=0))
 
