@@ -82,7 +82,12 @@ def test_the_forward_context_is_entered_around_each_forward():
         (torch.eye(2), torch.eye(3)[:2], ValueError, "logits of shape .2, 2. and labels of shape .2, 3."),
         (torch.eye(2)[:, :1], torch.arange(2), ValueError, "two classes of one logit are labels .N, 1."),
         (torch.eye(2), torch.arange(3), ValueError, "logits of shape .2, 2. and labels of shape .3,."),
-        (torch.ones(2, 2, 4, 4), torch.ones(2, 4, 4).long(), ValueError, "expected .N, classes. and .N,. of class indices, or"),
+        (
+            torch.ones(2, 2, 4, 4),
+            torch.ones(2, 4, 4).long(),
+            ValueError,
+            "expected .N, classes. and .N,. of class indices, or",
+        ),
         (torch.eye(2), torch.tensor([0, 2]), ValueError, "labels range from 0 to 2, but the head has 2 outputs"),
         (torch.eye(2) / 0, torch.arange(2), ValueError, "logits on the reference data are not finite"),
     ],

@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests:examples python tests/benchmarks/step.py --strategies auto ddp --output step.json
 
+In several processes, behind ``python -m torch.distributed.run --standalone --nproc-per-node 2`` in ``python``'s place.
 A ResNet-18 for 32 × 32 images under SGD: without the callback, and with it while none, half and three quarters of the
 units are frozen. All are measured in turns in one process; a step goes from one batch's start to the next one's.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 import warnings
 from itertools import pairwise
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rnf import RelevanceFreezing, UnitMap
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 PLAIN = "without the callback"
 FROZEN = {PLAIN: None, "nothing frozen": 0.0, "half of the units frozen": 0.5, "three quarters frozen": 0.75}
 
@@ -69,7 +72,7 @@ def steps(options: argparse.Namespace, strategy: str, frozen: float | None) -> l
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
         accelerator=options.accelerator,
-        devices=1,
+        devices=PROCESSES,
         strategy=strategy,
         precision=options.precision,
         max_epochs=1,
@@ -109,6 +112,8 @@ def main() -> None:
         }
         for (strategy, name), found in medians.items()
     ]
+    if os.environ.get("RANK", "0") != "0":
+        return
     print("| strategy | network | a step, ms: median of rounds (least to most) | over plain: median (least to most) |")
     print("| --- | --- | --- | --- |")
     for row in rows:
@@ -116,11 +121,11 @@ def main() -> None:
         print(f"| {row['strategy']} | {row['network']} | {' | '.join(cells)} |")
     if options.output:
         chosen = {key: str(value) for key, value in vars(options).items() if key != "output"}
-        content = {**environment(options.accelerator), "options": chosen, "rows": rows}
+        content = {**environment(options.accelerator), "processes": PROCESSES, "options": chosen, "rows": rows}
         options.output.write_text(json.dumps(content, indent=1) + "\n")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
