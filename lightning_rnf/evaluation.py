@@ -16,8 +16,8 @@ from lightning_rnf.search import Measured
 Predict = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """``(module, batch) -> (logits, target)``.
 
-Logits ``(N, classes)``. Target ``(N,)`` of class indices; or, if a sample may have several labels, ``(N, classes)`` of 0
-and 1."""
+Logits ``(N, classes)``. Target ``(N,)`` of class indices; or, if a sample may have several labels, ``(N, classes)`` of
+0 and 1."""
 
 
 def supervised(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,9 @@ def true_labels(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def answers(logits: Tensor, target: Tensor) -> Tensor:
-    """Which answers are right: bool ``(N,)``, the largest logit being the class's; or each label's own, ``(N, classes)``.
+    """Which answers are right: bool ``(N,)``, or ``(N, classes)`` where a sample may have several labels.
 
+    A class is right where its logit is the largest of all.
     A label is given where its logit is above 0, a probability of one half. What is not finite is wrong.
 
     >>> answers(torch.tensor([[2.0, 1.0]]), torch.tensor([1]))

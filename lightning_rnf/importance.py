@@ -45,7 +45,8 @@ def taylor(
 ) -> dict[str, Tensor]:
     """First-order change of the loss without the unit (Molchanov et al. 2017, equation 8): absolute for each sample.
 
-    The loss is cross entropy; binary cross entropy, summed, where a sample may have several labels. The equation has the mean over positions: to a ranking within a layer that is the same.
+    The loss is cross entropy; binary cross entropy, summed, where a sample may have several labels. The equation has
+    the mean over positions: to a ranking within a layer that is the same.
     """
 
     def of_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 @pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed:UserWarning")
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # a plain Trainer writes logs and checkpoints
+    torch.manual_seed(0)
     model = Classifier()
     model.heads = MultiHead(40, {"digits-01": 2, "digits-23": 2})
     tasks = [
