@@ -20,8 +20,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 
 from lightning_rnf import RelevanceFreezing
+from lightning_rnf.figures import StreamResult, plot_retention
+from lightning_rnf.masks import free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting
-from lightning_rnf.report import StreamResult, free_capacity_over_tasks, plot_retention
 from lightning_rnf.streams import TaskDataModule, fit_stream
 
 Method = Callable[[], RelevanceFreezing | None]

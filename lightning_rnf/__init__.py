@@ -10,6 +10,7 @@ from lightning_rnf.criteria import (
     SubnetworkScore,
 )
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.report import RetentionReport
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitLayer, UnitMap
 
@@ -24,6 +25,7 @@ __all__ = [
     "MetricDrop",
     "MultiHead",
     "RelevanceFreezing",
+    "RetentionReport",
     "SubnetworkScore",
     "TaskRecord",
     "UnitLayer",

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import arguments, checkpoints, initial, norms, sharding, subnetwork
+from lightning_rnf import arguments, audit, checkpoints, initial, norms, sharding, subnetwork
 from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
-from lightning_rnf.export import export
+from lightning_rnf.finished import FinishedTasks, Retention
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities, hold_in_copy
 from lightning_rnf.guard import recompiled
 from lightning_rnf.importance import Importance, ImportanceName
@@ -33,8 +32,6 @@ from lightning_rnf.runs import (
     given_name,
     ranks_of,
     refuse_strategies,
-    task_of_evaluation,
-    tasks_of_loaders,
     warn_of_averages,
 )
 from lightning_rnf.search import Candidates, Method, Normalize
@@ -42,14 +39,12 @@ from lightning_rnf.selection import Selection
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
 
-Retention = Literal["exact", "paper"]
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
 
-_OF_LIGHTNING = ("log", "log_dict")  # methods of the module that the Trainer leaves in each callback
-_CONTEXTS = ("_recalled", "_silenced", "_pinned")
+_CONTEXTS = ("_silenced", "_pinned")  # of a fit
 
 
-class RelevanceFreezing(Callback):
+class RelevanceFreezing(FinishedTasks):
     """Relevance-based Neural Freezing: what a finished task needs stays bit-equal, the next task learns with the rest.
 
     When a fit ends, layer-wise relevance propagation scores every unit on reference data; a search finds how many of
@@ -149,11 +144,14 @@ class RelevanceFreezing(Callback):
         task: TaskOption = None,
         seed: int = 0,
     ) -> None:
+        super().__init__(
+            arguments.one_of("retention", retention, Retention),
+            arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
+        )
         self.reference = reference
         self.criterion = as_criterion(criterion)
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
-        self.retention = arguments.one_of("retention", retention, Retention)
         self.recovery_epochs = arguments.at_least("recovery_epochs", recovery_epochs, 0)
         self.recovery_criterion = as_criterion(0.1 if recovery_criterion is None else recovery_criterion)
         self.recovery_search = arguments.of_type("recovery_search", recovery_search, bool, "True or False")
@@ -186,14 +184,11 @@ class RelevanceFreezing(Callback):
         self.units = arguments.globs("units", units)
         self.heads = arguments.globs("heads", heads)
         self.predict = arguments.of_type("predict", predict, Callable, "a function (module, batch)") or supervised
-        self.task = arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)")
         self.seed = arguments.of_type("seed", seed, int, "a whole number")
-        self.state = FreezeState()
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
-        self._model: Callable[[], pl.LightningModule | None] = lambda: None
+        self._probes: dict[str, audit.Probe] = {}
         self._freezer: Freezer | None = None
-        self._recalled = ExitStack()
         self._silenced = ExitStack()
         self._pinned = ExitStack()
         if self.retention == "exact" and norm_statistics == "shared":
@@ -214,59 +209,15 @@ class RelevanceFreezing(Callback):
         }
         return cls(**{**paper, **changes})
 
-    # -- what a user asks ---------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def recall(self, task: str, model: torch.nn.Module | None = None) -> Iterator[None]:
-        """Run the model as the sub-network of a finished task: only the units relevant to it speak.
-
-        Inside the context the model is in eval mode, has the norm statistics of that task's end, and runs that task's
-        head if the heads are a `MultiHead` (activate heads of your own yourself). Its logits are bit-identical at any
-        later time, on the same device with the same dtype, batch and kernels.
-
-        Args:
-            task: name of the task.
-            model: None: the model of the last fit.
+    def load(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> None:
+        """As `FinishedTasks.load`, between fits.
 
         Raises:
-            KeyError: if there is no such finished task.
-            ValueError: if there is no model, or it lacks something that the task uses.
+            RuntimeError: if a fit is under way.
         """
-        record = self.state.task(task)
-        module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
-        if module is None:
-            raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
-        self.state.check_module(module)
-        with subnetwork.recall(module, self.state.layers, record, masked=self.retention == "exact"):
-            yield
-
-    def export(self, model: torch.nn.Module, task: str) -> torch.nn.Module:
-        """Cut the sub-network of a finished task out of a model, as a small, dense, ordinary module in eval mode.
-
-        Its logits are those of recall within 1e-5; see `lightning_rnf.export` for what goes and what stays, and to
-        measure both sizes. The model itself stays as it is.
-
-        Example::
-
-            small = rnf.export(model, "digits-01")
-            torch.save(small, "digits-01.pt")                   # loads without this package
-            torch.onnx.export(small, (x,), "digits-01.onnx")
-
-        Args:
-            model: with the weights of any later time.
-            task: name of the task.
-
-        Raises:
-            KeyError: if there is no such finished task.
-            ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
-                traced.
-        """
-        record = self.state.task(task)
-        module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
-        if sharding.is_sharded(module):
-            raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
-        self.state.check_module(module)
-        return export(module, self.state.layers, record, masked=self.retention == "exact")
+        if self._freezer is not None:
+            raise RuntimeError("a fit is under way: load masks before it, or after its end")
+        super().load(path, model)
 
     def end_task(self, name: str | None = None) -> TaskRecord:
         """End the task that is being trained, inside a fit that goes on with the next one.
@@ -300,17 +251,6 @@ class RelevanceFreezing(Callback):
         self._freezer.change(self._elasticities())
         self._pin_norms(module)
         return record
-
-    @property
-    def free_capacity(self) -> float:
-        """Share of the units that are relevant to no finished task, in [0, 1]."""
-        frozen = self.state.frozen()
-        total = sum(len(units) for units in frozen.values())
-        return 1.0 - sum(int(units.sum()) for units in frozen.values()) / total if total else 1.0
-
-    def capacity(self) -> dict[str, float]:
-        """Free capacity of each unit layer, in execution order."""
-        return {name: 1.0 - int(units.sum()) / len(units) for name, units in self.state.frozen().items()}
 
     # -- a fit --------------------------------------------------------------------------------------------------------
 
@@ -422,6 +362,12 @@ class RelevanceFreezing(Callback):
         if not sharding.is_sharded(pl_module):
             hold_in_copy(checkpoint["state_dict"], pl_module, self._elasticities())
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In a fit: hold frozen rows before they are looked at. Else recall, as in a test."""
+        if self._freezer is not None:
+            self._freezer.pin()
+        super().on_validation_start(trainer, pl_module)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give everything back after an exception: Lightning calls no teardown then."""
         self._give_back()
@@ -453,6 +399,7 @@ class RelevanceFreezing(Callback):
             rank_zero_warn(
                 f"{found}: these tasks are kept, but their units belong to later weights than the loaded ones"
             )
+            self._has_older_weights = True  # until the next run
             return
         if module is not None:
             state.check_module(module)
@@ -463,33 +410,6 @@ class RelevanceFreezing(Callback):
             self._is_resumed = True
             if was_attached:  # the learning rate finder restores a checkpoint in the middle of a fit
                 self._freezer.attach(module.trainer.optimizers)
-
-    # -- validate, test, predict --------------------------------------------------------------------------------------
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Recall the task if it is a finished one, until the run ends."""
-        self._recall_finished(trainer, pl_module)
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Recall another task if this loader has one of its own."""
-        if batch_idx == 0:
-            self._recall_finished(trainer, pl_module, dataloader_idx)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the recall."""
-        self._recalled.close()
-
-    on_predict_start = on_test_start
-    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
-    on_validation_end = on_predict_end = on_test_end
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """In a fit: hold frozen rows before they are looked at. Else recall, as in a test."""
-        if self._freezer is not None:
-            self._freezer.pin()
-        self._recall_finished(trainer, pl_module)
 
     # -- verbs --------------------------------------------------------------------------------------------------------
 
@@ -512,6 +432,7 @@ class RelevanceFreezing(Callback):
                 record = self.selection.settle(
                     recovered, module, units, reference, self.state, self.criterion, milder=self.recovery_search
                 )
+            record = self._witnessed(record, module, units, reference)
         full_before = self._full_layers()
         self.state.add(record, units)
         self._report(record, full_before)
@@ -519,6 +440,21 @@ class RelevanceFreezing(Callback):
         if path := checkpoints.keep(trainer, name):
             rank_zero_info(f"{name}: kept in {path}")
         return record
+
+    def _witnessed(
+        self, record: TaskRecord, module: pl.LightningModule, units: UnitMap, reference: ReferenceData
+    ) -> TaskRecord:
+        """The record with what a later audit needs: fingerprints of what is frozen, the drift of earlier logits."""
+        masked = self.retention == "exact"
+        rows = audit.fingerprints(module, units, record, self.state)
+        drift = {
+            name: probe.drift(module, self.state.layers, self.state.tasks[name], masked=masked)
+            for name, probe in self._probes.items()
+            if name in self.state.tasks
+        }
+        if reference.ranks.size == 1:
+            self._probes[record.name] = audit.Probe.of(module, units.layers, record, reference, masked=masked)
+        return replace(record, rows=rows, drift=drift)
 
     def _pin_norms(self, module: pl.LightningModule) -> None:
         self._pinned.close()
@@ -532,8 +468,7 @@ class RelevanceFreezing(Callback):
         if self._freezer is not None:
             self._freezer.detach()
             self._freezer = None
-        for name in _OF_LIGHTNING:  # they would keep the model alive
-            vars(self).pop(name, None)
+        self._end_run()
 
     def _elasticities(self, inside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         return elasticities(self.state, self.elasticity, self.irrelevant_elasticity, inside)
@@ -625,30 +560,8 @@ class RelevanceFreezing(Callback):
             )
         return name
 
-    def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule, loader: int | None = None) -> None:
-        if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
-            return
-        of_loaders = tasks_of_loaders(trainer)
-        if not any(of_loaders):
-            if loader is None:
-                self._recall(*task_of_evaluation(self.task, self.state, trainer, module), module)
-        elif loader is not None:
-            self._recall(of_loaders[loader], of_loaders[loader] is not None, module)
-
-    def _recall(self, name: str | None, is_known: bool, module: pl.LightningModule) -> None:
-        self._recalled.close()
-        if name in self.state.tasks:
-            self._recalled.enter_context(self.recall(name, module))
-        elif not is_known:
-            rank_zero_warn(
-                "which task this is can't be told, so nothing is recalled: use a data module with a task attribute, "
-                "or wrap the call in rnf.recall(task)"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is a callback that has no fit under way.
-        kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
-        return {**kept, "_model": None, "_freezer": None, **dict.fromkeys(_CONTEXTS)}
+        return {**super().__getstate__(), "_freezer": None, "_probes": {}, **dict.fromkeys(_CONTEXTS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _model=lambda: None, **{name: ExitStack() for name in _CONTEXTS})
+        super().__setstate__({**state, **{name: ExitStack() for name in _CONTEXTS}})

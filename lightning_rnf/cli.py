@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _LIGHTNING.items():  # for the list of commands: they have parsers of their own
         commands.add_parser(name, help=text, add_help=False)
 
-    report = commands.add_parser("report", help="what a checkpoint's finished tasks have cost, and what is left")
-    report.add_argument("checkpoint", type=Path)
-    report.add_argument("--json", action="store_true", help="for programs")
+    report = commands.add_parser("report", help="what finished tasks have kept and cost, and what is left")
+    report.add_argument("file", type=Path, help="a checkpoint, or a file of masks (.safetensors)")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--markdown", action="store_true", help="for a page of text")
+    report.add_argument("--metric", help="of the matrix: one that tests have logged (the first with acc in it)")
     report.set_defaults(run=_report)
 
     export = commands.add_parser("export", help="cut a finished task's sub-network out, as a small dense module")
@@ -83,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     masks = commands.add_parser("masks", help="which units are relevant to which task")
     verbs = masks.add_subparsers(dest="verb", required=True, metavar="show|diff")
     show = verbs.add_parser("show", help="relevant and free units of each layer")
-    show.add_argument("checkpoint", type=Path)
+    show.add_argument("file", type=Path, help="a checkpoint, or a file of masks (.safetensors)")
     show.add_argument("--task", help="of one task (of all)")
     show.set_defaults(run=_show)
-    diff = verbs.add_parser("diff", help="where two checkpoints keep different units; exit code 1 if they do")
-    diff.add_argument("one", type=Path)
+    diff = verbs.add_parser("diff", help="where two files keep different units; exit code 1 if they do")
+    diff.add_argument("one", type=Path, help="a checkpoint, or a file of masks (.safetensors)")
     diff.add_argument("other", type=Path)
     diff.add_argument("--task", help="of one task (of all)")
     diff.set_defaults(run=_diff)
@@ -111,22 +113,18 @@ def _with_lightning(arguments: Sequence[str]) -> None:
 
 
 def _state(path: Path) -> Any:
-    from lightning_rnf import checkpoints
+    from lightning_rnf import checkpoints, maskfiles
 
+    if path.suffix == maskfiles.SUFFIX:
+        return maskfiles.load(path)
     return checkpoints.finished_tasks(checkpoints.read(path))
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_rnf import masks
+    from lightning_rnf.report import RetentionReport
 
-    state = _state(options.checkpoint)
-    tasks, layers = masks.tasks_table(state), masks.layers_table(state)
-    if options.json:
-        print(json.dumps({"tasks": tasks, "layers": layers}, indent=1))
-        return
-    print(masks.as_text(tasks) or "no finished task")
-    if layers:
-        print("\nrelevant and free units:\n" + masks.as_text(layers))
+    report = RetentionReport.of(_state(options.file), metric=options.metric)
+    print(report.to_json() if options.json else report.to_markdown() if options.markdown else report)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -154,7 +152,7 @@ def _export(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from lightning_rnf import masks
 
-    print(masks.as_text(masks.layers_table(_state(options.checkpoint), options.task)) or "no finished task")
+    print(masks.as_text(masks.layers_table(_state(options.file), options.task)) or "no finished task")
 
 
 def _diff(options: argparse.Namespace) -> None:

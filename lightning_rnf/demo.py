@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_rnf.callback import RelevanceFreezing
+from lightning_rnf.figures import StreamResult, plot_retention
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.masks import free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, forgetting
-from lightning_rnf.report import StreamResult, accuracy_table, free_capacity_over_tasks, plot_retention
+from lightning_rnf.report import accuracy_rows, rich_table
 from lightning_rnf.streams import TaskDataModule, fit_stream, split_by_class
 
 
@@ -92,7 +94,7 @@ def run(output: Path = Path("retention.png"), seed: int = 0) -> None:
             )
         capacity = free_capacity_over_tasks(callback.state) if callback else []
         results.append(StreamResult(method, [task.task for task in stream], matrix, capacity))
-        console.print(accuracy_table(results[-1]))
+        console.print(rich_table(f"{method}: test accuracy after each task, %", accuracy_rows(results[-1])))
     plot_retention(results, output)
     averages = [100 * float(average_accuracy(result.matrix)[-1]) for result in results]
     forgotten = [100 * float(forgetting(result.matrix)) for result in results]

@@ -30,8 +30,8 @@ def reset_free(state: FreezeState, module: nn.Module) -> None:
         return
     if not state.initial:
         raise ValueError(
-            "free units can't be reset: the finished tasks were trained without reset_free, so what units started from "
-            "is not known; leave reset_free out"
+            "free units can't be reset: the finished tasks were trained without reset_free, or loaded from a file of "
+            "masks, so what units started from is not known; leave reset_free out"
         )
     own = _tensors(module)
     free_rows = {name: factor == 1 for name, factor in elasticities(state, 0.0, 1.0).items()}

@@ -5,7 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lightning_rnf.state import FreezeState, TaskRecord
+
+
+def claims(state: FreezeState) -> dict[str, Tensor]:
+    """Which task froze each unit: int64 ``(units,)`` by layer, the task's place in the order of training; -1: free."""
+    found = {layer.name: torch.full((layer.units,), -1) for layer in state.layers}
+    for index, record in enumerate(state.tasks.values()):
+        for layer, mask in record.relevant.items():
+            found[layer][mask & (found[layer] < 0)] = index
+    return found
+
+
+def overlap(state: FreezeState) -> Tensor:
+    """How many units are relevant to both of two tasks: int64 ``(tasks, tasks)``, on the diagonal those of one."""
+    if not state.tasks:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    flat = [torch.cat([record.relevant[layer.name] for layer in state.layers]) for record in state.tasks.values()]
+    masks = torch.stack(flat).double()  # exact: there is no product of integers on every device
+    return (masks @ masks.T).long()
+
+
+def free_capacity_over_tasks(state: FreezeState) -> list[float]:
+    """Share of units that were relevant to no task yet, after each finished task."""
+    claimed = torch.cat([*claims(state).values(), torch.empty(0, dtype=torch.int64)])
+    tasks = range(len(state.tasks))
+    return [float(((claimed < 0) | (claimed > index)).double().mean()) for index in tasks]
+
+
+def claims_table(state: FreezeState) -> list[dict[str, Any]]:
+    """One row for each layer: how many units each task was the first to freeze, how many serve several, and are free.
+
+    A task that has to share its column's name with "layer", "units", "shared" or "free" gets its number in front.
+    """
+    claimed = claims(state)
+    own = {"layer", "units", "shared", "free"}
+    columns = [f"{index} {name}" if name in own else name for index, name in enumerate(state.tasks)]
+    rows = []
+    for layer in state.layers:
+        users = torch.stack([record.relevant[layer.name] for record in state.tasks.values()]).sum(dim=0)
+        of_tasks = {name: int((claimed[layer.name] == index).sum()) for index, name in enumerate(columns)}
+        shared, free = int((users > 1).sum()), int((users == 0).sum())
+        rows.append({"layer": layer.name, "units": layer.units, **of_tasks, "shared": shared, "free": free})
+    return rows
 
 
 def tasks_table(state: FreezeState) -> list[dict[str, Any]]:
@@ -96,7 +141,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """
     if not rows:
         return ""
-    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     texts = [isinstance(value, str) for value in rows[0].values()]
     lines = [
@@ -109,7 +154,8 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A cell as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

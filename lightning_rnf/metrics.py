@@ -70,6 +70,32 @@ def backward_transfer(matrix: Tensor) -> Tensor:
     return torch.stack([matrix[-1, j] - matrix[j, j] for j in old]).mean() if old else matrix.new_zeros(())
 
 
+def forward_transfer(matrix: Tensor, baseline: Tensor) -> Tensor:
+    """Mean over tasks but the first of accuracy just before their own training, less that of an untrained network.
+
+    The entries right above the diagonal are used (Lopez-Paz and Ranzato 2017). With one task: 0.
+
+    Args:
+        matrix: ``(tasks, tasks)``.
+        baseline: ``(tasks,)``: accuracy of each task before any training.
+
+    Raises:
+        ValueError: if the matrix is not square or empty, or the baseline has another length.
+
+    >>> matrix = torch.tensor([[0.9, 0.6, 0.5], [0.8, 0.7, 0.7], [0.6, 0.6, 0.9]])
+    >>> forward_transfer(matrix, torch.tensor([0.5, 0.5, 0.5]))
+    tensor(0.1500)
+    """
+    _check(matrix)
+    if baseline.shape != matrix.shape[:1]:
+        raise ValueError(
+            f"baseline has shape {tuple(baseline.shape)}, expected one accuracy per task: ({len(matrix)},)"
+        )
+    if len(matrix) == 1:
+        return matrix.new_zeros(())
+    return (matrix.diagonal(1) - baseline[1:].to(matrix)).mean()
+
+
 class AccuracyMatrix(Metric):
     """The accuracy matrix as a metric: counts add up over batches and processes.
 
@@ -110,6 +136,71 @@ class AccuracyMatrix(Metric):
     def compute(self) -> Tensor:
         """The matrix: ``(tasks, tasks)``, float32."""
         return self.correct / self.samples
+
+
+class _OfMatrix(AccuracyMatrix):
+    """A number that is read off the part of the matrix that belongs to the tasks trained so far."""
+
+    def compute(self) -> Tensor:
+        """The number; NaN before the first update."""
+        matrix = super().compute()
+        trained = int((self.samples.diagonal() > 0).cumprod(dim=0).sum())
+        return self._number(matrix[:trained, :trained]) if trained else matrix.new_tensor(float("nan"))
+
+    def _number(self, matrix: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class AverageAccuracy(_OfMatrix):
+    """`average_accuracy` after the last task that was trained, as a metric; updated as `AccuracyMatrix`.
+
+    >>> metric = AverageAccuracy(2)
+    >>> metric.update(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]), trained=0, task=0)
+    >>> metric.compute()
+    tensor(0.5000)
+    """
+
+    higher_is_better = True
+
+    def _number(self, matrix: Tensor) -> Tensor:
+        return average_accuracy(matrix)[-1]
+
+
+class Forgetting(_OfMatrix):
+    """`forgetting` as a metric; updated as `AccuracyMatrix`."""
+
+    higher_is_better = False
+
+    def _number(self, matrix: Tensor) -> Tensor:
+        return forgetting(matrix)
+
+
+class BackwardTransfer(_OfMatrix):
+    """`backward_transfer` as a metric; updated as `AccuracyMatrix`."""
+
+    higher_is_better = True
+
+    def _number(self, matrix: Tensor) -> Tensor:
+        return backward_transfer(matrix)
+
+
+class ForwardTransfer(AccuracyMatrix):
+    """`forward_transfer` as a metric; updated as `AccuracyMatrix`, also with tasks that are not trained yet.
+
+    Args:
+        baseline: ``(tasks,)``: accuracy of each task before any training.
+    """
+
+    higher_is_better = True
+    baseline: Tensor
+
+    def __init__(self, baseline: Tensor, **kwargs: object) -> None:
+        super().__init__(len(baseline), **kwargs)
+        self.register_buffer("baseline", baseline)
+
+    def compute(self) -> Tensor:
+        """The number; NaN while an entry right above the diagonal is missing."""
+        return forward_transfer(super().compute(), self.baseline)
 
 
 def _check(matrix: Tensor) -> None:

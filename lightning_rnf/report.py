@@ -1,128 +1,395 @@
-"""What a stream of tasks has come to, as a table and as a figure in the paper's layout (Figure 2)."""
+"""`RetentionReport`: what was kept, what it cost and what is left, as tables, data and pages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from os.path import commonprefix
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_rnf.metrics import average_accuracy, forgetting
-from lightning_rnf.state import FreezeState
+from lightning_rnf import masks
+from lightning_rnf.figures import StreamResult
+from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
+from lightning_rnf.state import FreezeState, TaskRecord
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import pandas
     from rich.table import Table
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """About how many more tasks of this kind fit, if each claims as many units as those before did on average.
+
+    The first task is left out of the average if there are others: it claims what they can reuse.
+
+    Attributes:
+        tasks: until no unit is free anywhere; infinite if nothing is claimed any more.
+        units_per_task: the average.
+        layer: the one that is full first; None: no layer is filling.
+        tasks_until_full: until that layer has no free unit.
+    """
+
+    tasks: float
+    units_per_task: float
+    layer: str | None
+    tasks_until_full: float
+
+    @classmethod
+    def of(cls, state: FreezeState) -> Forecast | None:
+        """The forecast after the last finished task; None: there is none."""
+        if not state.tasks:
+            return None
+        claims = masks.claims(state)
+        counted = range(1, len(state.tasks)) if len(state.tasks) > 1 else range(1)
+        rate = {
+            name: sum(int((units == index).sum()) for index in counted) / len(counted) for name, units in claims.items()
+        }
+        free = {name: int((units < 0).sum()) for name, units in claims.items()}
+        left = {name: free[name] / rate[name] for name in rate if rate[name] > 0}
+        first = min(left, key=lambda name: left[name]) if left else None
+        per_task = sum(rate.values())
+        tasks = sum(free.values()) / per_task if per_task else math.inf
+        return cls(tasks, per_task, first, math.inf if first is None else left[first])
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return "the last tasks have claimed no new unit: as many more as can reuse what is there"
+        return (
+            f"about {self.tasks:.1f} more tasks that claim {self.units_per_task:.0f} new units each; "
+            f"{self.layer} is full after about {self.tasks_until_full:.1f}, and later tasks can only reuse it"
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class StreamResult:
-    """One method's result on one stream.
+class RetentionReport:
+    """What `RelevanceFreezing.report` has to say. Printed, it is a few tables.
 
     Attributes:
-        method: its name, for the legend.
-        tasks: names, in the order of training.
-        matrix: accuracy ``(tasks, tasks)``, see `metrics`.
-        free_capacity: share of free units after each task; empty for a method that freezes nothing.
+        state: the finished tasks.
+        matrix: entry ``[i, j]`` is the test accuracy of task j after training task i: ``(tasks, tasks)``, see
+            `metrics`; None: nothing was tested.
+        baseline: accuracy of each task before any training, ``(tasks,)``; None: not known.
+        changed: by task, names of its layers, head and shared parameters that are not bit-equal to what they were at
+            its end; None: there was no model to look at.
+        drift: by task, the largest difference of a logit under recall at the end of a later task, in logits; tasks that
+            no later one has followed in the same process are not in it.
+        forecast: about how many more tasks fit; None: no task has ended.
     """
 
-    method: str
-    tasks: Sequence[str]
-    matrix: Tensor
-    free_capacity: Sequence[float] = ()
+    state: FreezeState
+    matrix: Tensor | None
+    baseline: Tensor | None
+    changed: Mapping[str, Sequence[str]] | None
+    drift: Mapping[str, float]
+    forecast: Forecast | None
+
+    @classmethod
+    def of(
+        cls,
+        state: FreezeState,
+        *,
+        matrix: Tensor | None = None,
+        metric: str | None = None,
+        baseline: Tensor | None = None,
+        changed: Mapping[str, Sequence[str]] | None = None,
+    ) -> RetentionReport:
+        """Look through the records of finished tasks.
+
+        Args:
+            state: the finished tasks.
+            matrix: accuracy ``(tasks, tasks)``; None: of the metrics that tests have logged.
+            metric: which of those; None: the first with "acc" in its name.
+            baseline: accuracy of each task before any training, ``(tasks,)``.
+            changed: see `audit.changed`.
+
+        Raises:
+            ValueError: if matrix or baseline have another shape, or the metric was never logged.
+        """
+        tasks = len(state.tasks)
+        if matrix is None:
+            matrix = _tested(state, metric)
+        elif tuple(matrix.shape) != (tasks, tasks):
+            raise ValueError(
+                f"the matrix has shape {tuple(matrix.shape)}, expected {(tasks, tasks)}: {tasks} tasks ended"
+            )
+        if baseline is not None and tuple(baseline.shape) != (tasks,):
+            raise ValueError(
+                f"the baseline has shape {tuple(baseline.shape)}, expected one accuracy per task: ({tasks},)"
+            )
+        drift: dict[str, float] = {}
+        for record in state.tasks.values():
+            for name, value in record.drift.items():
+                # A NaN is a drift, too, and max would pass over it.
+                drift[name] = math.nan if math.isnan(value + drift.get(name, 0.0)) else max(value, drift.get(name, 0.0))
+        return cls(state, matrix, baseline, changed, drift, Forecast.of(state))
+
+    # -- numbers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers of the field that can be told: all in [-1, 1], by name."""
+        found: dict[str, float] = {}
+        if self.matrix is not None and len(self.matrix):
+            found["average accuracy"] = float(average_accuracy(self.matrix)[-1])
+            found["forgetting"] = float(forgetting(self.matrix))
+            found["backward transfer"] = float(backward_transfer(self.matrix))
+            if self.baseline is not None:
+                found["forward transfer"] = float(forward_transfer(self.matrix, self.baseline))
+        if self.state.tasks:
+            found["free capacity"] = masks.free_capacity_over_tasks(self.state)[-1]
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    @property
+    def is_sound(self) -> bool | None:
+        """Whether no frozen row has changed and no logit drifted; None: neither was looked at."""
+        if self.changed is None and not self.drift:
+            return None
+        return not any((self.changed or {}).values()) and all(value == 0 for value in self.drift.values())
+
+    @property
+    def sections(self) -> dict[str, Rows]:
+        """The tables by title; a value that is not known is None."""
+        found = {
+            "tasks": self._tasks(),
+            "layers: units frozen first by each task, serving several, free": masks.claims_table(self.state),
+            "searches": self._searches(),
+            "audit": self._audit(),
+        }
+        if self.matrix is not None:
+            names = list(self.state.tasks)
+            found["accuracy of each task (column) after each task (row)"] = [
+                {"after": name, **dict(zip(names, _known(row), strict=True))}
+                for name, row in zip(names, self.matrix, strict=True)
+            ]
+        return {title: rows for title, rows in found.items() if rows}
+
+    def _tasks(self) -> Rows:
+        then = [None] * len(self.state.tasks) if self.matrix is None else _known(self.matrix.diagonal())
+        now = [None] * len(self.state.tasks) if self.matrix is None else _known(self.matrix[-1])
+        rows = []
+        for index, row in enumerate(masks.tasks_table(self.state)):
+            kept = (
+                "task",
+                "accuracy",
+                "of the sub-network",
+                "accepted",
+                "relevant units",
+                "of them new",
+                "free after it",
+            )
+            tested = {} if self.matrix is None else {"tested at its end": then[index], "tested now": now[index]}
+            rows.append({key: row[key] for key in kept} | tested)
+        return rows
+
+    def _searches(self) -> Rows:
+        return [
+            {
+                "task": record.name,
+                "cutoff": record.cutoff,
+                "evaluations": len(record.evaluations) + len(record.recovery),
+                "samples": record.samples,
+                **{f"{what}, s": round(seconds, 3) for what, seconds in record.seconds.items()},
+            }
+            for record in self.state.tasks.values()
+        ]
+
+    def _audit(self) -> Rows:
+        rows = []
+        for name, record in self.state.tasks.items():
+            changed = None if self.changed is None else self.changed[name]
+            largest = None if changed is None else math.nan if changed else 0.0
+            rows.append(
+                {
+                    "task": name,
+                    "frozen since its end": "not looked at: no model" if changed is None else _said(changed),
+                    "largest change of a row": largest if record.rows else None,
+                    "largest drift of a logit": self.drift.get(name),
+                }
+            )
+        return rows
+
+    # -- forms --------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        if not self.state.tasks:
+            return "no finished task"
+        if importlib.util.find_spec("rich") is None:
+            tables = [f"{title}\n{masks.as_text(_aligned(rows))}" for title, rows in self.sections.items()]
+            return "\n\n".join([*tables, self.summary])
+        from rich.console import Console
+
+        text = io.StringIO()
+        console = Console(file=text, width=160, color_system=None)
+        for title, rows in self.sections.items():
+            console.print(title, markup=False, highlight=False)
+            console.print(rich_table("", rows))
+        return "\n".join(line.rstrip() for line in f"{text.getvalue()}{self.summary}".splitlines())
+
+    @property
+    def summary(self) -> str:
+        """The numbers and the forecast, in two lines."""
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
+        return f"{numbers}\n{self.forecast}" if self.forecast else numbers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dicts, lists and built-in types that JSON has; what is not known, or no number, is None."""
+        found = {
+            "tasks": self._tasks(),
+            "layers": masks.claims_table(self.state) if self.state.tasks else [],
+            "capacity": masks.free_capacity_over_tasks(self.state),
+            "overlap": masks.overlap(self.state).tolist(),
+            "searches": [{**row, "curve": curve(self.state.task(row["task"]))} for row in self._searches()],
+            "audit": self._audit(),
+            "matrix": None if self.matrix is None else [_known(row) for row in self.matrix],
+            "numbers": self.numbers,
+            "forecast": None if self.forecast is None else vars(self.forecast),
+        }
+        plain: dict[str, Any] = _without_nan(found)
+        return plain
+
+    def to_json(self) -> str:
+        """The same as text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """The tables as GitHub shows them."""
+        parts = []
+        for title, rows in self.sections.items():
+            lines = [list(rows[0]), ["---"] * len(rows[0])]
+            lines += [[_shown(value) for value in row.values()] for row in rows]
+            table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+            parts.append(f"### {title.capitalize()}\n\n{table}")
+        return "\n\n".join([*parts, self.summary.replace("\n", "\n\n")]) + "\n"
+
+    def to_pandas(self) -> dict[str, pandas.DataFrame]:
+        """The tables as data frames, by title.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        import pandas
+
+        return {title: pandas.DataFrame(rows) for title, rows in self.sections.items()}
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw average accuracy and that of each task over the stream, with free capacity (the paper's Figure 2).
+
+        Raises:
+            ImportError: if matplotlib is not installed (extra ``plots``).
+            ValueError: if nothing was tested.
+        """
+        from lightning_rnf.figures import plot_retention
+
+        if self.matrix is None:
+            raise ValueError(
+                "nothing to draw: no test has logged an accuracy; run trainer.test after each fit, or pass matrix="
+            )
+        capacity = masks.free_capacity_over_tasks(self.state)
+        plot_retention([StreamResult("relevance freezing", list(self.state.tasks), self.matrix, capacity)], path)
 
 
-def free_capacity_over_tasks(state: FreezeState) -> list[float]:
-    """Share of units that were relevant to no task yet, after each finished task."""
-    flat = [torch.cat([record.relevant[layer.name] for layer in state.layers]) for record in state.tasks.values()]
-    frozen = torch.stack(flat).cumsum(dim=0) > 0 if flat else torch.empty(0, 1)
-    return [1.0 - float(row.float().mean()) for row in frozen]
+def curve(record: TaskRecord) -> Rows:
+    """The search's accuracy over the cutoff, ascending; after a recovery, what was measured then follows."""
+    searched = sorted(record.evaluations, key=lambda evaluation: evaluation.score.cutoff)
+    return [
+        {
+            "cutoff": evaluation.score.cutoff,
+            "accuracy": evaluation.score.accuracy,
+            "accepted": evaluation.accepted,
+            "after recovery": number >= len(searched),
+        }
+        for number, evaluation in enumerate([*searched, *record.recovery])
+    ]
 
 
-def accuracy_table(result: StreamResult) -> Table:
-    """Accuracy in per cent of every task after every task, the average, and free capacity: a table for rich to print.
+def accuracy_rows(result: StreamResult) -> Rows:
+    """Accuracy in per cent of every task after every task, mean over seeds, the average, and free capacity."""
+    prefix = commonprefix(result.tasks)  # noqa: RUF071 - of strings, not of paths
+    names = [name.removeprefix(prefix) or name for name in result.tasks]
+    averages, mean = result.averages.mean(dim=0), result.mean
+    rows = []
+    for index, name in enumerate(names):
+        seen = [f"{100 * value:.1f}" for value in mean[index, : index + 1].tolist()]
+        cells = dict(zip(names, [*seen, *[""] * (len(names) - index - 1)], strict=True))
+        free = {"free units": f"{100 * result.free_capacity[index]:.0f}"} if len(result.free_capacity) else {}
+        rows.append({f"after {prefix}…": name, **cells, "average": f"{100 * float(averages[index]):.1f}", **free})
+    return rows
+
+
+def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows under their keys, as a table for rich to print.
 
     Raises:
         ImportError: if rich is not installed (extra ``demo``).
     """
+    from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    prefix = commonprefix(result.tasks)  # noqa: RUF071 - of strings, not of paths
-    names = [name.removeprefix(prefix) or name for name in result.tasks]
-    table = Table(title=f"{result.method}: test accuracy after each task, %")
-    table.add_column(f"after {prefix}…" if prefix else "after")
-    for column in [*names, "average", "free units"]:
-        table.add_column(column, justify="right")
-    averages = average_accuracy(result.matrix)
-    for index, name in enumerate(names):
-        seen = [f"{100 * value:.1f}" for value in result.matrix[index, : index + 1].tolist()]
-        free = f"{100 * result.free_capacity[index]:.0f}" if result.free_capacity else ""
-        table.add_row(name, *seen, *[""] * (len(names) - index - 1), f"{100 * float(averages[index]):.1f}", free)
-    table.caption = f"forgetting {100 * float(forgetting(result.matrix)):.2f} points"
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for name, value in rows[0].items():
+        table.add_column(escape(name), justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(escape(_shown(value)) for value in row.values()))
     return table
 
 
-def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -> None:
-    """Draw average accuracy with free capacity, and the accuracy of each task with the first and the last method.
+def _tested(state: FreezeState, metric: str | None) -> Tensor | None:
+    records = list(state.tasks.values())
+    logged = list(dict.fromkeys(name for record in records for values in record.tests.values() for name in values))
+    if metric is None:
+        metric = next((name for name in logged if "acc" in name.lower()), None)
+        if metric is None:
+            return None
+    elif metric not in logged:
+        raise ValueError(f"no test has logged {metric!r}; logged were: {logged or 'nothing'}")
+    nan = float("nan")
+    return torch.tensor([[after.tests.get(task, {}).get(metric, nan) for task in state.tasks] for after in records])
 
-    Line styles are the methods'; the first is drawn dashed, as what the others are compared with.
 
-    Args:
-        results: of one stream, at most four.
-        path: where to write the figure; the ending says in which format.
+def _known(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
-    Raises:
-        ImportError: if matplotlib is not installed (extra ``demo``).
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and the user's pyplot is left alone
-    left, right = cast("Sequence[Axes]", figure.subplots(1, 2))
-    steps = range(1, len(results[0].tasks) + 1)
-    styles = ["--", "-", "-.", ":"]
-    colours = ["0.45", "tab:blue", "tab:red", "tab:green"]
-    capacity = left.twinx()
-    freezing = [result for result in results if result.free_capacity]
-    for result, style, colour in zip(results, styles, colours, strict=False):
-        left.plot(
-            steps, 100 * average_accuracy(result.matrix), style, color=colour, marker="o", lw=2, label=result.method
+def _said(changed: Sequence[str]) -> str:
+    return f"changed: {', '.join(changed)}" if changed else "bit-equal"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return (
+            "not known"
+            if math.isnan(value)
+            else "0"
+            if value == 0
+            else f"{value:.4g}"
+            if value < 1e-3
+            else f"{value:.4f}"
         )
-        if result in freezing:
-            width = 0.6 / len(freezing)
-            places = [step - 0.3 + width * (freezing.index(result) + 0.5) for step in steps]
-            free = [100 * share for share in result.free_capacity]
-            capacity.bar(places, free, width=width, color=colour, alpha=0.18, label=f"free units, {result.method}")
-    compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
-    for result, style in zip(compared, styles, strict=False):
-        for task in range(len(result.tasks)):
-            right.plot(
-                list(steps)[task:],
-                100 * result.matrix[task:, task],
-                style,
-                color=f"C{task % 10}",
-                marker="os^Dv<>p*h"[task % 10],
-                ms=4,
-            )
-    for task, name in enumerate(results[0].tasks):  # for the legend: styles are the methods', as on the left
-        right.plot([], [], color=f"C{task % 10}", marker="os^Dv<>p*h"[task % 10], ms=4, ls="none", label=name)
-    left.set(title="Average over the tasks seen", xlabel="tasks trained", ylabel="test accuracy, %", xticks=steps)
-    capacity.set(ylim=(0, 100), ylabel="free units, %")
-    left.set_zorder(capacity.get_zorder() + 1)
-    left.patch.set_visible(False)
-    handles = [*left.get_legend_handles_labels()[0], *capacity.get_legend_handles_labels()[0]]
-    labels = [*left.get_legend_handles_labels()[1], *capacity.get_legend_handles_labels()[1]]
-    left.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False)
-    right.set(
-        title="Each task: " + " and ".join(result.method for result in compared),
-        xlabel="tasks trained",
-        ylabel="test accuracy, %",
-        xticks=steps,
-    )
-    right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    return masks.shown(value)
+
+
+def _aligned(rows: Rows) -> Rows:
+    """Numbers and gaps as text: so that a column's first row says what the others are, too."""
+    return [{name: _shown(value) for name, value in row.items()} for row in rows]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -44,6 +44,10 @@ class TaskRecord:
             are no relevance.
         cuts: those of them that all relevance runs through, where 1 is right. Elsewhere it is a branch's share.
         notes: what a reader of the relevance should know, in plain words.
+        rows: fingerprints of what this task froze, by layer, head or shared parameter; see `audit`.
+        drift: at this task's end, how far the recalled logits of earlier tasks were from those of their own ends: the
+            largest difference on a few samples. Only of tasks that have ended in the same process.
+        tests: metrics that ``trainer.test`` has logged between this task's end and the next one's, by tested task.
     """
 
     name: str
@@ -65,6 +69,9 @@ class TaskRecord:
     conservation: dict[str, float] = field(default_factory=dict)
     cuts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rows: dict[str, str] = field(default_factory=dict)
+    drift: dict[str, float] = field(default_factory=dict)
+    tests: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -258,6 +265,7 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
         "recovery": [asdict(evaluation) for evaluation in record.recovery],
         "cuts": list(record.cuts),
         "notes": list(record.notes),
+        "tests": {task: dict(logged) for task, logged in record.tests.items()},
     }
 
 
@@ -320,6 +328,9 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
         conservation=_get_numbers(plain, "conservation"),
         cuts=_get_names(plain, "cuts"),
         notes=_get_names(plain, "notes"),
+        rows=_get_texts(plain, "rows"),
+        drift=_get_numbers(plain, "drift"),
+        tests=_get_tests(plain),
     )
 
 
@@ -350,6 +361,18 @@ def _get_numbers(plain: object, key: str) -> dict[str, float]:
     numbers: dict[Any, Any] = _get(plain, key, dict)
     _check_names(key, list(numbers))
     return {name: _get(numbers, name, float) for name in numbers}
+
+
+def _get_texts(plain: object, key: str) -> dict[str, str]:
+    texts: dict[Any, Any] = _get(plain, key, dict)
+    _check_names(key, [*texts, *texts.values()])
+    return texts
+
+
+def _get_tests(plain: object) -> dict[str, dict[str, float]]:
+    tests: dict[Any, Any] = _get(plain, "tests", dict)
+    _check_names("tests", list(tests))
+    return {task: _get_numbers(tests, task) for task in tests}
 
 
 def _get_names(plain: object, key: str) -> tuple[str, ...]:

@@ -248,7 +248,8 @@ def fit_stream(
             None: nothing is kept but what ``trainer_factory`` keeps.
 
     Returns:
-        The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal.
+        The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal. It is in the callback's report,
+        too.
 
     Raises:
         ValueError: if the model has not exactly one `MultiHead` and ``activate`` is None.
@@ -276,6 +277,9 @@ def fit_stream(
                     with precision.forward_context():
                         logits, target = predict_checked(predict, model, on_device)
                     matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
+            if callback is not None and task.task in callback.state.tasks:
+                accuracy = float(matrix.correct[trained, index] / matrix.samples[trained, index])
+                callback.state.task(task.task).tests[seen.task] = {"accuracy": accuracy}
         model.cpu()
     return matrix.compute().reshape(len(tasks), len(tasks))  # torchmetrics makes a number of a matrix of one entry
 

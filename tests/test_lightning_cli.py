@@ -277,8 +277,8 @@ def test_a_bug_of_the_users_own_is_shown_in_full(tmp_path):
 def test_report_masks_and_export_read_a_checkpoint(ended, tmp_path, capsys):
     main(["report", str(ended)])
     printed = capsys.readouterr().out
-    assert re.search(r"^a +\d+ +\d+ +\d+ +0\.9", printed, flags=re.MULTILINE)
-    assert re.search(r"^body.3 +40 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^ *a +0\.9\d+ +0\.9\d+ +yes +\d+", printed, flags=re.MULTILINE)
+    assert re.search(r"^ *body.3 +40 ", printed, flags=re.MULTILINE)
     main(["report", str(ended), "--json"])
     report = json.loads(capsys.readouterr().out)
     record = checkpoints.finished_tasks(checkpoints.read(ended)).tasks["a"]

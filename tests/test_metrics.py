@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_rnf.metrics import AccuracyMatrix, average_accuracy, backward_transfer, forgetting
+from lightning_rnf.metrics import (
+    AccuracyMatrix,
+    AverageAccuracy,
+    BackwardTransfer,
+    Forgetting,
+    ForwardTransfer,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+)
 
 NAN = float("nan")
 BY_HAND = torch.tensor([[0.90, NAN, NAN], [0.60, 0.80, NAN], [0.70, 0.50, 0.95]])
@@ -78,3 +88,59 @@ def test_states_of_two_processes_add_up():
         for name, reduction in first._reductions.items()
     }
     assert reduced["correct"] / reduced["samples"] == whole.compute()
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda n: st.tuples(
+            st.lists(st.lists(st.floats(0, 1), min_size=n, max_size=n), min_size=n, max_size=n),
+            st.lists(st.floats(0, 1), min_size=n, max_size=n),
+        )
+    )
+)
+def test_forward_transfer_written_out_as_a_sum(drawn):
+    rows, baseline = drawn
+    n = len(rows)
+    expected = sum(rows[j - 1][j] - baseline[j] for j in range(1, n)) / (n - 1) if n > 1 else 0.0
+    found = forward_transfer(torch.tensor(rows, dtype=torch.float64), torch.tensor(baseline, dtype=torch.float64))
+    assert found.item() == pytest.approx(expected)
+
+
+def test_a_baseline_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="one accuracy per task"):
+        forward_transfer(torch.eye(3), torch.zeros(2))
+
+
+def answered(metric, trained, task, right, of):
+    """Update a metric with ``of`` answers, of which so many are right."""
+    logits = torch.tensor([[1.0, 0.0]]).repeat(of, 1)
+    target = torch.tensor([0] * right + [1] * (of - right))
+    metric.update(logits, target, trained=trained, task=task)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+def test_metrics_are_the_functions_of_their_matrix():
+    single = {AverageAccuracy: 0.6, Forgetting: 0.4, BackwardTransfer: -0.4}
+    for kind, expected in single.items():
+        metric = kind(3)  # of which two are trained so far
+        assert metric.compute().isnan()
+        for trained, task, right in ((0, 0, 8), (0, 1, 9), (1, 0, 4), (1, 1, 8)):
+            answered(metric, trained, task, right, 10)
+        assert metric.compute().item() == pytest.approx(expected)
+        metric.reset()
+        assert metric.compute().isnan()
+    metric = ForwardTransfer(torch.tensor([0.5, 0.5]))
+    assert metric.compute().isnan()
+    answered(metric, 0, 1, 9, 10)
+    assert metric.compute().item() == pytest.approx(0.4)
+
+
+def test_metrics_of_two_processes_add_up_before_the_division():
+    whole, halves = Forgetting(2), [Forgetting(2), Forgetting(2)]
+    for trained, task, right, of in ((0, 0, 9, 10), (1, 0, 1, 3), (1, 0, 6, 7), (1, 1, 2, 2)):
+        answered(whole, trained, task, right, of)
+        answered(halves[right % 2], trained, task, right, of)
+    # What torchmetrics does between processes: states are added up, then the number is computed.
+    halves[0].correct += halves[1].correct
+    halves[0].samples += halves[1].samples
+    assert halves[0].compute().item() == pytest.approx(whole.compute().item())

@@ -1,39 +1,312 @@
+"""The report: what it says of tasks that were trained, and of records that were written by hand."""
+
 from __future__ import annotations
 
+import json
+import math
+import subprocess
 import sys
+from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from records import ConvNet, Mlp, batch, every_second, make, record_of, state_of
+from rich.console import Console
+from training import TASKS, Classifier, task_data, train, trainer
 
-from lightning_rnf.report import StreamResult, accuracy_table, plot_retention
+from lightning_rnf import RelevanceFreezing, RetentionReport
+from lightning_rnf.audit import Probe
+from lightning_rnf.figures import StreamResult
+from lightning_rnf.reference import ReferenceData
+from lightning_rnf.report import Forecast, accuracy_rows, curve, rich_table
+from lightning_rnf.state import FreezeState
 
 NAN = float("nan")
 RESULT = StreamResult("freezing", ["t-1", "t-2"], torch.tensor([[0.9, NAN], [0.8, 0.7]]), [0.6, 0.25])
 
 
-def test_the_table_holds_accuracies_averages_and_free_units():
-    table = accuracy_table(RESULT)
-    assert [column.header for column in table.columns] == ["after t-…", "1", "2", "average", "free units"]
-    assert [list(column.cells) for column in table.columns] == [
-        ["1", "2"],
-        ["90.0", "80.0"],
-        ["", "70.0"],
-        ["90.0", "75.0"],
-        ["60", "25"],
+def two_tasks(net, **changes):
+    second = record_of(net, "second", relevant=every_second(net.layers, 1), **changes)
+    return state_of(net, record_of(net), second)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Three tasks, each tested after every fit with the module's own test_step."""
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    for index, task in enumerate(TASKS):
+        train(model, rnf, task)
+        for seen in TASKS[: index + 1]:
+            model.heads.activate(seen)
+            trainer(rnf).test(model, datamodule=task_data(seen), verbose=False)
+    return model, rnf
+
+
+def test_the_matrix_is_what_the_tests_have_logged(trained):
+    model, rnf = trained
+    matrix = rnf.report().matrix
+    for index, task in enumerate(TASKS):
+        model.heads.activate(task)
+        found = trainer(rnf).test(model, datamodule=task_data(task), verbose=False)
+        assert matrix[2, index].item() == pytest.approx(found[0]["test_accuracy"])
+        assert len({matrix[row, index].item() for row in range(index, 3)}) == 1  # recall is exact
+    assert matrix.isnan().tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+
+
+def test_the_audit_finds_nothing_where_nothing_has_changed(trained):
+    model, rnf = trained
+    report = rnf.report(model)
+    assert report.changed == dict.fromkeys(TASKS, ())
+    assert report.drift == {"a": 0.0, "b": 0.0}
+    assert report.is_sound
+    assert report.numbers["forgetting"] == 0
+    assert {row["largest change of a row"] for row in report.to_dict()["audit"]} == {0.0}
+
+
+@pytest.mark.parametrize(
+    "name", ["body.0.weight", "body.0.bias", "body.3.weight", "heads.tasks.b.weight", "heads.tasks.a.bias"]
+)
+def test_the_audit_sees_a_single_bit(trained, name):
+    model, rnf = trained
+    parameter = model.get_parameter(name)
+    layer = name.rpartition(".")[0]
+    row = int(rnf.state.task("b").relevant[layer].nonzero()[0]) if layer.startswith("body") else 0
+    bits = parameter.data[row : row + 1].view(torch.int32)
+    bits ^= 1
+    try:
+        report = rnf.report(model)
+        hit = "a" if "tasks.a" in name else "b"
+        assert layer in report.changed[hit]
+        assert not report.is_sound
+        assert f"changed: {layer}" in str(report).replace("\n", "")
+    finally:
+        bits ^= 1
+    assert rnf.report(model).is_sound
+
+
+def test_a_free_row_may_change(trained):
+    model, rnf = trained
+    free = (~rnf.state.frozen()["body.0"]).nonzero()
+    assert len(free)
+    model.body[0].weight.data[int(free[0])] += 1
+    try:
+        assert rnf.report(model).is_sound
+    finally:
+        model.body[0].weight.data[int(free[0])] -= 1
+
+
+def test_units_that_go_on_learning_are_told_on():
+    torch.manual_seed(0)
+    model = Classifier()
+    with pytest.warns(UserWarning, match="recall will not be exact"):
+        rnf = RelevanceFreezing(elasticity=1.0)
+    train(model, rnf, "a", "b", max_epochs=1)
+    report = rnf.report(model)
+    assert report.drift["a"] > 0
+    assert set(report.changed["a"]) == {"body.0", "body.3"}
+    assert report.changed["b"] == ()
+    assert not report.is_sound
+
+
+@pytest.mark.parametrize("kind", [Mlp, ConvNet])
+def test_a_drift_of_logits_is_their_largest_difference(kind):
+    net = make(kind)
+    net.heads.activate("first")
+    record = record_of(net)
+    reference = ReferenceData([batch(net, 20)], 1, 20)
+    probe = Probe.of(net, net.layers, record, reference, masked=True)
+    assert len(probe.logits) == 8
+    assert probe.drift(net, net.layers, record, masked=True) == 0
+    with torch.no_grad():
+        net.heads.tasks["first"].bias += torch.tensor([0.25, -0.5, 0.0])
+    assert probe.drift(net, net.layers, record, masked=True) == pytest.approx(0.5, abs=1e-5)
+    with torch.no_grad():
+        net.heads.tasks["first"].bias[1] = NAN
+    assert math.isnan(probe.drift(net, net.layers, record, masked=True))
+
+
+def test_a_batch_that_cannot_be_cut_is_probed_whole():
+    net = make(Mlp)
+    net.heads.activate("first")
+    x, y = batch(net, 20)
+    odd = {"x": x, "y": y, "weights of classes": torch.ones(3)}
+    reference = ReferenceData([odd], 1, 20, lambda module, one: (module(one["x"]), one["y"]))
+    assert len(Probe.of(net, net.layers, record_of(net), reference, masked=True).logits) == 20
+
+
+def test_without_a_model_rows_are_not_looked_at():
+    state = two_tasks(make(Mlp))
+    report = RetentionReport.of(state)
+    assert report.changed is None
+    assert report.is_sound is None
+    assert "not looked at" in str(report)
+
+
+def test_the_numbers_are_those_of_the_matrix():
+    matrix = torch.tensor([[0.9, 0.4], [0.7, 0.8]])
+    report = RetentionReport.of(two_tasks(make(Mlp)), matrix=matrix, baseline=torch.tensor([0.5, 0.3]))
+    expected = {"average accuracy": 0.75, "forgetting": 0.2, "backward transfer": -0.2, "forward transfer": 0.1}
+    assert report.numbers == pytest.approx({**expected, "free capacity": 0.0})
+
+
+def test_a_matrix_a_baseline_or_a_metric_that_do_not_fit_are_refused():
+    state = two_tasks(make(Mlp))
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), expected \(2, 2\)"):
+        RetentionReport.of(state, matrix=torch.eye(3))
+    with pytest.raises(ValueError, match=r"one accuracy per task: \(2,\)"):
+        RetentionReport.of(state, baseline=torch.zeros(3))
+    with pytest.raises(ValueError, match="no test has logged 'f1'; logged were: nothing"):
+        RetentionReport.of(state, metric="f1")
+
+
+def test_the_metric_is_chosen_by_its_name():
+    state = two_tasks(make(Mlp), tests={"first": {"loss": 2.0, "top1_Acc": 0.5, "f1": 0.25}})
+    assert RetentionReport.of(state).matrix[1].tolist() == [0.5, pytest.approx(NAN, nan_ok=True)]
+    assert RetentionReport.of(state, metric="f1").matrix[1, 0] == 0.25
+    assert RetentionReport.of(two_tasks(make(Mlp), tests={"first": {"loss": 2.0}})).matrix is None
+
+
+def test_the_forecast_divides_free_units_by_what_tasks_have_claimed():
+    net = make(Mlp)  # layers of 6 and 5 units
+    first = {"fc1": torch.tensor([1, 1, 0, 0, 0, 0]).bool(), "fc2": torch.tensor([1, 0, 0, 0, 0]).bool()}
+    second = {"fc1": torch.tensor([1, 0, 1, 0, 0, 0]).bool(), "fc2": torch.tensor([1, 0, 0, 1, 0]).bool()}
+    one = Forecast.of(state_of(net, record_of(net, relevant=first)))
+    assert (one.tasks, one.units_per_task, one.layer, one.tasks_until_full) == (8 / 3, 3, "fc1", 2)
+    two = Forecast.of(state_of(net, record_of(net, relevant=first), record_of(net, "second", relevant=second)))
+    assert (two.tasks, two.units_per_task, two.layer, two.tasks_until_full) == (6 / 2, 2, "fc1", 3)
+    none = Forecast.of(state_of(net, record_of(net, relevant=first), record_of(net, "second", relevant=first)))
+    assert none.layer is None
+    assert math.isinf(none.tasks)
+    assert "no new unit" in str(none)
+    assert Forecast.of(FreezeState()) is None
+
+
+def test_the_curve_is_sorted_and_recovery_comes_last():
+    record = record_of(make(Mlp))
+    record = replace(record, evaluations=record.evaluations[::-1], recovery=record.evaluations[:1])
+    found = [(row["cutoff"], row["accuracy"], row["accepted"], row["after recovery"]) for row in curve(record)]
+    assert found == [(0, 0.75, True, False), (4, 0.5, False, False), (0, 0.75, True, True)]
+
+
+def test_layers_say_who_was_first_and_what_is_shared():
+    net = make(ConvNet)  # 4 and 5 units
+    second = {"conv1": torch.tensor([1, 1, 0, 0]).bool(), "conv2": torch.tensor([0, 0, 0, 0, 0]).bool()}
+    state = state_of(net, record_of(net), record_of(net, "second", relevant=second))  # the first: every other unit
+    rows = RetentionReport.of(state).sections["layers: units frozen first by each task, serving several, free"]
+    assert rows == [
+        {"layer": "conv1", "units": 4, "first": 2, "second": 1, "shared": 1, "free": 1},
+        {"layer": "conv2", "units": 5, "first": 3, "second": 0, "shared": 0, "free": 2},
     ]
-    assert table.caption == "forgetting 10.00 points"
 
 
-def test_the_figure_is_drawn_without_touching_pyplot(tmp_path):
-    loaded = "matplotlib.pyplot" in sys.modules
-    naive = StreamResult("naive", RESULT.tasks, RESULT.matrix)
-    plot_retention([naive, RESULT], tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert ("matplotlib.pyplot" in sys.modules) == loaded
+def test_json_markdown_and_data_frames_hold_the_same(trained):
+    _, rnf = trained
+    report = rnf.report()
+    plain = json.loads(report.to_json())
+    assert plain == report.to_dict()
+    assert [row["task"] for row in plain["tasks"]] == list(TASKS)
+    assert plain["matrix"][0][1] is None
+    frames = report.to_pandas()
+    assert frames["tasks"]["task"].tolist() == list(TASKS)
+    assert list(frames) == list(report.sections)
+    lines = report.to_markdown().splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) == sum(len(rows) + 2 for rows in report.sections.values())
+    assert all(line.count("|") > 2 and line.endswith("|") for line in tables)
+
+
+def test_an_infinite_forecast_is_null_in_json():
+    net = make(Mlp)
+    state = state_of(net, record_of(net), record_of(net, "second"))
+    assert json.loads(RetentionReport.of(state).to_json())["forecast"]["tasks"] is None
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_it_prints_as_tables_with_and_without_rich(with_rich, trained, monkeypatch):
+    _, rnf = trained
+    if not with_rich:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = str(rnf.report())
+    for title in rnf.report().sections:
+        assert title in text
+    for word in (*TASKS, "body.0", "bit-equal", "average accuracy", "more tasks"):
+        assert word in text
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 160
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_no_finished_task_is_a_report_too():
+    report = RelevanceFreezing().report()
+    assert str(report) == "no finished task"
+    assert report.to_dict()["tasks"] == []
+    assert report.numbers == {}
+
+
+def test_the_figure_of_a_report(tmp_path, trained):
+    _, rnf = trained
+    rnf.report().plot(tmp_path / "retention.png")
+    assert (tmp_path / "retention.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        RetentionReport.of(two_tasks(make(Mlp))).plot(tmp_path / "none.png")
+
+
+def test_tests_of_several_loaders_are_told_apart():
+    class Several(Classifier):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            super().test_step(batch)
+
+    torch.manual_seed(0)
+    model, rnf = Several(), RelevanceFreezing()
+    train(model, rnf, "a", "b", max_epochs=1)
+    loaders = [task_data(task).test_dataloader() for task in ("a", "b")]
+    found = trainer(rnf).test(model, loaders, verbose=False)
+    matrix = rnf.report().matrix
+    assert matrix[1].tolist() == [found[index][f"test_accuracy/dataloader_idx_{index}"] for index in range(2)]
+    assert matrix[0].isnan().all()
+
+
+def test_an_untrained_task_that_is_tested_gives_forward_transfer():
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", max_epochs=1)
+    model.heads.activate("b")
+    (found,) = trainer(rnf).test(model, datamodule=task_data("b"), verbose=False)
+    train(model, rnf, "b", max_epochs=1)
+    report = rnf.report(baseline=torch.tensor([0.5, 0.5]))
+    assert report.matrix[0, 1].item() == pytest.approx(found["test_accuracy"])
+
+
+def test_what_tests_have_logged_survives_a_checkpoint(trained):
+    _, rnf = trained
+    other = RelevanceFreezing()
+    other.load_state_dict(rnf.state_dict())
+    assert torch.equal(other.report().matrix.nan_to_num(-1), rnf.report().matrix.nan_to_num(-1))
+    assert other.report().drift == rnf.report().drift
+
+
+def test_rows_of_a_stream():
+    rows = accuracy_rows(RESULT)
+    assert rows == [
+        {"after t-…": "1", "1": "90.0", "2": "", "average": "90.0", "free units": "60"},
+        {"after t-…": "2", "1": "80.0", "2": "70.0", "average": "75.0", "free units": "25"},
+    ]
+    text = StringIO()
+    Console(file=text, width=80).print(rich_table("title", rows))
+    assert "75.0" in text.getvalue()
 
 
 @pytest.mark.parametrize("package", ["rich.table", "matplotlib.figure"])
 def test_a_missing_extra_is_an_import_error(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
+    report = RetentionReport.of(two_tasks(make(Mlp)), matrix=torch.eye(2))
     with pytest.raises(ImportError):
-        accuracy_table(RESULT) if package.startswith("rich") else plot_retention([RESULT], tmp_path / "f.png")
+        rich_table("", [{"a": 1}]) if package.startswith("rich") else report.plot(tmp_path / "f.png")
+
+
+def test_the_package_imports_without_what_only_extras_bring():
+    absent = ("pandas", "sklearn", "huggingface_hub")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import lightning_rnf"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,0 +1,135 @@
+"""Whether what was promised still holds: fingerprints of frozen rows, and logits that were kept to compare with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_rnf import subnetwork
+from lightning_rnf.guard import borrowed
+from lightning_rnf.reference import ReferenceData
+from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.units import UnitLayer, UnitMap
+
+SAMPLES = 8
+"""How many samples a `Probe` keeps, where the batch can be cut."""
+
+
+def fingerprints(module: nn.Module, units: UnitMap, record: TaskRecord, state: FreezeState) -> dict[str, str]:
+    """What a task that ends now has frozen: 128 bits of BLAKE2 for the relevant rows of each layer, by its name.
+
+    Besides, by the head's name, for the head; and by parameter, for the shared ones that no earlier task has frozen. A
+    bit that changes in any of them changes the fingerprint; to which number it has changed can't be told.
+
+    Args:
+        module: whole, on any device.
+        units: of the module.
+        record: of the task.
+        state: of the earlier tasks.
+    """
+    new = [name for name in units.shared if name not in state.shared]
+    return _fingerprints(module, units.layers, record, new)
+
+
+def changed(module: nn.Module, state: FreezeState) -> dict[str, tuple[str, ...]]:
+    """For each finished task: which of its layers, head and shared parameters are not what they were at its end.
+
+    Args:
+        module: a model that `FreezeState.check_module` has let pass.
+        state: the finished tasks.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    known = {layer.name for layer in state.layers}
+    for record in state.tasks.values():
+        shared = [name for name in record.rows if name not in known and name != record.head]
+        now = _fingerprints(module, state.layers, record, [name for name in shared if name in state.shared])
+        found[record.name] = tuple(name for name, kept in record.rows.items() if now.get(name) != kept)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A few samples of a task's reference data and their logits at its end. It never leaves the process.
+
+    Attributes:
+        batch: on the CPU.
+        logits: of the recalled task at its end, ``(N, classes)``, on the CPU.
+        reference: how to run the batch, without data of its own.
+    """
+
+    batch: Any
+    logits: Tensor
+    reference: ReferenceData
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        layers: Iterable[UnitLayer],
+        record: TaskRecord,
+        reference: ReferenceData,
+        *,
+        masked: bool,
+    ) -> Probe:
+        """Take the first samples of the reference data; ``masked`` as for `subnetwork.recall`."""
+        batch = _to(_leading(reference.batches[0]), torch.device("cpu"))
+        how = ReferenceData([], 0, 0, reference.predict, reference.forward_context, reference.convert)
+        logits = _recalled(module, batch, how, subnetwork.recall(module, layers, record, masked=masked))
+        return cls(batch, logits, how)
+
+    def drift(self, module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool) -> float:
+        """The largest difference of any logit under recall, now against then; 0 means that the bits are the same."""
+        recall = subnetwork.recall(module, layers, record, masked=masked)
+        now = _recalled(module, self.batch, self.reference, recall)
+        if torch.equal(now, self.logits):
+            return 0.0
+        return float((now.double() - self.logits.double()).abs().max())
+
+
+def _recalled(module: nn.Module, batch: Any, how: ReferenceData, recall: AbstractContextManager[None]) -> Tensor:
+    device = next(module.parameters()).device
+    with borrowed(module), recall, torch.no_grad(), how.forward_context():
+        logits, _ = how.predict(module, how.convert(_to(batch, device)))
+    return logits.detach().cpu()
+
+
+def _leading(batch: Any) -> Any:
+    """The first samples, if every tensor in the batch has a row for each of them; else the whole batch."""
+    samples, tensors = extract_batch_size(batch), list[Tensor]()
+    apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
+    if all(tensor.ndim > 0 and len(tensor) == samples for tensor in tensors):
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor[:SAMPLES].clone(), allow_frozen=True)
+    return batch
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device), allow_frozen=True)
+
+
+def _fingerprints(
+    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, shared: Iterable[str]
+) -> dict[str, str]:
+    own = dict(module.named_parameters(remove_duplicate=False))
+    found = {}
+    for layer in layers:
+        mask = record.relevant[layer.name]
+        rows = {name: layer.spread(name, mask).to(own[name].device) for name in layer.parameters}
+        found[layer.name] = _digest(own[name].detach()[chosen] for name, chosen in rows.items())
+    found[record.head] = _digest(own[name].detach() for name in record.head_parameters)
+    return found | {name: _digest([own[name].detach()]) for name in shared}
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
