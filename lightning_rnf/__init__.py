@@ -12,6 +12,7 @@ from lightning_rnf.criteria import (
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.summary import RichUnitSummary, UnitSummary
 from lightning_rnf.units import UnitLayer, UnitMap
 
 __version__ = "0.1.0.dev0"
@@ -26,8 +27,10 @@ __all__ = [
     "MultiHead",
     "RelevanceFreezing",
     "RetentionReport",
+    "RichUnitSummary",
     "SubnetworkScore",
     "TaskRecord",
     "UnitLayer",
     "UnitMap",
+    "UnitSummary",
 ]

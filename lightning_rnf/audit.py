@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -102,10 +101,10 @@ def _recalled(module: nn.Module, batch: Any, how: ReferenceData, recall: Abstrac
 
 
 def _leading(batch: Any) -> Any:
-    """The first samples, if every tensor in the batch has a row for each of them; else the whole batch."""
-    samples, tensors = extract_batch_size(batch), list[Tensor]()
+    """The first samples, if all tensors in the batch have as many rows; else the whole batch."""
+    tensors: list[Tensor] = []
     apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
-    if all(tensor.ndim > 0 and len(tensor) == samples for tensor in tensors):
+    if all(tensor.ndim > 0 for tensor in tensors) and len({len(tensor) for tensor in tensors}) == 1:
         return apply_to_collection(batch, Tensor, lambda tensor: tensor[:SAMPLES].clone(), allow_frozen=True)
     return batch
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from zennit.core import Composite
 
-from lightning_rnf import arguments, audit, checkpoints, initial, norms, sharding, subnetwork
+from lightning_rnf import arguments, audit, checkpoints, initial, norms, sharding, subnetwork, tracking
 from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.finished import FinishedTasks, Retention
@@ -23,6 +23,7 @@ from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, 
 from lightning_rnf.guard import recompiled
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
+from lightning_rnf.progress import shown
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.runs import (
     TaskOption,
@@ -306,9 +307,9 @@ class RelevanceFreezing(FinishedTasks):
             self.state.training = None if name in self.state.tasks else name
         if self._is_time_to_recover(trainer):
             name = self._task_name(trainer, pl_module)
-            with self._observing(trainer, pl_module) as (units, reference):
+            with self._observing(trainer, pl_module) as (units, reference), shown(trainer) as show:
                 criteria = (self.recovery_criterion, self.criterion)
-                record = self.selection.select(name, pl_module, units, reference, self.state, *criteria)
+                record = self.selection.select(name, pl_module, units, reference, self.state, *criteria, show=show)
             self.state.recover(record, units)
             self._stay_inside(pl_module, record)
         if self.state.recovering is not None:
@@ -423,19 +424,27 @@ class RelevanceFreezing(FinishedTasks):
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> TaskRecord:
         self._silenced.close()
         recovered = self.state.recovering
-        with self._observing(trainer, module) as (units, reference):
+        with self._observing(trainer, module) as (units, reference), shown(trainer) as show:
             if recovered is None:
                 if self.recovery_epochs:
                     rank_zero_warn(f"{name}: the fit ended before its last {self.recovery_epochs} epochs: no recovery")
-                record = self.selection.select(name, module, units, reference, self.state, self.criterion)
+                record = self.selection.select(name, module, units, reference, self.state, self.criterion, show=show)
             else:
                 record = self.selection.settle(
-                    recovered, module, units, reference, self.state, self.criterion, milder=self.recovery_search
+                    recovered,
+                    module,
+                    units,
+                    reference,
+                    self.state,
+                    self.criterion,
+                    milder=self.recovery_search,
+                    show=show,
                 )
             record = self._witnessed(record, module, units, reference)
         full_before = self._full_layers()
         self.state.add(record, units)
         self._report(record, full_before)
+        tracking.log(trainer, self.state, record)
         self._steps_at_end = trainer.global_step
         if path := checkpoints.keep(trainer, name):
             rank_zero_info(f"{name}: kept in {path}")

@@ -56,6 +56,10 @@ class Criterion(ABC):
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the sub-network will do."""
 
+    def accuracy_limit(self, baseline: float) -> float | None:
+        """The accuracy that has to be kept if the whole network's is ``baseline``; None: it goes by something else."""
+        return None
+
     def met(self, score: SubnetworkScore) -> bool:
         """Whether a sub-network that is taken is what was asked for; by default, whether the search may take it."""
         return self(score)
@@ -98,6 +102,10 @@ class _Both(Criterion):
     def met(self, score: SubnetworkScore) -> bool:
         return self.first.met(score) and self.second.met(score)
 
+    def accuracy_limit(self, baseline: float) -> float | None:
+        both = [limit for one in (self.first, self.second) if (limit := one.accuracy_limit(baseline)) is not None]
+        return max(both, default=None)
+
     def check_samples(self, samples: int) -> None:
         self.first.check_samples(samples)
         self.second.check_samples(samples)
@@ -131,6 +139,10 @@ class AccuracyDrop(Criterion):
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the drop is within the tolerance."""
         return score.baseline - score.accuracy <= self.tolerance + _SLACK
+
+    def accuracy_limit(self, baseline: float) -> float:
+        """The baseline less the tolerance."""
+        return baseline - self.tolerance
 
     def check_samples(self, samples: int) -> None:
         """Check that so many samples can tell a drop of the tolerance from none. A tolerance of 0 is meant, and fine.

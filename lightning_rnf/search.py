@@ -208,6 +208,13 @@ def search_cutoff(
     return SearchResult(found, tuple(evaluations))
 
 
+def about(ranking: Ranking, method: Method, resolution: int = 1) -> int:
+    """How many evaluations a search makes: at most, and for ``"bisect"`` within one of it."""
+    steps = len(ranking.cutoffs(resolution)) - 1
+    walked = (steps + 1).bit_length() if method == "bisect" else steps  # ⌈log2(steps + 1)⌉, or one more
+    return 1 + bool(ranking.beyond_ration) + walked
+
+
 def _bisect(accepts: Callable[[int], bool], steps: int) -> int:
     """The step below a boundary in 0 … steps; 0 is taken as accepted."""
     accepted, rejected = 0, steps + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -25,8 +26,19 @@ from lightning_rnf.criteria import Criterion, SubnetworkScore
 from lightning_rnf.guard import borrowed, evaluating
 from lightning_rnf.importance import IMPORTANCES, SUMMED, Importance, ImportanceName, check_scores, random
 from lightning_rnf.norms import NormStatistics
+from lightning_rnf.progress import Show, silent
 from lightning_rnf.reference import ReferenceData, gathered
-from lightning_rnf.search import Candidates, Evaluation, Measured, Method, Normalize, Ranking, rank, search_cutoff
+from lightning_rnf.search import (
+    Candidates,
+    Evaluation,
+    Measured,
+    Method,
+    Normalize,
+    Ranking,
+    about,
+    rank,
+    search_cutoff,
+)
 from lightning_rnf.sizes import SubnetworkFlops
 from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
@@ -50,11 +62,19 @@ class Selection:
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True
 
-    def attribute(self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0) -> Attribution:
+    def attribute(
+        self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0, show: Show = silent
+    ) -> Attribution:
         """Score every unit: float32 ``(units,)`` by layer; ``task`` counts the finished ones."""
         batches, predict, ranks = reference.for_attribution, reference.predict, reference.ranks
+        counted = itertools.count(1)
+
+        def progress(samples: int) -> None:
+            log.debug("relevance: %d samples", samples)
+            show("relevance", next(counted), len(batches), f"{samples} samples")
+
         if self.importance == "lrp":
-            found = attribute(module, units.layers, batches, predict, self.composite, _report_samples, ranks)
+            found = attribute(module, units.layers, batches, predict, self.composite, progress, ranks)
         elif not callable(self.importance) and self.importance in SUMMED:
             found = Attribution(SUMMED[self.importance](module, units.layers, batches, predict, ranks=ranks))
         else:
@@ -87,6 +107,7 @@ class Selection:
         state: FreezeState,
         criterion: Criterion,
         *later: Criterion,
+        show: Show = silent,
     ) -> TaskRecord:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is.
 
@@ -98,9 +119,10 @@ class Selection:
             state: the finished tasks.
             criterion: what the search may take.
             later: criteria that the record will be held to after a recovery: what they ask for is measured, too.
+            show: how far it has come.
         """
         started = time.perf_counter()
-        attribution = self.attribute(module, units, reference, len(state.tasks))
+        attribution = self.attribute(module, units, reference, len(state.tasks), show)
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
@@ -110,7 +132,10 @@ class Selection:
             # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
             return reference.ranks.decided(lambda: criterion(score))
 
-        with self._candidates(module, units, reference, ranking, criterion, *later) as candidates:
+        expected = about(ranking, self.search, self.resolution)
+        with self._candidates(
+            module, units, reference, ranking, criterion, *later, show=show, expected=expected
+        ) as candidates:
             found = search_cutoff(ranking, candidates.measure, verdict, method=self.search, resolution=self.resolution)
             statistics = candidates.statistics(found.taken.score.cutoff)
         relevant = ranking.relevant(found.taken.score.cutoff)
@@ -145,6 +170,7 @@ class Selection:
         criterion: Criterion,
         *,
         milder: bool,
+        show: Show = silent,
     ) -> TaskRecord:
         """Measure a sub-network after its recovery: the record of a task that ends with the module as it is.
 
@@ -157,6 +183,7 @@ class Selection:
             criterion: what the sub-network is held to now.
             milder: if the criterion does not accept it, try the smaller cutoffs that the search has measured, the
                 largest first; if it accepts none of them, the recovered one stays.
+            show: how far it has come.
         """
         started = time.perf_counter()
         ranks = reference.ranks
@@ -167,7 +194,8 @@ class Selection:
         whole = record.evaluations[0].score
         baseline = Measured(whole.accuracy, whole.values)
         made: list[Evaluation] = []
-        with self._candidates(module, units, reference, ranking, criterion) as candidates:
+        expected = 1 + len(smaller) * milder
+        with self._candidates(module, units, reference, ranking, criterion, show=show, expected=expected) as candidates:
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
                 made.append(Evaluation(score, ranks.decided(partial(criterion.met, score))))
@@ -197,12 +225,14 @@ class Selection:
         reference: ReferenceData,
         ranking: Ranking,
         *criteria: Criterion,
+        show: Show = silent,
+        expected: int = 1,
     ) -> Iterator[_Candidates]:
         # Norms that the user keeps in eval mode have their statistics on purpose.
         own = norms.with_statistics(module, units.buffers)
         moving = [norm for norm in own.values() if isinstance(norm, _BatchNorm) and norm.training]
         with borrowed(module), evaluating(module):
-            yield _Candidates(self, module, units, reference, ranking, criteria, own, moving)
+            yield _Candidates(self, module, units, reference, ranking, criteria, own, moving, show, expected)
 
     def _heed(self, name: str, conservation: Conservation) -> tuple[str, ...]:
         """What the record has to say about a relevance that was conserved so well; warns where it matters."""
@@ -236,12 +266,19 @@ class _Candidates:
         criteria: Sequence[Criterion],
         own_norms: Mapping[str, nn.Module],
         moving_norms: Sequence[nn.Module],
+        show: Show,
+        expected: int,
     ) -> None:
         self.module = module
         self.units = units
         self.reference = reference
         self.ranking = ranking
+        self.criterion = criteria[0]
         self.metrics = reduce(and_, criteria).metrics
+        self.show = show
+        self.expected = expected
+        self.made = 0
+        self.limit: float | None = None
         self.resolution = selection.resolution
         self.ranks = reference.ranks
         self.is_shared = selection.norm_statistics == "shared"
@@ -263,6 +300,11 @@ class _Candidates:
             flops = self.ranks.decided(lambda: self._count(cutoff))
             measured = Measured(measured.accuracy, {**measured.values, **flops})
         log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
+        self.made += 1
+        if cutoff == 0:
+            self.limit = self.criterion.accuracy_limit(measured.accuracy)
+        limit = "" if self.limit is None else f" (limit {self.limit:.3f})"
+        self.show("search", self.made, self.expected, f"cutoff {cutoff}, accuracy {measured.accuracy:.3f}{limit}")
         return measured
 
     def statistics(self, cutoff: int) -> dict[str, Tensor]:
@@ -306,7 +348,3 @@ def _flops_counter(module: nn.Module, units: UnitMap, reference: ReferenceData) 
             "operations can't be counted: predict does not call the module itself; do without ComputeBudget"
         )
     return SubnetworkFlops(module, units.layers, inputs[0])
-
-
-def _report_samples(samples: int) -> None:
-    log.debug("relevance: %d samples", samples)

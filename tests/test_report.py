@@ -262,6 +262,8 @@ def test_tests_of_several_loaders_are_told_apart():
     model, rnf = Several(), RelevanceFreezing()
     train(model, rnf, "a", "b", max_epochs=1)
     loaders = [task_data(task).test_dataloader() for task in ("a", "b")]
+    for one, task in zip(loaders, ("a", "b"), strict=True):
+        one.dataset.task = task
     found = trainer(rnf).test(model, loaders, verbose=False)
     matrix = rnf.report().matrix
     assert matrix[1].tolist() == [found[index][f"test_accuracy/dataloader_idx_{index}"] for index in range(2)]

@@ -1,0 +1,85 @@
+"""What a finished task has come to, in whatever loggers the Trainer has."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_rnf import masks
+from lightning_rnf.state import FreezeState, TaskRecord
+
+
+def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:
+    """Numbers of the task that has ended last, by name: free capacity in all and per layer, accuracies, seconds."""
+    frozen = state.frozen()
+    found = {
+        "free_capacity": masks.free_capacity_over_tasks(state)[-1],
+        "relevant_units": float(sum(int(mask.sum()) for mask in record.relevant.values())),
+        "cutoff": float(record.cutoff),
+        "accuracy": record.accuracy,
+        "subnetwork_accuracy": record.subnetwork_accuracy,
+        "accepted": float(record.accepted),
+        "evaluations": float(len(record.evaluations) + len(record.recovery)),
+    }
+    found |= {f"seconds/{what}": seconds for what, seconds in record.seconds.items()}
+    found |= {f"free_capacity/{layer}": float((~units).double().mean()) for layer, units in frozen.items()}
+    if record.drift:
+        found["largest_drift"] = max(record.drift.values())
+    return {f"rnf/{name}": value for name, value in found.items()}
+
+
+def log(trainer: Trainer, state: FreezeState, record: TaskRecord) -> None:
+    """Send the numbers to every logger, and figures to those that take some; the step is the number of finished tasks.
+
+    Figures need matplotlib (extra ``plots``); without it there are none.
+    """
+    if not trainer.is_global_zero or not trainer.loggers:
+        return
+    step, numbers = len(state.tasks), scalars(state, record)
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=step)
+    takers = [logger for logger in trainer.loggers if takes_figures(logger)]
+    if takers and importlib.util.find_spec("matplotlib") is not None:
+        from lightning_rnf import figures
+
+        drawn = {"rnf/capacity": figures.capacity(state), "rnf/search": figures.search(record)}
+        if len(state.tasks) > 1:
+            drawn["rnf/overlap"] = figures.overlap(state)
+        log_figures(trainer, drawn, step)
+
+
+def log_figures(trainer: Trainer, drawn: Mapping[str, Any], step: int) -> None:
+    """Send matplotlib's figures, by name, to every logger that takes some."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        for name, figure in drawn.items():
+            _log_figure(logger, name, figure, step)
+
+
+def takes_figures(logger: Logger) -> bool:
+    """Whether a logger has one of the methods by which the known ones take figures."""
+    experiment: object = getattr(logger, "experiment", None)
+    return _has(experiment, "add_figure") or _has(logger, "log_image") or _has(experiment, "log_figure")
+
+
+def _log_figure(logger: Any, name: str, figure: Any, step: int) -> None:
+    experiment = logger.experiment
+    if _has(experiment, "add_figure"):  # TensorBoard
+        experiment.add_figure(name, figure, global_step=step, close=False)
+    elif _has(logger, "log_image"):  # Weights & Biases
+        import numpy
+
+        figure.canvas.draw()
+        logger.log_image(key=name, images=[numpy.asarray(figure.canvas.buffer_rgba())], step=step)
+    elif _has(experiment, "log_figure"):
+        if getattr(logger, "run_id", None) is not None:  # MLflow
+            experiment.log_figure(logger.run_id, figure, artifact_file=f"{name}-{step}.png")
+        else:  # Comet
+            experiment.log_figure(name, figure, step=step)
+
+
+def _has(thing: object, method: str) -> bool:
+    return callable(getattr(thing, method, None))
