@@ -43,6 +43,7 @@ def attribute(
     composite: Composite | None = None,
     progress: Callable[[int], None] = lambda samples: None,
     ranks: Ranks = ALONE,
+    arrived: Callable[[Sequence[Tensor], Sequence[Tensor | None]], None] = lambda roots, relevance: None,
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
@@ -62,6 +63,8 @@ def attribute(
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
         progress: called after each batch with the number of samples so far.
         ranks: whose sums are added up; they all get the same.
+        arrived: called after each batch with the inputs of the layers and the relevance that arrived at each; the
+            leaves among them are the network's input.
 
     Raises:
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
@@ -103,8 +106,12 @@ def attribute(
         if composite is None:
             _merge_norms(module, layers)
 
+    def note(sent: Tensor, roots: Sequence[Tensor], at_roots: Sequence[Tensor | None]) -> None:
+        journal.add(sent, roots, at_roots)
+        arrived(roots, at_roots)
+
     relevance = propagate(
-        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, journal.add, ranks
+        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, note, ranks
     )
     journal.join(ranks)
     return Attribution(relevance, journal.conservation(relevance))

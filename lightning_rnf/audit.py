@@ -84,6 +84,10 @@ class Probe:
         logits = _recalled(module, batch, how, subnetwork.recall(module, layers, record, masked=masked))
         return cls(batch, logits, how)
 
+    def on_device(self, module: nn.Module) -> Any:
+        """The batch where the module is, in the fit's precision."""
+        return self.reference.convert(_to(self.batch, next(module.parameters()).device))
+
     def drift(self, module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool) -> float:
         """The largest difference of any logit under recall, now against then; 0 means that the bits are the same."""
         recall = subnetwork.recall(module, layers, record, masked=masked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.finished import FinishedTasks, Retention
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities, hold_in_copy
 from lightning_rnf.guard import recompiled
+from lightning_rnf.heatmaps import Gallery, images_of
+from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
 from lightning_rnf.progress import shown
@@ -111,6 +113,8 @@ class RelevanceFreezing(FinishedTasks):
             ``(N, classes)``; None: for batches ``(x, y)``.
         task: the task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``, else ``"task-<n>"``.
         seed: of the drawing of reference data.
+        heatmaps: of so many samples of each task, up to 8, log what in the image is relevant to the true class, after
+            the task's end and after every later one (figures and their drift, to loggers). 0: none.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range.
@@ -144,6 +148,7 @@ class RelevanceFreezing(FinishedTasks):
         predict: Predict | None = None,
         task: TaskOption = None,
         seed: int = 0,
+        heatmaps: int = 0,
     ) -> None:
         super().__init__(
             arguments.one_of("retention", retention, Retention),
@@ -186,9 +191,15 @@ class RelevanceFreezing(FinishedTasks):
         self.heads = arguments.globs("heads", heads)
         self.predict = arguments.of_type("predict", predict, Callable, "a function (module, batch)") or supervised
         self.seed = arguments.of_type("seed", seed, int, "a whole number")
+        self.heatmaps = arguments.at_least("heatmaps", heatmaps, 0)
+        if self.heatmaps > audit.SAMPLES:
+            raise ValueError(
+                f"heatmaps is {heatmaps}, expected at most {audit.SAMPLES}: so many samples of a task are kept"
+            )
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         self._probes: dict[str, audit.Probe] = {}
+        self._gallery = Gallery()
         self._freezer: Freezer | None = None
         self._silenced = ExitStack()
         self._pinned = ExitStack()
@@ -445,6 +456,8 @@ class RelevanceFreezing(FinishedTasks):
         self.state.add(record, units)
         self._report(record, full_before)
         tracking.log(trainer, self.state, record)
+        if self._gallery.maps:
+            self._gallery.log(trainer, len(self.state.tasks))
         self._steps_at_end = trainer.global_step
         if path := checkpoints.keep(trainer, name):
             rank_zero_info(f"{name}: kept in {path}")
@@ -463,7 +476,20 @@ class RelevanceFreezing(FinishedTasks):
         }
         if reference.ranks.size == 1:
             self._probes[record.name] = audit.Probe.of(module, units.layers, record, reference, masked=masked)
+            known = {**self.state.tasks, record.name: record}
+            for name, probe in self._probes.items() if self.heatmaps else ():
+                if name in known:
+                    recall = subnetwork.recall(module, units.layers, known[name], masked=masked)
+                    self._gallery.add(name, record.name, *self._heatmaps(module, units, probe, recall))
         return replace(record, rows=rows, drift=drift)
+
+    def _heatmaps(
+        self, module: pl.LightningModule, units: UnitMap, probe: audit.Probe, recall: AbstractContextManager[None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = probe.on_device(module)
+        with recall:
+            maps = heatmaps_of(module, units.layers, batch, self.predict, self.selection.composite)
+        return images_of(batch)[: self.heatmaps], maps[: self.heatmaps]
 
     def _pin_norms(self, module: pl.LightningModule) -> None:
         self._pinned.close()
@@ -493,6 +519,8 @@ class RelevanceFreezing(FinishedTasks):
         units = self._trace(module, batch.example)
         self._check_size(samples)
         self.selection.check(module, units, batch, *self._criteria())
+        if self.heatmaps:
+            heatmaps_of(module, units.layers, batch.example, self.predict, self.selection.composite)
         return units
 
     @contextmanager
@@ -570,7 +598,13 @@ class RelevanceFreezing(FinishedTasks):
         return name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_freezer": None, "_probes": {}, **dict.fromkeys(_CONTEXTS)}
+        return {
+            **super().__getstate__(),
+            "_freezer": None,
+            "_probes": {},
+            "_gallery": Gallery(),
+            **dict.fromkeys(_CONTEXTS),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, **{name: ExitStack() for name in _CONTEXTS}})

@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     form = report.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--markdown", action="store_true", help="for a page of text")
+    form.add_argument("--html", type=Path, metavar="PAGE", help="write one page with tables and figures")
     report.add_argument("--metric", help="of the matrix: one that tests have logged (the first with acc in it)")
     report.set_defaults(run=_report)
 
@@ -124,6 +125,9 @@ def _report(options: argparse.Namespace) -> None:
     from lightning_rnf.report import RetentionReport
 
     report = RetentionReport.of(_state(options.file), metric=options.metric)
+    if options.html:
+        options.html.write_text(report.to_html(), encoding="utf-8")
+        return
     print(report.to_json() if options.json else report.to_markdown() if options.markdown else report)
 
 

@@ -146,6 +146,34 @@ def capacity(state: FreezeState) -> Figure:
     return figure
 
 
+def unit_map(state: FreezeState, columns: int = 100) -> Figure:
+    """Every unit as a cell, ``columns`` in a row, coloured by the task that was the first to freeze it."""
+    from matplotlib.patches import Patch
+
+    claims = masks.claims(state)
+    shades = torch.tensor([[*_FREE], *([*shade] for shade in _shades(len(state.tasks)))], dtype=torch.float32)
+    rows: list[Tensor] = []
+    ticks: list[int] = []
+    for claimed in claims.values():
+        ticks.append(sum(len(row) for row in rows))
+        cells = shades[claimed + 1]
+        missing = -len(cells) % columns
+        rows.append(torch.cat([cells, torch.zeros(missing, 4)]).view(-1, columns, 4))
+        rows.append(torch.zeros(1, columns, 4))  # a gap between layers
+    image = torch.cat(rows[:-1])
+    figure = new_figure(8, 1.2 + 0.085 * len(image))
+    axes = figure.subplots()
+    axes.imshow(image.numpy(), interpolation="nearest", aspect="auto")
+    axes.set_yticks(ticks, list(claims), fontsize=8)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_title("Units by the task that froze them first", fontsize=10)
+    named = zip(shades, ["free", *state.tasks], strict=True)
+    patches = [Patch(facecolor=shade.tolist(), edgecolor="0.5", lw=0.5, label=name) for shade, name in named]
+    axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
 def search(record: TaskRecord) -> Figure:
     """A search: accuracy over the cutoff, what was accepted and what was not, and what was taken."""
     figure = new_figure(5, 3.2)
@@ -176,8 +204,9 @@ def overlap(state: FreezeState) -> Figure:
     for row in range(len(names)):
         for column in range(len(names)):
             value = int(counts[row, column])
-            shade = "white" if value > 0.6 * float(counts.max()) else "black"
-            axes.text(column, row, str(value), ha="center", va="center", color=shade, fontsize=8, gid="on-shade")
+            # Nearly black, so that a page that recolours what is black leaves it: the cell stays as light as it is.
+            shade = "white" if value > 0.6 * float(counts.max()) else "#010101"
+            axes.text(column, row, str(value), ha="center", va="center", color=shade, fontsize=8)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title("Units that tasks share", fontsize=10)
@@ -198,6 +227,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+_FREE = (0.5, 0.5, 0.5, 0.2)
 _MARKERS = "os^Dv<>p*h"
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++")
 

@@ -22,6 +22,7 @@ from lightning_rnf.state import FreezeState, TaskRecord
 
 if TYPE_CHECKING:
     import pandas
+    from rich.console import Group
     from rich.table import Table
 
 Rows = list[dict[str, Any]]
@@ -230,11 +231,17 @@ class RetentionReport:
         from rich.console import Console
 
         text = io.StringIO()
-        console = Console(file=text, width=160, color_system=None)
+        Console(file=text, width=160, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Text | Table] = []
         for title, rows in self.sections.items():
-            console.print(title, markup=False, highlight=False)
-            console.print(rich_table("", rows))
-        return "\n".join(line.rstrip() for line in f"{text.getvalue()}{self.summary}".splitlines())
+            parts += [Text(title, style="bold"), rich_table("", rows)]
+        return Group(*parts, Text(self.summary if self.state.tasks else str(self)))
 
     @property
     def summary(self) -> str:
@@ -267,10 +274,20 @@ class RetentionReport:
         parts = []
         for title, rows in self.sections.items():
             lines = [list(rows[0]), ["---"] * len(rows[0])]
-            lines += [[_shown(value) for value in row.values()] for row in rows]
+            lines += [[shown(value) for value in row.values()] for row in rows]
             table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
             parts.append(f"### {title.capitalize()}\n\n{table}")
         return "\n\n".join([*parts, self.summary.replace("\n", "\n\n")]) + "\n"
+
+    def to_html(self) -> str:
+        """One page with the tables and figures, that needs nothing from elsewhere and has a light and a dark form.
+
+        Raises:
+            ImportError: if matplotlib is not installed (extra ``plots``).
+        """
+        from lightning_rnf.page import page
+
+        return page(self)
 
     def to_pandas(self) -> dict[str, pandas.DataFrame]:
         """The tables as data frames, by title.
@@ -341,7 +358,7 @@ def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for name, value in rows[0].items():
         table.add_column(escape(name), justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(escape(_shown(value)) for value in row.values()))
+        table.add_row(*(escape(shown(value)) for value in row.values()))
     return table
 
 
@@ -366,7 +383,8 @@ def _said(changed: Sequence[str]) -> str:
     return f"changed: {', '.join(changed)}" if changed else "bit-equal"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A cell as text; what is not known is empty."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -384,7 +402,7 @@ def _shown(value: Any) -> str:
 
 def _aligned(rows: Rows) -> Rows:
     """Numbers and gaps as text: so that a column's first row says what the others are, too."""
-    return [{name: _shown(value) for name, value in row.items()} for row in rows]
+    return [{name: shown(value) for name, value in row.items()} for row in rows]
 
 
 def _without_nan(value: Any) -> Any:

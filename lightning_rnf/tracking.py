@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_rnf import masks
+from lightning_rnf import figures, masks
 from lightning_rnf.state import FreezeState, TaskRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:
@@ -37,25 +40,28 @@ def log(trainer: Trainer, state: FreezeState, record: TaskRecord) -> None:
 
     Figures need matplotlib (extra ``plots``); without it there are none.
     """
-    if not trainer.is_global_zero or not trainer.loggers:
-        return
     step, numbers = len(state.tasks), scalars(state, record)
-    for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=step)
-    takers = [logger for logger in trainer.loggers if takes_figures(logger)]
-    if takers and importlib.util.find_spec("matplotlib") is not None:
-        from lightning_rnf import figures
-
-        drawn = {"rnf/capacity": figures.capacity(state), "rnf/search": figures.search(record)}
-        if len(state.tasks) > 1:
-            drawn["rnf/overlap"] = figures.overlap(state)
-        log_figures(trainer, drawn, step)
+    log_scalars(trainer, numbers, step)
+    drawn = {"rnf/capacity": lambda: figures.capacity(state), "rnf/search": lambda: figures.search(record)}
+    if len(state.tasks) > 1:
+        drawn["rnf/overlap"] = lambda: figures.overlap(state)
+    log_figures(trainer, drawn, step)
 
 
-def log_figures(trainer: Trainer, drawn: Mapping[str, Any], step: int) -> None:
-    """Send matplotlib's figures, by name, to every logger that takes some."""
+def log_scalars(trainer: Trainer, numbers: dict[str, float], step: int) -> None:
+    """Send numbers, by name, to every logger."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        for name, figure in drawn.items():
+        logger.log_metrics(numbers, step=step)
+
+
+def log_figures(trainer: Trainer, draw: Mapping[str, Callable[[], Figure]], step: int) -> None:
+    """Draw figures, by name, and send them to every logger that takes some; if there is one, and matplotlib."""
+    takers = [logger for logger in trainer.loggers if takes_figures(logger)] if trainer.is_global_zero else []
+    if not takers or importlib.util.find_spec("matplotlib") is None:
+        return
+    for name, drawn in draw.items():
+        figure = drawn()
+        for logger in takers:
             _log_figure(logger, name, figure, step)
 
 

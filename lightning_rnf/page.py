@@ -1,0 +1,132 @@
+"""A report as one HTML file that needs nothing else: tables, figures, every unit, every search; light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from lightning_rnf import figures, masks
+from lightning_rnf.figures import StreamResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_rnf.report import RetentionReport
+
+
+def page(report: RetentionReport) -> str:
+    """The file's text. No script is in it, and nothing that is fetched from elsewhere.
+
+    Raises:
+        ImportError: if matplotlib is not installed (extra ``plots``).
+    """
+    state = report.state
+    parts = [f"<h1>What {_count(len(state.tasks), 'finished task')} keep</h1>", _numbers(report)]
+    if state.tasks:
+        parts += _figures(report)
+        parts += [_table(title, rows) for title, rows in report.sections.items()]
+    return _FRAME.format(style=_STYLE, body="\n".join(parts))
+
+
+def _numbers(report: RetentionReport) -> str:
+    verdict = {True: "bit-equal", False: "changed", None: "not looked at"}[report.is_sound]
+    cards = {"frozen rows and logits": verdict, **{name: f"{value:.4f}" for name, value in report.numbers.items()}}
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in cards.items())
+    forecast = f"<p>{escape(str(report.forecast))}.</p>" if report.forecast else ""
+    return f"<dl>{items}</dl>{forecast}"
+
+
+def _figures(report: RetentionReport) -> list[str]:
+    state = report.state
+    drawn: list[tuple[str, Any]] = []
+    if report.matrix is not None:
+        free = masks.free_capacity_over_tasks(state)
+        result = StreamResult("relevance freezing", list(state.tasks), report.matrix, free)
+        drawn.append(("Accuracy and free capacity over the stream", figures.retention([result])))
+    drawn.append(("Share of each layer by the task that froze it first", figures.capacity(state)))
+    drawn.append(("Every unit, by the task that froze it first", figures.unit_map(state)))
+    if len(state.tasks) > 1:
+        drawn.append(("Units that are relevant to two tasks", figures.overlap(state)))
+    searched = [record for record in state.tasks.values() if record.evaluations]
+    drawn += [(f"Search of {record.name}", figures.search(record)) for record in searched]
+    return [
+        f'<figure role="img" aria-label="{escape(name)}">{_svg(figure)}<figcaption>{escape(name)}</figcaption></figure>'
+        for name, figure in drawn
+    ]
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as part of the page: what is black takes the page's own colour, text stays text."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning_rnf"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawn = text.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r' id="[a-zA-Z]+\w*_\d+"', "", drawn)  # figure_1, axes_1, …: nothing refers to them
+    opening, rest = drawn.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    width = f"min(100%, {96 * figure.get_figwidth():.0f}px)"
+    drawn = f'{opening} style="width: {width}">{rest}'
+    return re.sub(r"(fill|stroke): #(000000|262626)", r"\1: currentColor", drawn)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> str:
+    from lightning_rnf.report import shown
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td{_aligned(value)}>{escape(shown(value))}</td>" for value in row.values()) + "</tr>"
+        for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<h2>{escape(title.capitalize())}</h2><div class="wide">{table}</div>'
+
+
+def _aligned(value: object) -> str:
+    return ' class="text"' if isinstance(value, str) else ""
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --line: #d0d7de; --soft: #57606a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --line: #30363d; --soft: #9198a1; }
+}
+body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.5 system-ui, sans-serif; }
+dl { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0; }
+dl div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem 1rem; }
+dt { color: var(--soft); font-size: .85rem; }
+dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0; }
+figcaption { color: var(--soft); font-size: .85rem; }
+svg { height: auto; }
+svg text { fill: currentColor; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem; text-align: right; }
+th:first-child, td.text { text-align: left; }
+"""
+
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>Retention report</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
