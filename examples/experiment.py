@@ -70,6 +70,7 @@ class Experiment:
         parser.add_argument("--accelerator", default="auto", help="of the Trainer: cpu, gpu (%(default)s)")
         parser.add_argument("--precision", default="32-true", help="of the Trainer: bf16-mixed, … (%(default)s)")
         parser.add_argument("--output", type=Path, default=Path(name), help="folder for JSON and figure")
+        parser.add_argument("--pages", action="store_true", help="write the report of each run as a page, too")
         self.arguments(parser)
         options = parser.parse_args(arguments)
 
@@ -124,6 +125,9 @@ class Experiment:
         )
         started = time.perf_counter()
         matrix = fit_stream(self.model(options), stream, callback, trainer)
+        if callback is not None and options.pages:
+            page = callback.report(matrix=matrix).to_html()
+            (options.output / f"{options.output.name}-{method}-{seed}.html").write_text(page, encoding="utf-8")
         records = list(callback.state.tasks.values()) if callback else []
         return {
             "seed": seed,
@@ -143,7 +147,7 @@ class Experiment:
         }
 
 
-_NOT_OF_THE_RESULT = {"data", "output", "methods", "seeds", "first_seed", "download", "accelerator"}
+_NOT_OF_THE_RESULT = {"data", "output", "methods", "seeds", "first_seed", "download", "accelerator", "pages"}
 
 
 def stream_result(method: str, run: dict) -> StreamResult:

@@ -161,17 +161,21 @@ class RetentionReport:
     @property
     def sections(self) -> dict[str, Rows]:
         """The tables by title; a value that is not known is None."""
+        short = _without_prefix(list(self.state.tasks))
         found = {
-            "tasks": self._tasks(),
-            "layers: units frozen first by each task, serving several, free": masks.claims_table(self.state),
+            "tasks": [
+                {_COLUMNS.get(key, key): row[key] for key in row if key != "of them new"} for row in self._tasks()
+            ],
+            "layers: units frozen first by each task, serving several, free": [
+                {short.get(key, key): value for key, value in row.items()} for row in masks.claims_table(self.state)
+            ],
             "searches": self._searches(),
             "audit": self._audit(),
         }
         if self.matrix is not None:
-            names = list(self.state.tasks)
             found["accuracy of each task (column) after each task (row)"] = [
-                {"after": name, **dict(zip(names, _known(row), strict=True))}
-                for name, row in zip(names, self.matrix, strict=True)
+                {"after": name, **dict(zip(short.values(), _known(row), strict=True))}
+                for name, row in zip(self.state.tasks, self.matrix, strict=True)
             ]
         return {title: rows for title, rows in found.items() if rows}
 
@@ -355,11 +359,32 @@ def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    first = next(iter(rows[0]))
     for name, value in rows[0].items():
-        table.add_column(escape(name), justify="left" if isinstance(value, str) else "right")
+        table.add_column(escape(name), no_wrap=name == first, justify="left" if isinstance(value, str) else "right")
     for row in rows:
         table.add_row(*(escape(shown(value)) for value in row.values()))
     return table
+
+
+_COLUMNS = {
+    "of the sub-network": "sub-net",
+    "accepted": "met",
+    "relevant units": "units",
+    "free after it": "free after",
+    "tested at its end": "test then",
+    "tested now": "test now",
+}
+"""Short names for narrow tables."""
+
+
+def _without_prefix(names: Sequence[str]) -> dict[str, str]:
+    """What tells names apart, for the columns of narrow tables: by name, what follows their common beginning."""
+    prefix = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 - of strings, not of paths
+    prefix = prefix[: max(prefix.rfind(mark) for mark in "-_ ./") + 1]
+    short = {name: name.removeprefix(prefix) or name for name in names}
+    taken = {"layer", "units", "shared", "free", "after"}
+    return short if len(set(short.values()) - taken) == len(names) else {name: name for name in names}
 
 
 def _tested(state: FreezeState, metric: str | None) -> Tensor | None:

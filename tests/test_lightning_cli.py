@@ -63,6 +63,7 @@ EVERY_PARAMETER = {  # what the YAML says, and what the callback then has
     "predict": ("project.predict", lambda rnf: rnf.predict is predict),
     "task": ("digits-01", lambda rnf: rnf.task == "digits-01"),
     "seed": (7, lambda rnf: rnf.seed == 7),
+    "heatmaps": (4, lambda rnf: rnf.heatmaps == 4),
 }
 OTHER_FORMS = [
     ({"criterion": {"class_path": "lightning_rnf.FreeCapacity", "init_args": {"minimum": 0.3}}}, FreeCapacity),
