@@ -25,8 +25,8 @@ def page(report: RetentionReport) -> str:
     state = report.state
     parts = [f"<h1>What {_count(len(state.tasks), 'finished task')} keep</h1>", _numbers(report)]
     if state.tasks:
-        parts += _figures(report)
-        parts += [_table(title, rows) for title, rows in report.sections.items()]
+        first, *others = (_table(title, rows) for title, rows in report.sections.items())
+        parts += [first, *_figures(report), *others]
     return _FRAME.format(style=_STYLE, body="\n".join(parts))
 
 
@@ -50,11 +50,13 @@ def _figures(report: RetentionReport) -> list[str]:
     if len(state.tasks) > 1:
         drawn.append(("Units that are relevant to two tasks", figures.overlap(state)))
     searched = [record for record in state.tasks.values() if record.evaluations]
-    drawn += [(f"Search of {record.name}", figures.search(record)) for record in searched]
-    return [
-        f'<figure role="img" aria-label="{escape(name)}">{_svg(figure)}<figcaption>{escape(name)}</figcaption></figure>'
-        for name, figure in drawn
-    ]
+    searches = [_figure(f"Search of {record.name}", figures.search(record)) for record in searched]
+    return [*(_figure(*one) for one in drawn), f'<div class="grid">{"".join(searches)}</div>']
+
+
+def _figure(name: str, figure: Figure) -> str:
+    name = escape(name)
+    return f'<figure role="img" aria-label="{name}">{_svg(figure)}<figcaption>{name}</figcaption></figure>'
 
 
 def _svg(figure: Figure) -> str:
@@ -107,6 +109,7 @@ dl div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem 1rem;
 dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 1rem; }
 figcaption { color: var(--soft); font-size: .85rem; }
 svg { height: auto; }
 svg text { fill: currentColor; }
