@@ -45,7 +45,7 @@ def assert_equal(folder, expected):
     for name, value in expected["weights"].items():
         assert torch.equal(found["weights"][name], value), name
     for record, other in zip(expected["state"]["tasks"], found["state"]["tasks"], strict=True):
-        for key in record.keys() - {"seconds"}:
+        for key in record.keys() - {"seconds", "drift"}:  # logits to compare with stay in their process
             if isinstance(record[key], dict) and key in {"relevant", "relevance", "norm_statistics"}:
                 assert all(torch.equal(value, other[key][name]) for name, value in record[key].items()), key
             else:
