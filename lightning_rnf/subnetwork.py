@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rnf import rows
 from lightning_rnf.guard import attention_by_its_parts, evaluating
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.ranks import Ranks
@@ -21,7 +22,8 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
     """Inside the context all units that are not relevant put out zero.
 
     The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled again
-    after the norm and the slopes that follow: a norm's shift leaks through a zeroed filter.
+    after the norm and the slopes that follow: a norm's shift leaks through a zeroed filter. Without gradients, the
+    silent units of a layer are not even computed where that pays, see `rows.computed`.
 
     Args:
         module: the model.
@@ -40,6 +42,7 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
             for name in (layer.name, layer.norm, layer.slopes):
                 if name is not None:
                     hooks.callback(module.get_submodule(name).register_forward_hook(fill).remove)
+            hooks.enter_context(rows.computed(module.get_submodule(layer.name), relevant[layer.name]))
         yield
 
 
