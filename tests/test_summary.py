@@ -15,7 +15,8 @@ from lightning_rnf import RelevanceFreezing, RichUnitSummary, UnitSummary
 def summary_of(callback, rnf, model, caplog, capsys):
     caplog.clear()
     model.heads.activate("b")
-    with caplog.at_level(logging.INFO):
+    logger = logging.getLogger("lightning.pytorch.callbacks.model_summary")
+    with caplog.at_level(logging.INFO, logger.name):  # other tests may have silenced the ones above
         options = {"max_epochs": 1, "fast_dev_run": True, "enable_model_summary": True}
         trainer(*([rnf] if rnf else []), callback, **options).fit(model, datamodule=task_data("b"))
     return caplog.text + capsys.readouterr().out
