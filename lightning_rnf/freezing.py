@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rnf import rows as layer_rows
 from lightning_rnf import sharding
 from lightning_rnf.state import FreezeState
 from lightning_rnf.units import UnitMap
@@ -147,6 +148,7 @@ class Freezer:
             rows.hold()
             if rows.frozen is not None:
                 self._handles.append(rows.mask_gradients())
+        self._spare_gradients()
 
     def change(self, factors: Mapping[str, Tensor]) -> None:
         """Hold to other elasticities from here on; if rows are being held, with the same optimizers."""
@@ -205,6 +207,16 @@ class Freezer:
     def forget_failed_step(self) -> None:
         """After an exception in a step that somebody caught: its second hook never ran."""
         self._nested_steps = 0
+
+    def _spare_gradients(self) -> None:
+        """Let layers not even work out the gradients that are masked, where that can be done and pays."""
+        for name, rows in self._rows.items() if not sharding.is_sharded(self._module) else ():
+            layer, _, kind = name.rpartition(".")
+            if kind == "weight" and rows.factor.ndim == 1:
+                found = layer_rows.learning(self._module.get_submodule(layer), rows.factor == 0)
+                if found is not None:
+                    rows.learn, handle = found
+                    self._handles.append(handle)
 
     def _remove_hooks(self) -> None:
         self._nested_steps = 0
@@ -287,6 +299,7 @@ class _Rows:
         self.pinned_writes = -1
         self.before: Tensor
         self.weight: Tensor
+        self.learn: layer_rows.LearnRows | None = None
 
     def hold(self) -> None:
         factor = sharding.local_rows(self.parameter, self.factor)
@@ -316,7 +329,8 @@ class _Rows:
     def _mask_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         assert self.frozen is not None
-        self.frozen.zero(parameter.grad)
+        if self.learn is None or not self.learn.has_made(parameter.grad):
+            self.frozen.zero(parameter.grad)
 
     def remember(self) -> None:
         if self.elastic is not None:
