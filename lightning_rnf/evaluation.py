@@ -102,6 +102,8 @@ def measure(
     *,
     finite: bool = True,
     ranks: Ranks = ALONE,
+    lowest: float | None = None,
+    expected: int = 0,
 ) -> Measured:
     """Accuracy and metrics of a module, which should be in eval mode, on labelled batches.
 
@@ -113,9 +115,12 @@ def measure(
         metrics: of logits and labels; copies of them are updated.
         finite: whether all logits have to be; if not, samples whose aren't count as wrong, and metrics get zeros.
         ranks: that measure together, each on its share; they all get the same.
+        lowest: stop when this accuracy can't be reached any more. Of several ranks none does: where they stopped would
+            depend on how many there are. None: go on to the end.
+        expected: how many samples the batches hold, for ``lowest`` to go by.
 
     Returns:
-        The share of right `answers`, and the metrics' values by name.
+        The share of right `answers`, and the metrics' values by name, on the samples that were seen.
 
     Raises:
         ValueError: if there is no sample, a metric computes several numbers, or as `predict_checked`.
@@ -126,35 +131,38 @@ def measure(
         for copy in copies.values():
             copy.to(logits.device).update(logits, target)
 
-    def of_share() -> tuple[int, int, list[tuple[Tensor, Tensor]]]:
-        right = given = 0
+    def of_share() -> tuple[int, int, int, list[tuple[Tensor, Tensor]]]:
+        right = given = samples = 0
         for_metrics: list[tuple[Tensor, Tensor]] = []
         for batch in batches:
             with forward_context():
                 logits, target = predict_checked(predict, module, batch, finite=finite)
             found = answers(logits, target)
-            right, given = right + int(found.sum()), given + found.numel()
-            if not copies:
-                continue
-            logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
-            if ranks.size == 1:
-                update(logits, target)
-            else:
-                for_metrics.append((logits.cpu(), target.cpu()))
-        return right, given, for_metrics
+            right, given, samples = right + int(found.sum()), given + found.numel(), samples + len(target)
+            if copies:
+                logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
+                if ranks.size == 1:
+                    update(logits, target)
+                else:
+                    for_metrics.append((logits.cpu(), target.cpu()))
+            if lowest is not None and ranks.size == 1:
+                to_come = (expected - samples) * found[0].numel()  # each sample has as many answers
+                if right + to_come < lowest * (given + to_come) - 1e-6:
+                    break
+        return right, given, samples, for_metrics
 
     def values() -> dict[str, float]:
         # Metrics see in one rank what one process would show them: merging states would need those of every metric to
         # have a form that merges, and ranks without a sample break the collectives of torchmetrics' own.
-        for logits, target in joined(for_metrics for _, _, for_metrics in shares):
+        for logits, target in joined(for_metrics for *_, for_metrics in shares):
             update(logits, target)
         return {name: _one_number(name, copy.compute()) for name, copy in copies.items()}
 
     shares = ranks.each(of_share)
-    right, given = sum(share[0] for share in shares), sum(share[1] for share in shares)
+    right, given, samples = (sum(counted) for counted in zip(*(share[:3] for share in shares), strict=True))
     if given == 0:
         raise ValueError("no sample to measure accuracy on")
-    return Measured(right / given, ranks.decided(values) if copies else {})
+    return Measured(right / given, ranks.decided(values) if copies else {}, samples)
 
 
 def _cleared(metric: Metric) -> Metric:

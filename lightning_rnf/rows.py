@@ -145,6 +145,11 @@ def learning(layer: Any, frozen: Tensor) -> tuple[LearnRows, Any] | None:
     return hook, layer.register_forward_hook(hook, prepend=True)
 
 
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether anybody's hook but `LearnRows`, which changes nothing of what is computed, follows the forward."""
+    return any(not isinstance(hook, LearnRows) for hook in module._forward_hooks.values())
+
+
 class _Learn(torch.autograd.Function):
     """The output of a layer that has run already, in a list so that it counts as new and not as a view of an input."""
 

@@ -20,6 +20,7 @@ from training import Classifier, ConvClassifier, clusters, inputs, loader, task_
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
+from lightning_rnf.reference import ReferenceData
 from lightning_rnf.sizes import measure
 from lightning_rnf.state import FreezeState
 
@@ -1050,3 +1051,25 @@ def test_defaults_are_the_documented_ones():
     assert (paper.recovery_epochs, paper.selection.recalibrate_norm) == (0, False)
     assert paper.criterion == AccuracyDrop(0.05)
     assert RelevanceFreezing().state_dict() == FreezeState().to_plain()
+
+
+def test_evaluations_that_fail_early_change_no_verdict(monkeypatch):
+    """The search of a fit, with and without: the same cutoffs and masks; what was taken was measured on all samples."""
+    found = []
+    for ends_early in (True, False):
+        with monkeypatch.context() as patch:
+            if not ends_early:
+                whole = ReferenceData.measure
+                patch.setattr(ReferenceData, "measure", lambda *args, lowest, **kwargs: whole(*args, **kwargs))  # noqa: B023
+            torch.manual_seed(0)
+            rnf, model = RelevanceFreezing(criterion=0.02), Classifier()
+            train(model, rnf, "a", max_epochs=4)
+            found.append(rnf.state.tasks["a"])
+    early, late = found
+    assert [one.score.cutoff for one in early.evaluations] == [one.score.cutoff for one in late.evaluations]
+    assert [one.accepted for one in early.evaluations] == [one.accepted for one in late.evaluations]
+    assert all(torch.equal(mask, late.relevant[name]) for name, mask in early.relevant.items())
+    assert {one.score.samples for one in late.evaluations} == {late.samples}
+    assert {one.score.samples for one in early.evaluations if one.accepted} == {early.samples}
+    assert any(one.score.samples < early.samples for one in early.evaluations if not one.accepted)
+    assert early.subnetwork_accuracy == late.subnetwork_accuracy
