@@ -228,6 +228,7 @@ def draw(rows: Rows, path: Path) -> None:
     for label, (key, style) in drawn.items():
         values = [median(row[key]) for row in of_tasks]
         right.plot([row["finished"] for row in of_tasks], [value / values[0] for value in values], style, label=label)
+    right.set_xticks([row["finished"] for row in of_tasks])
     right.set(xlabel="tasks finished before", ylabel="multiple of the first task's", title="Over the tasks")
     right.legend()
     for axes in (left, right):

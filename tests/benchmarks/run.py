@@ -4,9 +4,9 @@
     PYTHONPATH=tests:examples python tests/benchmarks/run.py --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed \
         --parts step --output tests/benchmarks/results
 
-The files are ``suite_cpu.json``, ``suite_cpu.md`` and ``growth_cpu.png``, on a GPU ``suite_gpu…``, with the precision in
-the name if it is another than float32. What is written into the folder of results is put into this folder's README, too.
-Peers are measured by ``peers.py``, in an environment of their own.
+The files are ``suite_cpu.json``, ``suite_cpu.md`` and ``growth_cpu.png``, on a GPU ``suite_gpu…``, with the precision
+in the name if it is another than float32. What is written into the folder of results is put into this folder's README,
+too. Peers are measured by ``peers.py``, in an environment of their own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def filled(text: str, name: str, report: str) -> str:
     _, found_end, after = rest.partition(end)
     if not (found and found_end):
         raise ValueError(f"the README has no block from {start!r} to {end!r}: add it where the tables should stand")
-    return f"{before}{start}\n{report}\n{end}{after}"
+    return f"{before}{start}\n{report.strip()}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -217,11 +217,11 @@ TASK_END = Benchmark(
     name="task_end",
     title="The end of a task",
     columns=(
-        "Seconds of a training epoch and of the task's end after it, the end's two parts, measured cutoffs, and forward "
-        "passes of the paper's linear procedure over those that were made, both in samples: the median of the seeds "
-        "(the least to the most). Peaks, in a run apart from the times: bytes of tensors that were made during the end "
-        "and alive at once, until relevance was there and from there on. On a CPU torch's profiler counts them (the "
-        "process's own peak would say nothing: it has the training's memory still), on a GPU torch's allocator."
+        "Seconds of a training epoch and of the task's end after it, the end's two parts, measured cutoffs, and "
+        "forward passes of the paper's linear procedure over those that were made, both in samples: the median of the "
+        "seeds (the least to the most). Peaks, in a run apart from the times: bytes of tensors that were made during "
+        "the end and alive at once, until relevance was there and from there on. On a CPU torch's profiler counts them "
+        "(the process's own peak would say nothing: it has the training's memory still), on a GPU torch's allocator."
     ),
     arguments=arguments,
     quick=["--samples", "256", "--reference", "64", "--attributed", "32", "--seeds", "1"],
