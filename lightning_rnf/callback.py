@@ -454,13 +454,14 @@ class RelevanceFreezing(FinishedTasks):
             record = self._witnessed(record, module, units, reference)
         full_before = self._full_layers()
         self.state.add(record, units)
+        self._steps_at_end = trainer.global_step
+        path = checkpoints.keep(trainer, name)  # before anything that a logger or a warning could break off
         self._report(record, full_before)
+        if path:
+            rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, self.state, record)
         if self._gallery.maps:
             self._gallery.log(trainer, len(self.state.tasks))
-        self._steps_at_end = trainer.global_step
-        if path := checkpoints.keep(trainer, name):
-            rank_zero_info(f"{name}: kept in {path}")
         return record
 
     def _witnessed(
