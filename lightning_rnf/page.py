@@ -31,7 +31,7 @@ def page(report: RetentionReport) -> str:
 
 
 def _numbers(report: RetentionReport) -> str:
-    verdict = {True: "bit-equal", False: "changed", None: "not looked at"}[report.is_sound]
+    verdict = {True: "bit-equal", False: "changed", None: "not all known"}[report.is_sound]
     cards = {"frozen rows and logits": verdict, **{name: f"{value:.4f}" for name, value in report.numbers.items()}}
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in cards.items())
     forecast = f"<p>{escape(str(report.forecast))}.</p>" if report.forecast else ""
