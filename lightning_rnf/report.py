@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os import PathLike
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,29 @@ class RetentionReport:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     @property
+    def not_known(self) -> dict[str, str]:
+        """Why a number is missing, by its name: which entry of the matrix it would need."""
+        names = list(self.state.tasks)
+        last = len(names) - 1
+        before = range(last)
+        needed = {
+            "average accuracy": [(last, task) for task in range(len(names))],
+            "forgetting": [(after, task) for task in before for after in range(task, len(names))],
+            "backward transfer": [(after, task) for task in before for after in (task, last)],
+        }
+        if self.baseline is not None:
+            needed["forward transfer"] = [(after, after + 1) for after in before]
+        found = {}
+        for number, entries in needed.items() if names else ():
+            if self.matrix is None:
+                found[number] = "no test has logged an accuracy"
+            elif gaps := [entry for entry in entries if math.isnan(self.matrix[entry])]:
+                after, task = gaps[0]
+                more = f", and {len(gaps) - 1} more" if len(gaps) > 1 else ""
+                found[number] = f"{names[task]!r} was not tested after {names[after]!r}{more}"
+        return found
+
+    @property
     def changed(self) -> Mapping[str, Sequence[str]] | None:
         """By task, names of its layers, head and shared parameters that are not bit-equal to what they were at its end.
 
@@ -261,9 +285,12 @@ class RetentionReport:
 
     @property
     def summary(self) -> str:
-        """The numbers and the forecast, in two lines."""
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
-        return f"{numbers}\n{self.forecast}" if self.forecast else numbers
+        """The numbers, why one is missing, and the forecast, a line for each."""
+        lines = [", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())]
+        for reason, missing in groupby(self.not_known.items(), key=lambda one: one[1]):
+            *others, last = (name for name, _ in missing)
+            lines.append(f"not known: {', '.join(others)}{' and ' if others else ''}{last} ({reason})")
+        return "\n".join([*lines, str(self.forecast)] if self.forecast else lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Dicts, lists and built-in types that JSON has; what is not known, or no number, is None."""
@@ -276,6 +303,7 @@ class RetentionReport:
             "audit": self._audit(),
             "matrix": None if self.matrix is None else [_known(row) for row in self.matrix],
             "numbers": self.numbers,
+            "not known": self.not_known,
             "forecast": None if self.forecast is None else vars(self.forecast),
         }
         plain: dict[str, Any] = _without_nan(found)

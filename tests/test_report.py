@@ -245,6 +245,32 @@ def test_the_numbers_are_those_of_the_matrix():
     assert report.numbers == pytest.approx({**expected, "free capacity": 0.0})
 
 
+def test_a_number_that_can_not_be_told_is_missing_for_a_reason():
+    state = two_tasks(make(Mlp))
+    untested = RetentionReport.of(state)
+    assert list(untested.numbers) == ["free capacity"]
+    assert set(untested.not_known) == {"average accuracy", "forgetting", "backward transfer"}
+    assert (
+        "not known: average accuracy, forgetting and backward transfer (no test has logged an accuracy)"
+        in untested.summary
+    )
+    once = RetentionReport.of(state, matrix=torch.tensor([[NAN, NAN], [0.7, 0.8]]), baseline=torch.zeros(2))
+    assert list(once.numbers) == ["average accuracy", "free capacity"]
+    assert once.not_known == {
+        "forgetting": "'first' was not tested after 'first'",
+        "backward transfer": "'first' was not tested after 'first'",
+        "forward transfer": "'second' was not tested after 'first'",
+    }
+    assert once.not_known == once.to_dict()["not known"]
+    last = RetentionReport.of(state, matrix=torch.tensor([[0.9, NAN], [NAN, NAN]]))
+    assert last.not_known["average accuracy"] == "'first' was not tested after 'second', and 1 more"
+    assert last.not_known["forgetting"] == "'first' was not tested after 'second'"
+    full = RetentionReport.of(state, matrix=torch.tensor([[0.9, NAN], [0.7, 0.8]]))
+    assert full.not_known == {}
+    assert "not known" not in full.summary
+    assert all("was not tested" in form for form in (str(once), once.to_markdown(), once.to_html()))
+
+
 def test_a_matrix_a_baseline_or_a_metric_that_do_not_fit_are_refused():
     state = two_tasks(make(Mlp))
     with pytest.raises(ValueError, match=r"shape \(3, 3\), expected \(2, 2\)"):
