@@ -114,7 +114,8 @@ class RelevanceFreezing(FinishedTasks):
         task: the task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``, else ``"task-<n>"``.
         seed: of the drawing of reference data.
         heatmaps: of so many samples of each task, up to 8, log what in the image is relevant to the true class, after
-            the task's end and after every later one (figures and their drift, to loggers). 0: none.
+            the task's end and after every later one (figures and their drift, to loggers). 0: none. The samples are not
+            in checkpoints: tasks that ended before the program was started have none, and a warning says so.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range.
@@ -198,7 +199,6 @@ class RelevanceFreezing(FinishedTasks):
             )
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
-        self._probes: dict[str, audit.Probe] = {}
         self._gallery = Gallery()
         self._freezer: Freezer | None = None
         self._silenced = ExitStack()
@@ -304,6 +304,7 @@ class RelevanceFreezing(FinishedTasks):
         self._has_trained = True
         self._steps_at_end = -1
         self.state.training = name
+        self._warn_of_lost_samples()
         self._freezer.attach(trainer.optimizers)
         self._pin_norms(pl_module)
         if self.state.recovering is not None:
@@ -415,7 +416,7 @@ class RelevanceFreezing(FinishedTasks):
             return
         if module is not None:
             state.check_module(module)
-        self.state = state
+        self._take(state)
         if module is not None and self._freezer is not None:
             was_attached = self._freezer.attached
             self._begin(module)
@@ -431,6 +432,10 @@ class RelevanceFreezing(FinishedTasks):
         self.state.check_module(module)
         self._freezer = Freezer(module, self._elasticities())
         self._freezer.stop_gradients()
+
+    def _take(self, state: FreezeState) -> None:
+        super()._take(state)
+        self._gallery = self._gallery.of(self._probes)
 
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> TaskRecord:
         self._silenced.close()
@@ -454,34 +459,38 @@ class RelevanceFreezing(FinishedTasks):
             record = self._witnessed(record, module, units, reference)
         full_before = self._full_layers()
         self.state.add(record, units)
+        self._steps_at_end = trainer.global_step
+        path = checkpoints.keep(trainer, name)  # before anything that a logger or a warning could break off
         self._report(record, full_before)
+        if path:
+            rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, self.state, record)
         if self._gallery.maps:
             self._gallery.log(trainer, len(self.state.tasks))
-        self._steps_at_end = trainer.global_step
-        if path := checkpoints.keep(trainer, name):
-            rank_zero_info(f"{name}: kept in {path}")
         return record
 
     def _witnessed(
         self, record: TaskRecord, module: pl.LightningModule, units: UnitMap, reference: ReferenceData
     ) -> TaskRecord:
         """The record with what a later audit needs: fingerprints of what is frozen, the drift of earlier logits."""
-        masked = self.retention == "exact"
         rows = audit.fingerprints(module, units, record, self.state)
-        drift = {
-            name: probe.drift(module, self.state.layers, self.state.tasks[name], masked=masked)
-            for name, probe in self._probes.items()
-            if name in self.state.tasks
-        }
-        if reference.ranks.size == 1:
-            self._probes[record.name] = audit.Probe.of(module, units.layers, record, reference, masked=masked)
-            known = {**self.state.tasks, record.name: record}
-            for name, probe in self._probes.items() if self.heatmaps else ():
-                if name in known:
-                    recall = subnetwork.recall(module, units.layers, known[name], masked=masked)
-                    self._gallery.add(name, record.name, *self._heatmaps(module, units, probe, recall))
+        # Rank 0 has a batch for sure, and it alone keeps some of it; all get the record.
+        drift = reference.ranks.decided(lambda: self._look(record, module, units, reference))
         return replace(record, rows=rows, drift=drift)
+
+    def _look(
+        self, record: TaskRecord, module: pl.LightningModule, units: UnitMap, reference: ReferenceData
+    ) -> dict[str, float]:
+        """The drift of earlier tasks' logits; keep samples of this one, and heatmaps of all."""
+        masked = self.retention == "exact"
+        drift = audit.drifts(module, self.state, self._probes, masked=masked)
+        self._probes[record.name] = audit.Probe.of(module, units.layers, record, reference, masked=masked)
+        known = {**self.state.tasks, record.name: record}
+        for name, probe in self._probes.items() if self.heatmaps else ():
+            if name in known:
+                recall = subnetwork.recall(module, units.layers, known[name], masked=masked)
+                self._gallery.add(name, record.name, *self._heatmaps(module, units, probe, recall))
+        return drift
 
     def _heatmaps(
         self, module: pl.LightningModule, units: UnitMap, probe: audit.Probe, recall: AbstractContextManager[None]
@@ -530,6 +539,14 @@ class RelevanceFreezing(FinishedTasks):
             self._check_size(reference.samples)
             with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
                 yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
+
+    def _warn_of_lost_samples(self) -> None:
+        lost = [name for name in self.state.tasks if name not in self._probes]
+        if self.heatmaps and lost:
+            rank_zero_warn(
+                f"no heatmaps of {', '.join(map(repr, lost))}: samples of a task are kept until the program ends, and "
+                "are in no checkpoint; make them yourself with lightning_rnf.heatmaps inside rnf.recall(task)"
+            )
 
     def _is_time_to_recover(self, trainer: pl.Trainer) -> bool:
         return (
@@ -601,7 +618,6 @@ class RelevanceFreezing(FinishedTasks):
         return {
             **super().__getstate__(),
             "_freezer": None,
-            "_probes": {},
             "_gallery": Gallery(),
             **dict.fromkeys(_CONTEXTS),
         }

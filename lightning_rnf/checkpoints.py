@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import nn
 from lightning_rnf.state import FreezeState
 
 _KEY = "RelevanceFreezing"
+_LONGEST = 200  # bytes of a task's name in a file's, of which file systems allow 255
 
 
 def keep(trainer: Trainer, task: str) -> str | None:
@@ -36,10 +38,23 @@ def keep(trainer: Trainer, task: str) -> str | None:
     ]
     if not savers:
         return None
-    path = os.path.join(str(savers[0].dirpath), re.sub(r"[^\w.=+-]+", "_", task) + "-ended.ckpt")
+    path = os.path.join(str(savers[0].dirpath), file_name(task))
     for each in dict.fromkeys([path, *(saver.last_model_path for saver in savers if saver.last_model_path)]):
         trainer.save_checkpoint(each)
     return path
+
+
+def file_name(task: str) -> str:
+    """Of the checkpoint of a task's end: the task's name, without what no file system likes, and not too long for one.
+
+    >>> file_name("digits 0/1")
+    'digits_0_1-ended.ckpt'
+    """
+    name = re.sub(r"[^\w.=+-]+", "_", task)
+    if len(name.encode()) > _LONGEST:
+        told_apart = hashlib.sha256(task.encode(errors="surrogatepass")).hexdigest()[:8]
+        name = f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{told_apart}"
+    return f"{name}-ended.ckpt"
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

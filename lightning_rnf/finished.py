@@ -42,6 +42,7 @@ class FinishedTasks(Callback):
         self.state = FreezeState()
         self._model: Callable[[], pl.LightningModule | None] = lambda: None
         self._recalled = ExitStack()
+        self._probes: dict[str, audit.Probe] = {}
         self._tested: list[str | None] = []
         self._has_older_weights = False
 
@@ -127,7 +128,8 @@ class FinishedTasks(Callback):
             report.plot("retention.png")
 
         Args:
-            model: whose frozen rows are audited; None: the model of the last fit, if it is still there.
+            model: that is audited: its frozen rows, and the logits of a few samples of each task that has ended since
+                the program was started; None: that of the last fit, if it is still there.
             matrix: accuracy ``(tasks, tasks)`` as `metrics` says; None: what ``trainer.test`` has logged.
             metric: which of the logged metrics the matrix is of; None: the first that has "acc" in its name.
             baseline: accuracy of each task before any training, ``(tasks,)``: for the forward transfer.
@@ -136,11 +138,12 @@ class FinishedTasks(Callback):
             ValueError: if the model is another one, the matrix has another shape, or the metric was never logged.
         """
         module = self._model() if model is None else getattr(model, "_orig_mod", model)
-        checked = None
+        looked_at = None
         if module is not None and not sharding.is_sharded(module):
             self.state.check_module(module)
-            checked = audit.changed(module, self.state)
-        return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, changed=checked)
+            drift = audit.drifts(module, self.state, self._probes, masked=self.retention == "exact")
+            looked_at = audit.Audit.of(dict(module.named_parameters(remove_duplicate=False)), self.state, drift)
+        return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, audit=looked_at)
 
     def save(self, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
         """Write the finished tasks into a small file to hand on: a bit for each unit and task, no weights.
@@ -178,7 +181,7 @@ class FinishedTasks(Callback):
             raise ValueError(
                 f"{os.fspath(path)!r} lacks {', '.join(map(repr, lost))}, finished here: load it into a new callback"
             )
-        self.state = state
+        self._take(state)
 
     @classmethod
     def from_pretrained(
@@ -276,6 +279,13 @@ class FinishedTasks(Callback):
                 "or wrap the call in rnf.recall(task)"
             )
 
+    def _take(self, state: FreezeState) -> None:
+        """Go on with other finished tasks; what was kept beside the old ones goes, but for those that are the same."""
+        rows = {name: record.rows for name, record in self.state.tasks.items()}
+        same = [name for name, record in state.tasks.items() if record.rows and record.rows == rows.get(name)]
+        self._probes = {name: self._probes[name] for name in same if name in self._probes}
+        self.state = state
+
     def _end_run(self) -> None:
         self._recalled.close()
         self._has_older_weights = False
@@ -300,7 +310,7 @@ class FinishedTasks(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.
         kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
-        return {**kept, "_model": None, "_recalled": None}
+        return {**kept, "_model": None, "_recalled": None, "_probes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())

@@ -5,7 +5,7 @@ The paper's Figure 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,11 @@ class Gallery:
         """Keep a task's heatmaps as they are after another one has ended."""
         self.images.setdefault(task, images)
         self.maps.setdefault(task, {})[ended] = maps
+
+    def of(self, tasks: Collection[str]) -> Gallery:
+        """What there is of these tasks."""
+        images = {task: images for task, images in self.images.items() if task in tasks}
+        return Gallery(images, {task: maps for task, maps in self.maps.items() if task in tasks})
 
     def drift(self, task: str) -> Drift:
         """Between a task's first heatmaps and its last."""

@@ -31,11 +31,11 @@ def page(report: RetentionReport) -> str:
 
 
 def _numbers(report: RetentionReport) -> str:
-    verdict = {True: "bit-equal", False: "changed", None: "not looked at"}[report.is_sound]
+    verdict = {True: "bit-equal", False: "changed", None: "not all known"}[report.is_sound]
     cards = {"frozen rows and logits": verdict, **{name: f"{value:.4f}" for name, value in report.numbers.items()}}
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in cards.items())
-    forecast = f"<p>{escape(str(report.forecast))}.</p>" if report.forecast else ""
-    return f"<dl>{items}</dl>{forecast}"
+    said = report.summary.splitlines()[1:]  # the first line has the numbers
+    return f"<dl>{items}</dl>{''.join(f'<p>{escape(line)}.</p>' for line in said)}"
 
 
 def _figures(report: RetentionReport) -> list[str]:

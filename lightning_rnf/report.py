@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os import PathLike
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_rnf import masks
+from lightning_rnf.audit import Audit
 from lightning_rnf.figures import StreamResult
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
 from lightning_rnf.state import FreezeState, TaskRecord
@@ -81,17 +83,17 @@ class RetentionReport:
         matrix: entry ``[i, j]`` is the test accuracy of task j after training task i: ``(tasks, tasks)``, see
             `metrics`; None: nothing was tested.
         baseline: accuracy of each task before any training, ``(tasks,)``; None: not known.
-        changed: by task, names of its layers, head and shared parameters that are not bit-equal to what they were at
-            its end; None: there was no model to look at.
-        drift: by task, the largest difference of a logit under recall at the end of a later task, in logits; tasks that
-            no later one has followed in the same process are not in it.
+        audit: of the frozen rows; None: there was no model to look at.
+        drift: by task, the largest difference of a logit under recall from that at its end, in logits: at the end of
+            each later task, and now on the model. Not in it are tasks that are not measured now, if the end of one of
+            the later tasks, or of none, measured them.
         forecast: about how many more tasks fit; None: no task has ended.
     """
 
     state: FreezeState
     matrix: Tensor | None
     baseline: Tensor | None
-    changed: Mapping[str, Sequence[str]] | None
+    audit: Audit | None
     drift: Mapping[str, float]
     forecast: Forecast | None
 
@@ -103,7 +105,7 @@ class RetentionReport:
         matrix: Tensor | None = None,
         metric: str | None = None,
         baseline: Tensor | None = None,
-        changed: Mapping[str, Sequence[str]] | None = None,
+        audit: Audit | None = None,
     ) -> RetentionReport:
         """Look through the records of finished tasks.
 
@@ -112,7 +114,7 @@ class RetentionReport:
             matrix: accuracy ``(tasks, tasks)``; None: of the metrics that tests have logged.
             metric: which of those; None: the first with "acc" in its name.
             baseline: accuracy of each task before any training, ``(tasks,)``.
-            changed: see `audit.changed`.
+            audit: of a model; None: there is none to look at.
 
         Raises:
             ValueError: if matrix or baseline have another shape, or the metric was never logged.
@@ -128,12 +130,7 @@ class RetentionReport:
             raise ValueError(
                 f"the baseline has shape {tuple(baseline.shape)}, expected one accuracy per task: ({tasks},)"
             )
-        drift: dict[str, float] = {}
-        for record in state.tasks.values():
-            for name, value in record.drift.items():
-                # A NaN is a drift, too, and max would pass over it.
-                drift[name] = math.nan if math.isnan(value + drift.get(name, 0.0)) else max(value, drift.get(name, 0.0))
-        return cls(state, matrix, baseline, changed, drift, Forecast.of(state))
+        return cls(state, matrix, baseline, audit, _drift(state, audit), Forecast.of(state))
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
@@ -152,11 +149,44 @@ class RetentionReport:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     @property
+    def not_known(self) -> dict[str, str]:
+        """Why a number is missing, by its name: which entry of the matrix it would need."""
+        names = list(self.state.tasks)
+        last = len(names) - 1
+        before = range(last)
+        needed = {
+            "average accuracy": [(last, task) for task in range(len(names))],
+            "forgetting": [(after, task) for task in before for after in range(task, len(names))],
+            "backward transfer": [(after, task) for task in before for after in (task, last)],
+        }
+        if self.baseline is not None:
+            needed["forward transfer"] = [(after, after + 1) for after in before]
+        found = {}
+        for number, entries in needed.items() if names else ():
+            if self.matrix is None:
+                found[number] = "no test has logged an accuracy"
+            elif gaps := [entry for entry in entries if math.isnan(self.matrix[entry])]:
+                after, task = gaps[0]
+                more = f", and {len(gaps) - 1} more" if len(gaps) > 1 else ""
+                found[number] = f"{names[task]!r} was not tested after {names[after]!r}{more}"
+        return found
+
+    @property
+    def changed(self) -> Mapping[str, Sequence[str]] | None:
+        """By task, names of its layers, head and shared parameters that are not bit-equal to what they were at its end.
+
+        None: there was no model to look at.
+        """
+        return None if self.audit is None else self.audit.changed
+
+    @property
     def is_sound(self) -> bool | None:
-        """Whether no frozen row has changed and no logit drifted; None: neither was looked at."""
-        if self.changed is None and not self.drift:
-            return None
-        return not any((self.changed or {}).values()) and all(value == 0 for value in self.drift.values())
+        """Whether all frozen rows are bit-equal and no logit has drifted; None: not everything could be looked at."""
+        changed = any((self.changed or {}).values())
+        if changed or any(value != 0 for value in self.drift.values()):
+            return False
+        complete = self.audit is not None and not any(self.audit.unknown.values())
+        return True if complete and set(self.drift) == set(self.state.tasks) else None
 
     @property
     def sections(self) -> dict[str, Rows]:
@@ -210,19 +240,25 @@ class RetentionReport:
         ]
 
     def _audit(self) -> Rows:
-        rows = []
-        for name, record in self.state.tasks.items():
-            changed = None if self.changed is None else self.changed[name]
-            largest = None if changed is None else math.nan if changed else 0.0
-            rows.append(
-                {
-                    "task": name,
-                    "frozen since its end": "not looked at: no model" if changed is None else _said(changed),
-                    "largest change of a row": largest if record.rows else None,
-                    "largest drift of a logit": self.drift.get(name),
-                }
-            )
-        return rows
+        return [
+            {
+                "task": name,
+                "frozen since its end": _said(self.audit, name),
+                "largest drift of a logit": self.drift.get(name),
+                "logits compared": self._compared(name),
+            }
+            for name in self.state.tasks
+        ]
+
+    def _compared(self, task: str) -> str:
+        """When the logits of a task were compared with those of its end, or why they were not."""
+        if self.audit is not None and task in self.audit.drift:
+            return "now"
+        if task in self.drift:
+            return f"when {next(reversed(self.state.tasks))} ended"
+        if self.audit is None and task == next(reversed(self.state.tasks)):
+            return "not yet"
+        return "no: its samples are gone"
 
     # -- forms --------------------------------------------------------------------------------------------------------
 
@@ -249,9 +285,12 @@ class RetentionReport:
 
     @property
     def summary(self) -> str:
-        """The numbers and the forecast, in two lines."""
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
-        return f"{numbers}\n{self.forecast}" if self.forecast else numbers
+        """The numbers, why one is missing, and the forecast, a line for each."""
+        lines = [", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())]
+        for reason, missing in groupby(self.not_known.items(), key=lambda one: one[1]):
+            *others, last = (name for name, _ in missing)
+            lines.append(f"not known: {', '.join(others)}{' and ' if others else ''}{last} ({reason})")
+        return "\n".join([*lines, str(self.forecast)] if self.forecast else lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Dicts, lists and built-in types that JSON has; what is not known, or no number, is None."""
@@ -264,6 +303,7 @@ class RetentionReport:
             "audit": self._audit(),
             "matrix": None if self.matrix is None else [_known(row) for row in self.matrix],
             "numbers": self.numbers,
+            "not known": self.not_known,
             "forecast": None if self.forecast is None else vars(self.forecast),
         }
         plain: dict[str, Any] = _without_nan(found)
@@ -404,8 +444,25 @@ def _known(values: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
-def _said(changed: Sequence[str]) -> str:
-    return f"changed: {', '.join(changed)}" if changed else "bit-equal"
+def _drift(state: FreezeState, audit: Audit | None) -> dict[str, float]:
+    """By task the largest drift of all that were measured; without a gap, if there is none of now."""
+    found: dict[str, float] = {}
+    records = list(state.tasks.values())
+    for index, record in enumerate(records):
+        later = [after.drift.get(record.name) for after in records[index + 1 :]]
+        now = None if audit is None else audit.drift.get(record.name)
+        known = [value for value in (*later, now) if value is not None]
+        if now is not None or (later and None not in later):
+            # A NaN is a drift, too, and max would pass over it.
+            found[record.name] = math.nan if any(map(math.isnan, known)) else max(known)
+    return found
+
+
+def _said(audit: Audit | None, task: str) -> str:
+    if audit is None:
+        return "not looked at: no model"
+    parts = {"changed": audit.changed[task], "not known": audit.unknown[task]}
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names) or "bit-equal"
 
 
 def shown(value: Any) -> str:

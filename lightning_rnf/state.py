@@ -46,7 +46,8 @@ class TaskRecord:
         notes: what a reader of the relevance should know, in plain words.
         rows: fingerprints of what this task froze, by layer, head or shared parameter; see `audit`.
         drift: at this task's end, how far the recalled logits of earlier tasks were from those of their own ends: the
-            largest difference on a few samples. Only of tasks that have ended in the same process.
+            largest difference on a few samples. Only of tasks that have ended in the same run of the program, on the
+            same device: their samples are not kept.
         tests: metrics that ``trainer.test`` has logged between this task's end and the next one's, by tested task.
     """
 
@@ -177,14 +178,12 @@ class FreezeState:
                 "another"
             )
 
-    def check_module(self, module: nn.Module) -> None:
-        """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
+    def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Check that a model's parameters, by name, are there for all layers and heads of the finished tasks.
 
         Raises:
             ValueError: naming a parameter that is missing or has another number of units.
         """
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        buffers = dict(module.named_buffers(remove_duplicate=False))
         for layer in self.layers:
             for name in layer.parameters:
                 found = tuple(parameters[name].shape) if name in parameters else None
@@ -194,18 +193,30 @@ class FreezeState:
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
                     )
-        tensors = parameters | buffers
         for record in self.tasks.values():
-            for name in (*record.head_parameters, *self.shared, *record.norm_statistics):
-                if name not in tensors:
+            for name in (*record.head_parameters, *self.shared):
+                if name not in parameters:
                     raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
+
+    def check_module(self, module: nn.Module) -> None:
+        """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
+
+        Raises:
+            ValueError: naming a parameter or buffer that is missing or has another shape.
+        """
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        tensors = parameters | buffers
+        self.check_parameters(parameters)
+        for record in self.tasks.values():
             for name, value in record.norm_statistics.items():
+                if name not in buffers:
+                    raise ValueError(f"this model lacks the buffer {name!r}, which task {record.name!r} uses")
                 if buffers[name].shape != value.shape:
                     raise ValueError(
                         f"{name!r} has shape {tuple(buffers[name].shape)} in this model, and had {tuple(value.shape)} "
                         f"when task {record.name!r} ended"
                     )
-
         for name, value in self.initial.items():
             if name not in tensors or tensors[name].shape != value.shape:
                 raise ValueError(f"this model has no {name!r} of shape {tuple(value.shape)} to reset free units of")

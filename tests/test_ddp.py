@@ -122,6 +122,15 @@ def test_frozen_rows_are_bit_equal_on_all_ranks_through_recovery_and_pinned_norm
             assert torch.equal(rank["sequence"]["weights"][name], value)
 
 
+def test_logits_and_heatmaps_are_compared_by_the_first_process(run):
+    for number, rank in enumerate(run.ranks):
+        found = rank["pictured"]
+        assert found["drift"] == [{}, {"a": 0.0}]
+        assert found["maps"] == ({"a": ["a", "b"], "b": ["b"]} if number == 0 else {})
+        assert found["cosine"] == pytest.approx([1, 1] if number == 0 else [])
+        assert found["report"] == ({"a": 0.0, "b": 0.0} if number == 0 else {"a": 0.0})
+
+
 def test_a_failure_in_one_process_is_raised_in_all_of_them_with_its_message(run):
     size = len(run.ranks)
     labels, folder = "labels range from 0 to 5, but the head has 2 outputs", "no such folder: data"

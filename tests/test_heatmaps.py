@@ -129,6 +129,23 @@ def test_the_callback_logs_them_after_each_task_and_recall_does_not_drift():
     assert torch.equal(first, last)
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
+def test_tasks_whose_samples_are_gone_are_named():
+    torch.manual_seed(0)
+    model, before = Images(), RelevanceFreezing(heatmaps=2)
+    model.heads.activate("a")
+    trainer(before, max_epochs=1).fit(model, datamodule=image_task("a"))
+    rnf = RelevanceFreezing(heatmaps=2)
+    rnf.load_state_dict(before.state_dict())
+    model.heads.activate("b")
+    with pytest.warns(UserWarning, match="no heatmaps of 'a': samples of a task are kept until the program ends"):
+        trainer(rnf, max_epochs=1).fit(model, datamodule=image_task("b"))
+    assert {task: list(maps) for task, maps in rnf._gallery.maps.items()} == {"b": ["b"]}
+    before.load_state_dict(before.state_dict())  # the same tasks: their samples stay
+    trainer(before, max_epochs=1).fit(model, datamodule=image_task("b"))
+    assert {task: list(maps) for task, maps in before._gallery.maps.items()} == {"a": ["a", "b"], "b": ["b"]}
+
+
 def test_a_task_without_images_is_refused_before_it_is_trained():
     from training import task_data
 

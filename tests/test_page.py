@@ -15,6 +15,7 @@ import torch
 from records import ConvNet, every_second, make, record_of, state_of
 
 from lightning_rnf import RetentionReport
+from lightning_rnf.audit import Audit
 from lightning_rnf.cli import main
 from lightning_rnf.maskfiles import save
 from lightning_rnf.state import FreezeState
@@ -28,7 +29,8 @@ def report(names=("first", NASTY)):
     other = replace(record_of(net, "second", relevant=every_second(net.layers, 1)), name=names[1])
     state = state_of(net, replace(record_of(net), name=names[0]), other)
     matrix = torch.tensor([[0.9, float("nan")], [0.9, 0.8]])
-    return RetentionReport.of(state, matrix=matrix, changed={names[0]: (), names[1]: ("conv1",)})
+    audit = Audit(changed={names[0]: (), names[1]: ("conv1",)}, unknown=dict.fromkeys(names, ()))
+    return RetentionReport.of(state, matrix=matrix, audit=audit)
 
 
 class Reader(HTMLParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 import torch
 from records import ConvNet, Mlp, batch, every_second, make, record_of, state_of
 from rich.console import Console
-from training import TASKS, Classifier, task_data, train, trainer
+from training import TASKS, Classifier, clusters, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing, RetentionReport
-from lightning_rnf.audit import Probe
+from lightning_rnf.audit import Audit, Probe, fingerprints
 from lightning_rnf.figures import StreamResult
 from lightning_rnf.reference import ReferenceData
 from lightning_rnf.report import Forecast, accuracy_rows, curve, rich_table
@@ -59,10 +60,18 @@ def test_the_audit_finds_nothing_where_nothing_has_changed(trained):
     model, rnf = trained
     report = rnf.report(model)
     assert report.changed == dict.fromkeys(TASKS, ())
-    assert report.drift == {"a": 0.0, "b": 0.0}
+    assert report.drift == dict.fromkeys(TASKS, 0.0)
     assert report.is_sound
     assert report.numbers["forgetting"] == 0
-    assert {row["largest change of a row"] for row in report.to_dict()["audit"]} == {0.0}
+    assert report.to_dict()["audit"] == [
+        {
+            "task": task,
+            "frozen since its end": "bit-equal",
+            "largest drift of a logit": 0.0,
+            "logits compared": "now",
+        }
+        for task in TASKS
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,91 @@ def test_the_audit_sees_a_single_bit(trained, name):
     assert rnf.report(model).is_sound
 
 
+def recalled(rnf, model, task="a"):
+    model.heads.activate(task)
+    with rnf.recall(task, model), torch.no_grad():
+        return model(clusters(task, 320, 1).tensors[0])
+
+
+def test_the_logits_are_those_of_the_model_that_is_looked_at(trained):
+    model, rnf = trained
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.heads.tasks["c"].bias += torch.tensor([0.0, 0.25])
+    report = rnf.report(other)
+    assert report.drift == {"a": 0.0, "b": 0.0, "c": pytest.approx(0.25, abs=1e-6)}
+    assert rnf.report(model).drift["c"] == 0
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), rnf._model().parameters(), strict=True))
+
+
+def test_a_model_in_another_precision_is_another_one(trained):
+    model, rnf = trained
+    report = rnf.report(copy.deepcopy(model).double())
+    assert all(report.changed.values())
+    assert not report.audit.drift
+    assert report.is_sound is False
+
+
+@pytest.mark.parametrize("missing", [("body.0", "body.3", "heads.tasks.b"), ("body.3",)])
+def test_where_nothing_was_kept_to_compare_with_nothing_is_said(trained, missing):
+    model, rnf = trained
+    state = FreezeState.from_plain(rnf.state.to_plain())
+    rows = {name: value for name, value in state.task("b").rows.items() if name not in missing}
+    state.tasks["b"] = replace(state.task("b"), rows=rows)
+    other = RelevanceFreezing()
+    other.state = state
+    for one in (model, Classifier()):
+        report = other.report(one)
+        assert report.audit.unknown == {"a": (), "b": missing, "c": ()}
+        said = {row["task"]: row["frozen since its end"] for row in report.to_dict()["audit"]}
+        assert said["b"].endswith(f"not known: {', '.join(missing)}")
+        assert report.is_sound is (None if one is model else False)
+
+
+def test_a_shared_parameter_without_a_fingerprint_is_not_known_either():
+    net = make(Mlp)
+    state = state_of(net, record_of(net), record_of(net, "second"))
+    units = net.units()
+    first = state.task("first")
+    rows = fingerprints(net, units, first, FreezeState())
+    parameters = dict(net.named_parameters())
+    state.tasks["first"] = replace(first, rows=rows)
+    assert Audit.of(parameters, state).unknown == {"first": (), "second": ("fc1", "fc2", "heads.tasks.second")}
+    state.tasks["first"] = replace(first, rows={name: rows[name] for name in rows if name != "norm.bias"})
+    assert Audit.of(parameters, state).unknown["first"] == ("norm.bias",)
+
+
+def test_a_drift_that_one_task_did_not_measure_is_not_known():
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", "b", max_epochs=1)
+    before = recalled(rnf, model)
+    with pytest.warns(UserWarning, match="recall will not be exact"):
+        later = RelevanceFreezing(elasticity=1.0)
+    later.load_state_dict(rnf.state_dict())  # as after a restart: samples are in no checkpoint
+    train(model, later, "c", max_epochs=1)
+    assert not torch.equal(recalled(later, model), before)
+    report = later.report(model)
+    assert report.drift == {"c": 0.0}
+    assert report.to_dict()["audit"][0]["logits compared"] == "no: its samples are gone"
+    assert report.is_sound is False
+    assert RetentionReport.of(later.state).is_sound is None
+
+
+def test_what_was_kept_of_tasks_goes_with_them(tmp_path):
+    torch.manual_seed(0)
+    models = [Classifier(), Classifier()]
+    rnf, other = RelevanceFreezing(), RelevanceFreezing()
+    for model, callback in zip(models, (rnf, other), strict=True):
+        train(model, callback, "a", max_epochs=1)
+        callback.save(tmp_path / f"{models.index(model)}.safetensors")
+    rnf.load(tmp_path / "0.safetensors", models[0])
+    assert rnf.report(models[0]).drift == {"a": 0.0}
+    rnf.load(tmp_path / "1.safetensors", models[1])
+    assert rnf.report(models[1]).drift == {}
+    assert rnf.report(models[1]).changed == {"a": ()}
+
+
 def test_a_free_row_may_change(trained):
     model, rnf = trained
     free = (~rnf.state.frozen()["body.0"]).nonzero()
@@ -104,7 +198,7 @@ def test_units_that_go_on_learning_are_told_on():
         rnf = RelevanceFreezing(elasticity=1.0)
     train(model, rnf, "a", "b", max_epochs=1)
     report = rnf.report(model)
-    assert report.drift["a"] > 0
+    assert report.drift["a"] == rnf.state.task("b").drift["a"] > 0
     assert set(report.changed["a"]) == {"body.0", "body.3"}
     assert report.changed["b"] == ()
     assert not report.is_sound
@@ -149,6 +243,32 @@ def test_the_numbers_are_those_of_the_matrix():
     report = RetentionReport.of(two_tasks(make(Mlp)), matrix=matrix, baseline=torch.tensor([0.5, 0.3]))
     expected = {"average accuracy": 0.75, "forgetting": 0.2, "backward transfer": -0.2, "forward transfer": 0.1}
     assert report.numbers == pytest.approx({**expected, "free capacity": 0.0})
+
+
+def test_a_number_that_can_not_be_told_is_missing_for_a_reason():
+    state = two_tasks(make(Mlp))
+    untested = RetentionReport.of(state)
+    assert list(untested.numbers) == ["free capacity"]
+    assert set(untested.not_known) == {"average accuracy", "forgetting", "backward transfer"}
+    assert (
+        "not known: average accuracy, forgetting and backward transfer (no test has logged an accuracy)"
+        in untested.summary
+    )
+    once = RetentionReport.of(state, matrix=torch.tensor([[NAN, NAN], [0.7, 0.8]]), baseline=torch.zeros(2))
+    assert list(once.numbers) == ["average accuracy", "free capacity"]
+    assert once.not_known == {
+        "forgetting": "'first' was not tested after 'first'",
+        "backward transfer": "'first' was not tested after 'first'",
+        "forward transfer": "'second' was not tested after 'first'",
+    }
+    assert once.not_known == once.to_dict()["not known"]
+    last = RetentionReport.of(state, matrix=torch.tensor([[0.9, NAN], [NAN, NAN]]))
+    assert last.not_known["average accuracy"] == "'first' was not tested after 'second', and 1 more"
+    assert last.not_known["forgetting"] == "'first' was not tested after 'second'"
+    full = RetentionReport.of(state, matrix=torch.tensor([[0.9, NAN], [0.7, 0.8]]))
+    assert full.not_known == {}
+    assert "not known" not in full.summary
+    assert all("was not tested" in form for form in (str(once), once.to_markdown(), once.to_html()))
 
 
 def test_a_matrix_a_baseline_or_a_metric_that_do_not_fit_are_refused():
@@ -286,7 +406,8 @@ def test_what_tests_have_logged_survives_a_checkpoint(trained):
     other = RelevanceFreezing()
     other.load_state_dict(rnf.state_dict())
     assert torch.equal(other.report().matrix.nan_to_num(-1), rnf.report().matrix.nan_to_num(-1))
-    assert other.report().drift == rnf.report().drift
+    assert other.report().drift == {"a": 0.0, "b": 0.0}
+    assert [row["logits compared"] for row in other.report().to_dict()["audit"]] == ["when c ended"] * 2 + ["not yet"]
 
 
 def test_rows_of_a_stream():
