@@ -85,7 +85,13 @@ def fit(options: argparse.Namespace, network: str, frozen: float | str | None) -
     if frozen:
         freeze(rnf, model, tuple(part[:2] for part in batch), frozen)
     model.heads.activate(TASKS[1])
-    one = trainer(options, [clock] if frozen is None else [clock, rnf], devices=PROCESSES, strategy=options.strategy)
+    one = trainer(
+        options,
+        [clock] if frozen is None else [clock, rnf],
+        devices=PROCESSES,
+        strategy=options.strategy,
+        use_distributed_sampler=False,  # each process makes all of the steps
+    )
     device = one.strategy.root_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
