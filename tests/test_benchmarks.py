@@ -99,6 +99,23 @@ def test_a_marked_block_is_filled_and_a_missing_one_is_named():
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_growth_is_read_off_medians():
+    pytest.importorskip("torchvision")
+    from growth import per_doubling, slope
+
+    rows = [
+        {"over": "units", "units": units, "seconds_of_end": [20.0, units**0.5, 0.0], "reference_epochs": [epochs]}
+        for units, epochs in ((16, 4.0), (32, 5.0), (128, 9.0))
+    ]
+    rows.append({"over": "tasks", "finished": 0})
+    rows[0]["seconds_of_end"] = [4.0]
+    assert slope(rows) == pytest.approx(0.5)
+    on_the_whole, most = per_doubling(rows)
+    assert on_the_whole == pytest.approx(12 / 7)  # by hand: 8 / (14 / 3)
+    assert most == pytest.approx(2.0)
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_peak_memory_is_that_of_tensors_alive_at_once_before_and_after_the_mark():
     from peak_memory import PeakMemory
 

@@ -142,10 +142,14 @@ def slope(rows: Rows) -> float:
     return linear_regression(*zip(*points, strict=True)).slope
 
 
-def per_doubling(rows: Rows) -> float:
-    """The largest number of reference epochs that one more doubling of the units has cost."""
+def per_doubling(rows: Rows) -> tuple[float, float]:
+    """How many more reference epochs forward one doubling of the units costs: by least squares, and the most.
+
+    A bisection makes ⌈log2⌉ steps or one fewer, depending on where its boundary lies: neighbours differ by that, too.
+    """
     points = [(math.log2(row["units"]), median(row["reference_epochs"])) for row in _of(rows, "units")]
-    return max((high - low) / (above - below) for (below, low), (above, high) in pairwise(points))
+    most = max((high - low) / (above - below) for (below, low), (above, high) in pairwise(points))
+    return linear_regression(*zip(*points, strict=True)).slope, most
 
 
 def table(rows: Rows) -> str:
@@ -199,9 +203,11 @@ def table(rows: Rows) -> str:
             for row in _of(rows, "tasks")
         ),
     )
+    on_the_whole, most = per_doubling(rows)
     summary = (
-        f"The end's time grows as units to the power of {slope(rows):.2f}; a doubling of the units costs at most "
-        f"{per_doubling(rows):.2f} more epochs of the reference data, forward."
+        f"The end's time grows as units to the power of {slope(rows):.2f}. A doubling of the units costs "
+        f"{on_the_whole:.2f} more epochs of the reference data, forward (least squares; at most {most:.2f} between "
+        "neighbouring sizes, where a bisection may make one step more or fewer)."
     )
     return "\n\n".join([of_units, summary, of_tasks])
 

@@ -85,10 +85,18 @@ def fit(options: argparse.Namespace, network: str, frozen: float | str | None) -
     if frozen:
         freeze(rnf, model, tuple(part[:2] for part in batch), frozen)
     model.heads.activate(TASKS[1])
-    one = trainer(options, [clock] if frozen is None else [clock, rnf], devices=PROCESSES, strategy=options.strategy)
+    one = trainer(
+        options,
+        [clock] if frozen is None else [clock, rnf],
+        devices=PROCESSES,
+        strategy=options.strategy,
+        use_distributed_sampler=False,  # each process makes all of the steps
+    )
     device = one.strategy.root_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    # There already, so that no copy from the host is measured, which would hide a part of what a step costs.
+    batch = batch[0].to(device), batch[1].to(device)
     one.fit(model, DataLoader([batch] * (options.warm_up + options.steps + 1), batch_size=None))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return Fit(median(clock.seconds(options.warm_up)), peak, *bytes_of_gradients(model, clock.trained, rnf.state))
