@@ -264,6 +264,14 @@ class RelevanceFreezing(FinishedTasks):
         self._pin_norms(module)
         return record
 
+    def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of a parameter the fit that is under way lets learn: see `communication.reduce_free_rows`.
+
+        Returns:
+            Indices ``(rows, leading dimensions)`` of those that aren't frozen, in general ``(rows, 1)``; None: all.
+        """
+        return None if self._freezer is None else self._freezer.free_rows(parameter)
+
     # -- a fit --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

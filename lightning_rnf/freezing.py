@@ -115,6 +115,7 @@ class Freezer:
         self._rows = _rows(module, factors)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._stopped: list[_Rows] = []
+        self._held: dict[Tensor, _Rows] = {}
         self._handles: list[Any] = []
         self._nested_steps = 0
 
@@ -129,6 +130,7 @@ class Freezer:
             if rows.is_whole and rows.parameter.requires_grad:
                 self._stopped.append(rows)
                 rows.parameter.requires_grad_(False)
+                rows.parameter.grad = None  # an optimizer without the parameter would keep the last fit's for good
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Start to mask gradients and to hold rows at the values they have now.
@@ -146,6 +148,7 @@ class Freezer:
         self.follow(optimizers)
         for rows in self._rows.values():
             rows.hold()
+            self._held[rows.parameter] = rows
             if rows.frozen is not None:
                 self._handles.append(rows.mask_gradients())
         self._spare_gradients()
@@ -204,6 +207,11 @@ class Freezer:
             if not written_only or sharding.writes(rows.parameter) != rows.pinned_writes:
                 rows.pin()
 
+    def free_rows(self, parameter: Tensor) -> Tensor | None:
+        """As `communication.FreeRows`: rows whose gradients are not masked now."""
+        rows = self._held.get(parameter)
+        return None if rows is None else rows.free
+
     def forget_failed_step(self) -> None:
         """After an exception in a step that somebody caught: its second hook never ran."""
         self._nested_steps = 0
@@ -221,6 +229,7 @@ class Freezer:
     def _remove_hooks(self) -> None:
         self._nested_steps = 0
         self._optimizers.clear()
+        self._held.clear()
         while self._handles:
             self._handles.pop().remove()
 
@@ -294,6 +303,7 @@ class _Rows:
         self.factor = factor
         self.is_whole = not bool(factor.any())
         self.frozen: _Slice | None = None
+        self.free: Tensor | None = None
         self.elastic: _Slice | None = None
         self.pinned: Tensor
         self.pinned_writes = -1
@@ -306,6 +316,7 @@ class _Rows:
         elastic = (factor != 0) & (factor != 1)
         self.frozen = self.where(factor == 0)
         self.elastic = self.where(elastic)
+        self.free = None if self.frozen is None else factor.nonzero().to(self.parameter.device)
         if self.frozen is not None:
             self.pinned = self.frozen.read(self.parameter)
         if self.elastic is not None:
