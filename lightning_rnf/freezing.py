@@ -130,7 +130,6 @@ class Freezer:
             if rows.is_whole and rows.parameter.requires_grad:
                 self._stopped.append(rows)
                 rows.parameter.requires_grad_(False)
-                rows.parameter.grad = None  # an optimizer without the parameter would keep the last fit's for good
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Start to mask gradients and to hold rows at the values they have now.

@@ -19,7 +19,7 @@ from processes import RANK, WORLD
 from records import bare_record
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_wrapper
-from training import Classifier, clusters, task_data, trainer
+from training import Classifier, allocated, clusters, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing, UnitMap
 from lightning_rnf.communication import reduce_free_rows
@@ -261,6 +261,11 @@ def wrong_state():
     return None
 
 
+def memory(**ddp):
+    found, learning, _ = allocated(lambda: {"strategy": OnAnyDevice(**ddp), "devices": WORLD})
+    return {"gradients": found.gradients, "states": found.states, "learning": learning}
+
+
 OPTIONS = {
     "one bucket": {},
     "views": {"view": True},
@@ -289,5 +294,6 @@ if __name__ == "__main__":
     }.items():
         found["layouts"][name] = [layouts(hook, SOME, **options) for hook in (allreduce_hook, reduce_free_rows)]
     found["nothing"] = layouts(reduce_free_rows, {name: [] for name, _ in Layouts().named_parameters()})
+    found["memory"] = [memory(), memory(gradient_as_bucket_view=True)]
     found["wrong"] = wrong_state()
     torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassF1Score
 from torchmetrics.functional.classification import multiclass_f1_score
-from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
+from training import Classifier, ConvClassifier, allocated, clusters, inputs, loader, task_data, train, trainer
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
@@ -144,6 +144,15 @@ def test_a_second_fit_gives_back_flags_and_hooks():
         name.replace("tasks.b", "tasks.a") for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("learning_only", [False, True])
+def test_gradients_and_optimizer_states_of_what_is_frozen_whole_are_never_allocated(learning_only):
+    found, learning, frozen = allocated(learning_only=learning_only)
+    assert len(found.gradients) == 30
+    for names in (*found.gradients, *found.states):
+        assert names == learning
+        assert names.isdisjoint(frozen)
 
 
 def test_a_layer_that_is_frozen_whole_gets_no_gradient():

@@ -117,3 +117,10 @@ def test_a_state_that_knows_no_free_rows_is_refused_with_what_to_use(ranks):
         kind, message = rank["wrong"]
         assert kind in ("TypeError", "RuntimeError")
         assert "given a NoneType that knows no free rows: use DDPStrategy(ddp_comm_state=rnf" in message
+
+
+def test_gradients_and_optimizer_states_of_what_is_frozen_whole_are_never_allocated_under_ddp(ranks):
+    for rank in ranks:
+        for memory in rank["memory"]:
+            assert len(memory["gradients"]) == len(memory["states"]) == 15
+            assert all(names == memory["learning"] for names in (*memory["gradients"], *memory["states"]))
