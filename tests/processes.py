@@ -173,7 +173,7 @@ def sequence():
 
 
 def pictured():
-    """Two tasks whose samples rank 0 keeps: the record's drift, what is kept here, and how far heatmaps have drifted."""
+    """Two tasks whose samples rank 0 keeps: drift of the logits, what is kept here, and drift of the heatmaps."""
     seed_everything(1, verbose=False)
     model, rnf = ConvClassifier(), RelevanceFreezing(criterion=0.1, heatmaps=2)
     model.body[0] = nn.Identity()
