@@ -21,7 +21,11 @@ def claims(state: FreezeState) -> dict[str, Tensor]:
 
 
 def overlap(state: FreezeState) -> Tensor:
-    """How many units are relevant to both of two tasks: int64 ``(tasks, tasks)``, on the diagonal those of one."""
+    """How many units are relevant to both of two tasks: int64 ``(tasks, tasks)``, on the diagonal those of one.
+
+    With ``candidates="free"`` all units of earlier tasks count as relevant to later ones, too: a row holds the same
+    number from the diagonal on, whatever is reused. Only with ``"all"`` it is a finding.
+    """
     if not state.tasks:
         return torch.zeros(0, 0, dtype=torch.int64)
     flat = [torch.cat([record.relevant[layer.name] for layer in state.layers]) for record in state.tasks.values()]
@@ -155,7 +159,30 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A cell as text."""
+    """A cell as text, on one line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    r"""Text on one line that nothing but shows it: line ends, control characters and lone surrogates are spelled out.
+
+    >>> printable("a task's\nname")
+    "a task's\\nname"
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most about ``most`` characters: of longer ones the middle is left out; they stay different.
+
+    >>> shortened(["body.stage.10.conv", "head"], most=10)
+    ['body….conv', 'head']
+    >>> shortened(["a-long-name-1-of-it", "a-long-name-2-of-it"], most=10)
+    ['0 a-lo…of-it', '1 a-lo…of-it']
+    """
+    texts = [printable(name) for name in names]
+    head = (most - 1) // 2
+    cut = [text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}" for text in texts]
+    return cut if len(set(cut)) == len(cut) else [f"{index} {name}" for index, name in enumerate(cut)]
