@@ -1050,3 +1050,13 @@ def test_defaults_are_the_documented_ones():
     assert (paper.recovery_epochs, paper.selection.recalibrate_norm) == (0, False)
     assert paper.criterion == AccuracyDrop(0.05)
     assert RelevanceFreezing().state_dict() == FreezeState().to_plain()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "a\x00"])
+def test_a_name_that_could_not_be_loaded_again_is_refused_before_training(name):
+    model = Classifier()
+    model.heads.activate("a")
+    before = model.body[0].weight.clone()
+    with pytest.raises(ValueError, match=r"task name .* has control characters"):
+        trainer(RelevanceFreezing(task=name)).fit(model, datamodule=task_data("a"))
+    assert torch.equal(model.body[0].weight, before)
