@@ -39,7 +39,7 @@ from lightning_rnf.runs import (
 )
 from lightning_rnf.search import Candidates, Method, Normalize
 from lightning_rnf.selection import Selection
-from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.state import FreezeState, TaskRecord, readable
 from lightning_rnf.units import UnitMap
 
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
@@ -615,6 +615,11 @@ class RelevanceFreezing(FinishedTasks):
         name = given or ranks_of(trainer).decided(lambda: given_name(self.task, trainer, module))
         if name is None:
             name = f"task-{len(self.state.tasks)}"
+        if not readable(name):
+            raise ValueError(
+                f"task name {name!r} has control characters, line ends or halves of characters in it, which files, "
+                "tables and terminals don't take: give it another"
+            )
         if name in self.state.tasks:
             raise ValueError(
                 f"task {name!r} has ended already; name the new one: datamodule.task, or "

@@ -1082,3 +1082,13 @@ def test_evaluations_that_fail_early_change_no_verdict(monkeypatch):
     assert {one.score.samples for one in early.evaluations if one.accepted} == {early.samples}
     assert any(one.score.samples < early.samples for one in early.evaluations if not one.accepted)
     assert early.subnetwork_accuracy == late.subnetwork_accuracy
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "a\x00"])
+def test_a_name_that_could_not_be_loaded_again_is_refused_before_training(name):
+    model = Classifier()
+    model.heads.activate("a")
+    before = model.body[0].weight.clone()
+    with pytest.raises(ValueError, match=r"task name .* has control characters"):
+        trainer(RelevanceFreezing(task=name)).fit(model, datamodule=task_data("a"))
+    assert torch.equal(model.body[0].weight, before)
