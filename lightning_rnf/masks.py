@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -46,12 +47,11 @@ def claims_table(state: FreezeState) -> list[dict[str, Any]]:
     A task that has to share its column's name with "layer", "units", "shared" or "free" gets its number in front.
     """
     claimed = claims(state)
-    own = {"layer", "units", "shared", "free"}
-    columns = [f"{index} {name}" if name in own else name for index, name in enumerate(state.tasks)]
+    names = columns(list(state.tasks), {"layer", "units", "shared", "free"})
     rows = []
     for layer in state.layers:
         users = torch.stack([record.relevant[layer.name] for record in state.tasks.values()]).sum(dim=0)
-        of_tasks = {name: int((claimed[layer.name] == index).sum()) for index, name in enumerate(columns)}
+        of_tasks = {name: int((claimed[layer.name] == index).sum()) for index, name in enumerate(names)}
         shared, free = int((users > 1).sum()), int((users == 0).sum())
         rows.append({"layer": layer.name, "units": layer.units, **of_tasks, "shared": shared, "free": free})
     return rows
@@ -92,16 +92,31 @@ def layers_table(state: FreezeState, task: str | None = None) -> list[dict[str, 
         KeyError: if there is no such task.
     """
     records = list(state.tasks.values()) if task is None else [state.task(task)]
+    names = columns([record.name for record in records], {"layer", "units", "free"})
     frozen = state.frozen()
     return [
         {
             "layer": layer.name,
             "units": layer.units,
-            **{record.name: int(record.relevant[layer.name].sum()) for record in records},
+            **{name: int(one.relevant[layer.name].sum()) for name, one in zip(names, records, strict=True)},
             "free": int((~frozen[layer.name]).sum()),
         }
         for layer in state.layers
     ]
+
+
+def columns(names: Sequence[str], own: AbstractSet[str]) -> list[str]:
+    """Names of tasks as columns beside a table's own: one that is taken gets its number in front.
+
+    >>> columns(["a", "free"], {"layer", "free"})
+    ['a', '1 free']
+    """
+    found: list[str] = []
+    for index, name in enumerate(names):
+        while name in own or name in found:
+            name = f"{index} {name}"
+        found.append(name)
+    return found
 
 
 def difference(one: FreezeState, other: FreezeState, task: str | None = None) -> list[dict[str, Any]]:
@@ -145,7 +160,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """
     if not rows:
         return ""
-    cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
+    cells = [[printable(name) for name in rows[0]], *([shown(value) for value in row.values()] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     texts = [isinstance(value, str) for value in rows[0].values()]
     lines = [

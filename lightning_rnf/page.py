@@ -55,7 +55,7 @@ def _figures(report: RetentionReport) -> list[str]:
 
 
 def _figure(name: str, figure: Figure) -> str:
-    name = escape(name)
+    name = escape(masks.printable(name))
     return f'<figure role="img" aria-label="{name}">{_svg(figure)}<figcaption>{name}</figcaption></figure>'
 
 
@@ -80,7 +80,7 @@ def _svg(figure: Figure) -> str:
 def _table(title: str, rows: list[dict[str, Any]]) -> str:
     from lightning_rnf.report import shown
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    head = "".join(f"<th>{escape(masks.printable(name))}</th>" for name in rows[0])
     body = "".join(
         "<tr>" + "".join(f"<td{_aligned(value)}>{escape(shown(value))}</td>" for value in row.values()) + "</tr>"
         for row in rows

@@ -6,7 +6,8 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
@@ -24,7 +25,7 @@ from lightning_rnf.state import FreezeState, TaskRecord
 
 if TYPE_CHECKING:
     import pandas
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 Rows = list[dict[str, Any]]
@@ -203,8 +204,9 @@ class RetentionReport:
             "audit": self._audit(),
         }
         if self.matrix is not None:
+            columns = masks.columns(list(short.values()), {"after"})
             found["accuracy of each task (column) after each task (row)"] = [
-                {"after": name, **dict(zip(short.values(), _known(row), strict=True))}
+                {"after": name, **dict(zip(columns, _known(row), strict=True))}
                 for name, row in zip(self.state.tasks, self.matrix, strict=True)
             ]
         return {title: rows for title, rows in found.items() if rows}
@@ -266,22 +268,25 @@ class RetentionReport:
         if not self.state.tasks:
             return "no finished task"
         if importlib.util.find_spec("rich") is None:
-            tables = [f"{title}\n{masks.as_text(_aligned(rows))}" for title, rows in self.sections.items()]
-            return "\n\n".join([*tables, self.summary])
+            parts = []
+            for title, rows in self.sections.items():
+                cells = _aligned(rows)
+                widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in rows[0]}
+                parts += [title, *map(masks.as_text, _side_by_side(cells, widths, 2, _WIDTH)), ""]
+            return "\n".join([*parts, self.summary])
         from rich.console import Console
 
         text = io.StringIO()
-        Console(file=text, width=160, color_system=None).print(self)
+        Console(file=text, width=_WIDTH, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
-    def __rich__(self) -> Group:
-        from rich.console import Group
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        parts: list[Text | Table] = []
         for title, rows in self.sections.items():
-            parts += [Text(title, style="bold"), rich_table("", rows)]
-        return Group(*parts, Text(self.summary if self.state.tasks else str(self)))
+            yield Text(title, style="bold")
+            yield from rich_tables(rows, options.max_width)
+        yield Text(self.summary if self.state.tasks else str(self))
 
     @property
     def summary(self) -> str:
@@ -317,9 +322,9 @@ class RetentionReport:
         """The tables as GitHub shows them."""
         parts = []
         for title, rows in self.sections.items():
-            lines = [list(rows[0]), ["---"] * len(rows[0])]
-            lines += [[shown(value) for value in row.values()] for row in rows]
-            table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+            lines = [[_markdown(masks.printable(name)) for name in rows[0]], ["---"] * len(rows[0])]
+            lines += [[_markdown(shown(value)) for value in row.values()] for row in rows]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             parts.append(f"### {title.capitalize()}\n\n{table}")
         return "\n\n".join([*parts, self.summary.replace("\n", "\n\n")]) + "\n"
 
@@ -388,24 +393,89 @@ def accuracy_rows(result: StreamResult) -> Rows:
     return rows
 
 
-def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows under their keys, as a table for rich to print.
+def rich_table(title: str, rows: Sequence[Mapping[str, Any]], widths: Mapping[str, int] | None = None) -> Table:
+    """Rows under their keys, as a table for rich to print; ``widths``: of the columns by name, in characters.
 
     Raises:
         ImportError: if rich is not installed (extra ``demo``).
     """
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     first = next(iter(rows[0]))
     for name, value in rows[0].items():
-        table.add_column(escape(name), no_wrap=name == first, justify="left" if isinstance(value, str) else "right")
+        table.add_column(
+            Text(masks.printable(name)),
+            justify="left" if isinstance(value, str) else "right",
+            width=None if widths is None else widths[name],
+            no_wrap=widths is None and name == first,
+            overflow="fold",
+        )
     for row in rows:
-        table.add_row(*(escape(shown(value)) for value in row.values()))
+        table.add_row(*(Text(shown(value)) for value in row.values()))  # as strings, ":a:" and "[b]" would be markup
     return table
 
+
+def rich_tables(rows: Rows, width: int) -> Iterator[Table]:
+    """The same in as many tables as it takes, one under the other, for no number to be cut.
+
+    The first column is in each of them, names in it that need more than two lines are cut in their middle. Headings are
+    wrapped if that is enough to go without a second table.
+
+    Raises:
+        ImportError: as `rich_table`.
+    """
+    from rich.cells import cell_len
+
+    names = masks.shortened(list(rows[0]), most=_HEADING)
+    of_rows = masks.shortened([shown(next(iter(row.values()))) for row in rows], most=2 * max(width // 3, 8))
+    cells = [
+        dict(zip(names, [name, *list(row.values())[1:]], strict=True)) for name, row in zip(of_rows, rows, strict=True)
+    ]
+    whole, widths = {}, {}
+    for name, value in cells[0].items():
+        values = max(cell_len(shown(row[name])) for row in cells)
+        longest_word = max(map(cell_len, name.split()), default=0)
+        whole[name] = max(values, cell_len(name))
+        widths[name] = max(min(values, width // 3) if isinstance(value, str) else values, longest_word)
+    spare = width - 1 - sum(widths.values()) - _GAP * len(widths)
+    for name in widths:
+        more = min(max(spare, 0), whole[name] - widths[name])
+        widths[name] += more
+        spare -= more
+    for part in _side_by_side(cells, widths, _GAP, width - 1):
+        yield rich_table("", part, widths)
+
+
+def _side_by_side(rows: Rows, widths: Mapping[str, int], gap: int, most: int) -> list[Rows]:
+    """Tables of the columns that fit side by side, each with the first column of all."""
+    first, *names = rows[0]
+    parts: list[list[str]] = []
+    left = 0
+    for name in names:
+        if not parts or left < widths[name] + gap:
+            parts.append([first])
+            left = most - widths[first] - gap
+        parts[-1].append(name)
+        left -= widths[name] + gap
+    return [[{name: row[name] for name in part} for row in rows] for part in parts or [[first]]]
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows letter by letter, in a cell of a table."""
+    return re.sub(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)|:(?=[\w+-]+:)", r"\\\g<0>", text)
+
+
+_WIDTH = 160
+"""Of a report as plain text, in characters."""
+
+_HEADING = 24
+"""Characters of a column's name that a table on a screen has room for."""
+
+_GAP = 3
+"""Between two columns of rich's table."""
 
 _COLUMNS = {
     "of the sub-network": "sub-net",

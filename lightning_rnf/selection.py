@@ -196,6 +196,7 @@ class Selection:
         made: list[Evaluation] = []
         expected = 1 + len(smaller) * milder
         with self._candidates(module, units, reference, ranking, criterion, show=show, expected=expected) as candidates:
+            candidates.limit = criterion.accuracy_limit(baseline.accuracy)
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
                 made.append(Evaluation(score, ranks.decided(partial(criterion.met, score))))

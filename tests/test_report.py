@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from records import ConvNet, Mlp, batch, every_second, make, record_of, state_of
 from rich.console import Console
 from training import TASKS, Classifier, clusters, task_data, train, trainer
 
-from lightning_rnf import RelevanceFreezing, RetentionReport
+from lightning_rnf import RelevanceFreezing, RetentionReport, masks
 from lightning_rnf.audit import Audit, Probe, fingerprints
 from lightning_rnf.figures import StreamResult
 from lightning_rnf.reference import ReferenceData
@@ -356,6 +357,97 @@ def test_it_prints_as_tables_with_and_without_rich(with_rich, trained, monkeypat
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 160
     assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def many(names, net=None):
+    """A report of tasks with these names, of which every earlier one was tested after each."""
+    net = net or make(ConvNet)
+    state = FreezeState()
+    for index, name in enumerate(names):
+        tests = {seen: {"acc": 0.9 - 0.0123 * place} for place, seen in enumerate(names[: index + 1])}
+        record = record_of(net, relevant=every_second(net.layers, index % 2))
+        state.add(replace(record, name=name, head=f"heads.{index}", tests=tests), net.units())
+    return RetentionReport.of(state)
+
+
+def printed(report, width):
+    text = StringIO()
+    Console(file=text, width=width, color_system=None).print(report)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("tasks", [1, 10, 30])
+@pytest.mark.parametrize("name", ["t-{:02d}", "a name of many words {:02d}", "{:02d}-" + "x" * 300])
+def test_no_number_is_cut_however_many_tasks_there_are(name, tasks, width):
+    report = many([name.format(index) for index in range(tasks)])
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    matrix = text.split("accuracy of each task (column)")[1].split("average accuracy")[0]
+    found = sorted(float(number) for number in re.findall(r"\b0\.\d{4}\b", matrix))
+    assert found == pytest.approx(sorted(report.matrix[~report.matrix.isnan()].tolist()), abs=1e-4)
+    for heading in ("sub-net", "evaluations", "samples", "shared"):
+        assert heading in text
+
+
+def test_without_rich_wide_tables_are_split_too(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = str(many([f"task-{index:02d}" for index in range(30)]))
+    assert max(map(len, text.splitlines())) <= 160
+    assert text.count("0.9000") >= 30
+
+
+@pytest.mark.parametrize("name", ["after", "task", "layer", "units", "shared", "free", "average"])
+def test_a_task_may_be_called_like_a_column(name):
+    report = many([name, "x", "y"])
+    tables = report.sections
+    matrix = tables["accuracy of each task (column) after each task (row)"]
+    assert [row["after"] for row in matrix] == [name, "x", "y"]
+    assert all(len(row) == 4 for row in matrix)
+    assert list(matrix[2].values())[1:] == pytest.approx(report.matrix[2].tolist())
+    layers = tables["layers: units frozen first by each task, serving several, free"]
+    assert [row["layer"] for row in layers] == ["conv1", "conv2"]
+    assert all(row["units"] == size and len(row) == 7 for row, size in zip(layers, (4, 5), strict=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ":smile:",
+        "[red]x",
+        "[/]",
+        "a|b",
+        "c\\|d",
+        "a\nb",
+        "c\r\nd",
+        "\x1b[31mred",
+        "\x9b31m",
+        "a\x00",
+        "**a**",
+        "`b`",
+        "_c_",
+    ],
+)
+def test_a_name_is_shown_letter_by_letter(name):
+    report = many([name, "other"])
+    shown = masks.printable(name)
+    text = str(report)
+    assert shown in text
+    assert not set(text) & {"\x1b", "\x9b", "\x00", "\r"}
+    lines = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == sum(len(rows) + 2 for rows in report.sections.values())
+    cells = [re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1] for line in lines]
+    for rows in report.sections.values():  # every line has its table's columns
+        assert [len(row) for row in cells[: len(rows) + 2]] == [len(rows[0])] * (len(rows) + 2)
+        del cells[: len(rows) + 2]
+    assert shown in [re.sub(r"\\([\W_])", r"\1", line).removeprefix("| ").split(" | ")[0] for line in lines]
+
+
+def test_a_lone_surrogate_can_be_written_to_a_file():
+    report = many(["\ud800", "other"])
+    for text in (str(report), report.to_markdown(), report.to_html()):
+        assert "\\ud800" in text
+        text.encode()
 
 
 def test_no_finished_task_is_a_report_too():
