@@ -63,15 +63,17 @@ class Audit:
             state: the finished tasks.
             drift: as `drifts` gives it.
         """
-        changed, unknown = {}, {}
-        known = {name for record in state.tasks.values() for name in record.rows}
-        for index, record in enumerate(state.tasks.values()):
-            # A shared parameter is looked at for the task that froze it; which that was can't be told without a print.
-            shared = [name for name in state.shared if name in record.rows or (index == 0 and name not in known)]
-            now = _fingerprints(parameters, state.layers, record, shared)
-            changed[record.name] = tuple(name for name in now if name in record.rows and record.rows[name] != now[name])
-            unknown[record.name] = tuple(name for name in now if name not in record.rows)
-        return cls(changed, unknown, drift or {})
+        compared = {name: _compared(parameters, state, record) for name, record in state.tasks.items()}
+        return cls(
+            {name: differing for name, (differing, _) in compared.items()},
+            {name: unknown for name, (_, unknown) in compared.items()},
+            drift or {},
+        )
+
+
+def changed(parameters: Mapping[str, Tensor], state: FreezeState, task: str) -> tuple[str, ...]:
+    """`Audit.changed` of one task."""
+    return _compared(parameters, state, state.task(task))[0]
 
 
 def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *, masked: bool) -> dict[str, float]:
@@ -151,6 +153,19 @@ def _recalled(
         with recall, torch.no_grad(), how.forward_context():
             logits, _ = how.predict(module, how.convert(_to(batch, device)))
     return logits.detach().cpu()
+
+
+def _compared(
+    parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What of a task's own is not bit-equal, and what has no fingerprint."""
+    # A shared parameter is its whose fingerprint says so; without any it might be anybody's, and counts as the first's.
+    known = {name for other in state.tasks.values() for name in other.rows}
+    is_first = record is next(iter(state.tasks.values()))
+    shared = [name for name in state.shared if name in record.rows or (is_first and name not in known)]
+    now = _fingerprints(parameters, state.layers, record, shared)
+    differing = tuple(name for name in now if name in record.rows and record.rows[name] != now[name])
+    return differing, tuple(name for name in now if name not in record.rows)
 
 
 def _leading(batch: Any) -> Any:

@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_rnf import audit, hub, maskfiles, sharding, subnetwork
 from lightning_rnf.export import export
 from lightning_rnf.report import RetentionReport
-from lightning_rnf.runs import TaskOption, task_of_evaluation, tasks_of_loaders
-from lightning_rnf.state import FreezeState
+from lightning_rnf.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
+from lightning_rnf.state import FreezeState, TaskRecord
 
 Retention = Literal["exact", "paper"]
 
@@ -243,9 +243,12 @@ class FinishedTasks(Callback):
             self._recall_finished(trainer, pl_module, dataloader_idx)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the recall, and note what was logged: it is a row of the report's accuracy matrix."""
+        """End the recall, and note what was logged: it is a row of the report's accuracy matrix.
+
+        Not of ``fast_dev_run``; nor, with a warning, of a part of the data or of another model than the last task's.
+        """
         self._recalled.close()
-        self._note_test(trainer)
+        self._note_test(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the recall."""
@@ -292,20 +295,37 @@ class FinishedTasks(Callback):
         for name in _OF_LIGHTNING:  # they would keep the model alive
             vars(self).pop(name, None)
 
-    def _note_test(self, trainer: pl.Trainer) -> None:
+    def _note_test(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         tested, self._tested = self._tested, []
-        if not self.state.tasks or self._has_older_weights:
+        if not self.state.tasks or self._has_older_weights or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        of_last = next(reversed(self.state.tasks.values())).tests
+        last = next(reversed(self.state.tasks.values()))
+        if other := self._other_than_at(last, module):
+            rank_zero_warn(
+                f"the model that was tested is not the one in which {last.name!r} has ended ({', '.join(other)} "
+                "differ), so the test is left out of the report"
+            )
+            return
+        left_out = batches_left_out(trainer)
         for index, task in enumerate(tested):
             if task is None or tested.count(task) > 1:
+                continue
+            if left_out[index]:
+                rank_zero_warn(f"{task!r} was tested on {left_out[index]}, so the test is left out of the report")
                 continue
             suffix = f"/dataloader_idx_{index}"
             logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
             if len(tested) > 1:
                 logged = {name[: -len(suffix)]: value for name, value in logged.items() if name.endswith(suffix)}
             if logged:
-                of_last[task] = logged
+                last.tests[task] = logged
+
+    def _other_than_at(self, record: TaskRecord, module: pl.LightningModule) -> tuple[str, ...]:
+        """What of a task's own a model doesn't have as it was at the task's end; of a sharded one that isn't known."""
+        if sharding.is_sharded(module):
+            return ()
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        return audit.changed(parameters, self.state, record.name)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from records import ConvNet, Mlp, batch, every_second, make, record_of, state_of
 from rich.console import Console
+from torch.utils.data import DataLoader, IterableDataset
 from training import TASKS, Classifier, clusters, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing, RetentionReport, masks
@@ -480,6 +481,50 @@ def test_tests_of_several_loaders_are_told_apart():
     matrix = rnf.report().matrix
     assert matrix[1].tolist() == [found[index][f"test_accuracy/dataloader_idx_{index}"] for index in range(2)]
     assert matrix[0].isnan().all()
+
+
+def matrix_entry(rnf, model, **options):
+    """What is in the matrix for the first task after the second, once it was tested."""
+    model.heads.activate("a")
+    trainer(rnf, **options).test(model, datamodule=task_data("a"), verbose=False)
+    return rnf.state.task("b").tests.get("a")
+
+
+def test_only_whole_tests_of_the_model_itself_are_in_the_matrix():
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", "b", max_epochs=1)
+    assert matrix_entry(rnf, model, fast_dev_run=True) is None
+    with pytest.warns(UserWarning, match="'a' was tested on 1 of 10 batches, so the test is left out"):
+        assert matrix_entry(rnf, model, limit_test_batches=1) is None
+    with pytest.warns(UserWarning, match="'a' was tested on 5 of 10 batches, so the test is left out"):
+        assert matrix_entry(rnf, model, limit_test_batches=0.5) is None
+    with pytest.warns(
+        UserWarning, match=r"not the one in which 'b' has ended \(body.0, body.3, heads.tasks.b differ\)"
+    ):
+        assert matrix_entry(rnf, Classifier()) is None
+    kept = matrix_entry(rnf, copy.deepcopy(model), limit_test_batches=10)
+    assert kept is not None
+    with pytest.warns(UserWarning, match="left out"):
+        assert matrix_entry(rnf, Classifier()) is kept
+
+
+def test_loaders_of_unknown_length_are_tested_whole_or_left_out():
+    class Stream(IterableDataset):
+        task = "a"
+
+        def __iter__(self):
+            return iter(clusters("a", 64))
+
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", max_epochs=1)
+    loader = DataLoader(Stream(), 16)
+    with pytest.warns(UserWarning, match="'a' was tested on 2 batches, so the test is left out"):
+        trainer(rnf, limit_test_batches=2).test(model, loader, verbose=False)
+    assert rnf.report().matrix is None
+    (found,) = trainer(rnf).test(model, loader, verbose=False)
+    assert rnf.report().matrix.item() == pytest.approx(found["test_accuracy"])
 
 
 def test_an_untrained_task_that_is_tested_gives_forward_transfer():
