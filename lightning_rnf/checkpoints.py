@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_rnf.audit import Audit
 from lightning_rnf.state import FreezeState
 
 _KEY = "RelevanceFreezing"
@@ -94,6 +95,21 @@ def has_finished_tasks(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint was saved with `RelevanceFreezing`."""
     callbacks = checkpoint.get("callbacks")
     return isinstance(callbacks, dict) and _KEY in callbacks
+
+
+def audit_of(checkpoint: Mapping[str, Any], state: FreezeState) -> Audit | None:
+    """Whether frozen rows are in a checkpoint as they were at their tasks' ends; None: it lacks some of the weights.
+
+    Raises:
+        ValueError: if the weights have another shape than the finished tasks'.
+    """
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    needed = {name for layer in state.layers for name in layer.parameters}.union(state.shared)
+    needed.update(*(record.head_parameters for record in state.tasks.values()))
+    if not needed.issubset(weights):
+        return None
+    state.check_parameters(weights)
+    return Audit.of(weights, state)
 
 
 def check(checkpoint: Mapping[str, Any], module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_rnf import masks
+from lightning_rnf import extras, masks
 from lightning_rnf.audit import Audit
 from lightning_rnf.figures import StreamResult
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
@@ -336,7 +336,8 @@ class RetentionReport:
         """
         from lightning_rnf.page import page
 
-        return page(self)
+        with extras.needed():
+            return page(self)
 
     def to_pandas(self) -> dict[str, pandas.DataFrame]:
         """The tables as data frames, by title.
@@ -344,7 +345,8 @@ class RetentionReport:
         Raises:
             ImportError: if pandas is not installed.
         """
-        import pandas
+        with extras.needed():
+            import pandas
 
         return {title: pandas.DataFrame(rows) for title, rows in self.sections.items()}
 
@@ -362,7 +364,8 @@ class RetentionReport:
                 "nothing to draw: no test has logged an accuracy; run trainer.test after each fit, or pass matrix="
             )
         capacity = masks.free_capacity_over_tasks(self.state)
-        plot_retention([StreamResult("relevance freezing", list(self.state.tasks), self.matrix, capacity)], path)
+        with extras.needed():
+            plot_retention([StreamResult("relevance freezing", list(self.state.tasks), self.matrix, capacity)], path)
 
 
 def curve(record: TaskRecord) -> Rows:
@@ -530,7 +533,7 @@ def _drift(state: FreezeState, audit: Audit | None) -> dict[str, float]:
 
 def _said(audit: Audit | None, task: str) -> str:
     if audit is None:
-        return "not looked at: no model"
+        return "not looked at: no weights"
     parts = {"changed": audit.changed[task], "not known": audit.unknown[task]}
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names) or "bit-equal"
 

@@ -558,12 +558,33 @@ def test_rows_of_a_stream():
     assert "75.0" in text.getvalue()
 
 
-@pytest.mark.parametrize("package", ["rich.table", "matplotlib.figure"])
-def test_a_missing_extra_is_an_import_error(package, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    report = RetentionReport.of(two_tasks(make(Mlp)), matrix=torch.eye(2))
+def test_without_rich_there_is_no_table_of_its(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(ImportError):
-        rich_table("", [{"a": 1}]) if package.startswith("rich") else report.plot(tmp_path / "f.png")
+        rich_table("", [{"a": 1}])
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "said"),
+    [
+        ("matplotlib.figure", lambda rnf, report, path: report.plot(path), "matplotlib is missing.*rnf.plots"),
+        ("matplotlib.figure", lambda rnf, report, path: report.to_html(), "matplotlib is missing.*rnf.plots"),
+        ("pandas", lambda rnf, report, path: report.to_pandas(), "pandas is missing: pip install pandas"),
+        ("huggingface_hub", lambda rnf, report, path: rnf.push_to_hub("a/b"), "_hub is missing.*rnf.hub"),
+        (
+            "huggingface_hub",
+            lambda rnf, report, path: rnf.from_pretrained("a/b"),
+            "_hub is missing.*rnf.hub",
+        ),
+    ],
+)
+def test_a_missing_extra_is_an_import_error_that_names_it(module, work, said, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    rnf = RelevanceFreezing()
+    rnf.state = two_tasks(make(Mlp))
+    with pytest.raises(ImportError, match=said):
+        work(rnf, rnf.report(matrix=torch.eye(2)), tmp_path / "f.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_imports_without_what_only_extras_bring():
