@@ -149,12 +149,11 @@ def capacity(state: FreezeState) -> Figure:
     axes = figure.subplots()
     places = range(len(claims))
     left = torch.zeros(len(claims))
-    shades = _shades(len(names))
     bars: list[Any] = []
     for index in range(len(names)):
         shares = torch.tensor([100 * float((units == index).double().mean()) for units in claims.values()])
-        hatch, over = _HATCHES[index % len(_HATCHES)], "white" if _is_dark(shades[index]) else "#010101"
-        look = {"color": shades[index], "hatch": hatch, "edgecolor": over, "lw": 0.5}
+        colour, hatch = _COLOURS[index % len(_COLOURS)], _HATCHES[index % len(_HATCHES)]
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0.5}
         bars.append(axes.barh(places, shares.tolist(), left=left.tolist(), **look))
         left += shares
     free = (100 - left).tolist()
@@ -169,38 +168,37 @@ def capacity(state: FreezeState) -> Figure:
 def unit_map(state: FreezeState, columns: int = 100) -> Figure:
     """Every unit as a cell, ``columns`` in a row, by the task that was the first to freeze it; a dot is a free unit.
 
-    Every other task's cells have a hole: neighbours differ in greyscale, too. Where that many columns would make more
-    than 200 rows, there are more columns.
+    Colours and forms are the tasks'. Where that many columns would make more than 200 rows, there are more columns.
     """
     from matplotlib.lines import Line2D
 
     claims = _together(masks.claims(state))
     names = shortened(list(state.tasks), most=_NAME)
-    columns = max(columns, *(math.ceil(sum(map(len, claims.values())) / 200), 1))
-    shades = _shades(len(names))
-    cells = torch.stack([_cell("dot", _FREE), *(_cell(_CELLS[index % 2], one) for index, one in enumerate(shades))])
+    columns = max(columns, math.ceil(sum(map(len, claims.values())) / 200))
+    cells = torch.stack([_cell(_DOT, "0.5"), *(_cell(*_cell_of(index)) for index in range(len(names)))])
+    side = cells.shape[1]
     rows: list[Tensor] = []
     ticks: list[int] = []
     for claimed in claims.values():
         ticks.append(sum(len(row) for row in rows))
         missing = -len(claimed) % columns
-        of_layer = torch.cat([cells[claimed + 1], torch.zeros(missing, _SIDE, _SIDE, 4)])
-        rows.append(of_layer.view(-1, columns, _SIDE, _SIDE, 4))
-        rows.append(torch.zeros(1, columns, _SIDE, _SIDE, 4))  # a gap between layers
+        of_layer = torch.cat([cells[claimed + 1], torch.zeros(missing, side, side, 4)])
+        rows.append(of_layer.view(-1, columns, side, side, 4))
+        rows.append(torch.zeros(1, columns, side, side, 4))  # a gap between layers
     image = torch.cat(rows[:-1])
     height = min(0.085 * len(image), 12)
     figure = new_figure(8, 0.9 + height + _ROW * _rows(["free", *names], _WHOLE))
     axes = figure.subplots()
-    pixels = image.transpose(1, 2).reshape(len(image) * _SIDE, columns * _SIDE, 4)
+    pixels = image.transpose(1, 2).reshape(len(image) * side, columns * side, 4)
     axes.imshow(pixels.numpy(), interpolation="nearest", aspect="auto", extent=(0, columns, len(image), 0))
     axes.set_yticks([tick + 0.5 for tick in ticks], [literal(name) for name in claims], fontsize=8)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.set_title("Units by the task that froze them first", fontsize=10)
-    handles = [Line2D([], [], ls="none", marker="s", ms=2, color=_FREE)]
-    for index, shade in enumerate(shades):
-        inside = shade if _CELLS[index % 2] == "full" else "none"
-        handles.append(Line2D([], [], ls="none", marker="s", ms=6, mew=2, mec=shade, mfc=inside))
+    handles = [Line2D([], [], ls="none", marker="s", ms=2, color="0.5")]
+    for index in range(len(names)):
+        form, colour = _cell_of(index)
+        handles.append(Line2D([], [], ls="none", color=colour, **_CELLS[form]))
     _legend(figure, handles, ["free", *names], _WHOLE, loc="outside lower center")
     return figure
 
@@ -272,13 +270,28 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-_FREE = (0.5, 0.5, 0.5, 1.0)
+_COLOURS = (
+    *("#1f77b4", "#d1670a", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#d25fae", "#7f7f7f", "#8f8f1a", "#128f9c"),
+)
+"""Of tasks: matplotlib's, the light ones darker. On white and on a dark page they are seen with a contrast of 3."""
+
 _MARKERS = "os^Dv<>p*h"
 _FILLS = ("full", "none", "left")
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "oo", "----", "++++")
-_CELLS = ("full", "hole")
-_SIDE = 6
-"""Pixels of a cell of the unit map, its border included."""
+
+_DOT = ".....|.....|..#..|.....|....."
+_CELLS: dict[str, dict[str, Any]] = {
+    "#####|#####|#####|#####|#####": {"marker": "s", "ms": 7, "mew": 0},
+    "#####|#...#|#...#|#...#|#####": {"marker": "s", "ms": 6, "mew": 1.5, "mfc": "none"},
+    ".....|#####|#####|#####|.....": {"marker": "_", "ms": 7, "mew": 4},
+    ".###.|.###.|.###.|.###.|.###.": {"marker": "|", "ms": 7, "mew": 4},
+    "#...#|.#.#.|..#..|.#.#.|#...#": {"marker": "x", "ms": 6, "mew": 1.5},
+    "..#..|..#..|#####|..#..|..#..": {"marker": "+", "ms": 7, "mew": 1.5},
+    "#....|##...|###..|####.|#####": {"marker": [(-1, -1), (1, -1), (-1, 1), (-1, -1)], "ms": 7, "mew": 0},
+    "#####|.####|..###|...##|....#": {"marker": [(1, 1), (-1, 1), (1, -1), (1, 1)], "ms": 7, "mew": 0},
+}
+"""Forms of cells by rows of pixels, and how a legend shows them."""
 
 _NAME = 24
 """Letters of a name that a figure has room for."""
@@ -290,7 +303,7 @@ _HALF, _WHOLE, _ROW = 4.4, 7.6, 0.18
 def _of_task(task: int) -> dict[str, Any]:
     """How a task's line looks: up to 30 differ without their colours."""
     fill = _FILLS[task // len(_MARKERS) % len(_FILLS)]
-    return {"color": f"C{task % 10}", "marker": _MARKERS[task % len(_MARKERS)], "fillstyle": fill}
+    return {"color": _COLOURS[task % len(_COLOURS)], "marker": _MARKERS[task % len(_MARKERS)], "fillstyle": fill}
 
 
 def _faded(colour: str) -> tuple[float, float, float, float]:
@@ -299,14 +312,17 @@ def _faded(colour: str) -> tuple[float, float, float, float]:
     return to_rgba(colour, 0.2)
 
 
-def _cell(form: str, colour: Sequence[float]) -> Tensor:
-    """A cell of the unit map: RGBA ``(_SIDE, _SIDE, 4)``, of which the last row and column are empty."""
-    inside = torch.zeros(_SIDE, _SIDE, dtype=torch.bool)
-    inside[2:-3, 2:-3] = True
-    body = torch.zeros_like(inside)
-    body[:-1, :-1] = True
-    drawn = {"full": body, "hole": body & ~inside, "dot": inside}[form]
-    return drawn.unsqueeze(-1) * torch.tensor(colour, dtype=torch.float32)
+def _cell_of(task: int) -> tuple[str, str]:
+    """Form and colour of a task's cells: 40 tasks differ, 8 of them without their colours."""
+    return list(_CELLS)[task % len(_CELLS)], _COLOURS[task % len(_COLOURS)]
+
+
+def _cell(form: str, colour: str) -> Tensor:
+    """A cell of the unit map: RGBA ``(6, 6, 4)``, of which the last row and column are empty."""
+    from matplotlib.colors import to_rgba
+
+    drawn = torch.tensor([[pixel == "#" for pixel in f"{row}."] for row in [*form.split("|"), "....."]])
+    return drawn.unsqueeze(-1) * torch.tensor(to_rgba(colour))
 
 
 def _together(claims: Mapping[str, Tensor], most: int = 40) -> dict[str, Tensor]:
@@ -336,18 +352,6 @@ def _legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], 
     legend = owner.legend(handles, unnamed, ncols=columns, fontsize=8, frameon=False, **place)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(literal(name))
-
-
-def _shades(number: int) -> list[Any]:
-    """Colours that go from dark to light: in greyscale they still differ."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.15 + 0.8 * index / max(number - 1, 1)) for index in range(number)]
-
-
-def _is_dark(colour: Sequence[float]) -> bool:
-    red, green, blue = colour[:3]
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Tensor, style: str, **look: Any) -> list[Any]:

@@ -92,9 +92,15 @@ def test_capacity_bars_add_up_to_all_units():
     assert widths[:, 1].tolist() == pytest.approx([60, 40, 0])
 
 
-def test_tasks_differ_in_greyscale():
-    shades = [sum(a * b for a, b in zip(shade, (0.299, 0.587, 0.114), strict=False)) for shade in figures._shades(5)]
-    assert min(later - earlier for earlier, later in pairwise(shades)) > 0.08
+def test_tasks_differ_without_colours():
+    names = [str(index) for index in range(8)]
+    hatches = [group.patches[0].get_hatch() for group in figures.capacity(many(names, layers=1)).axes[0].containers]
+    assert len(set(hatches[:8])) == 8
+    cells = [figures._cell(*figures._cell_of(task))[..., 3] for task in range(8)]
+    cells.append(figures._cell(figures._DOT, "0.5")[..., 3])
+    for index, cell in enumerate(cells):
+        assert all((cell != other).sum() >= 4 for other in cells[:index])
+    assert len({figures._cell_of(task) for task in range(40)}) == 40
 
 
 def test_a_search_shows_every_evaluation_and_what_was_taken():
@@ -207,7 +213,7 @@ def test_cells_of_the_unit_map_differ_without_colours():
     second = {"fc1": torch.tensor([0, 0, 1, 0, 0, 0]).bool(), "fc2": torch.tensor([0, 0, 0, 0, 0]).bool()}
     drawn = state_of(one, record_of(one, relevant=masks_of), record_of(one, "second", relevant=second))
     image = torch.as_tensor(figures.unit_map(drawn).axes[0].images[0].get_array())
-    side = figures._SIDE
+    side = 6
     grey = image[..., :3] @ torch.tensor([0.299, 0.587, 0.114]) * image[..., 3] + 1 - image[..., 3]
     first, same, other, free = (grey[:side, side * unit : side * (unit + 1)] for unit in range(4))
     assert torch.equal(first, same)
