@@ -115,7 +115,7 @@ def table(summary: Mapping[str, Any]) -> str:
 def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
     """What there is to draw of a result: functions that do, by the name of the file."""
     found: dict[str, Callable[[], Figure]] = {}
-    if any(method in summary["methods"] for method in DRAWN):
+    if sum(method in summary["methods"] for method in DRAWN) > 1:
         found[f"{name}.png"] = partial(_retention, summary)
     if _has("heatmaps", summary["methods"]):
         found[f"{name}_maps.png"] = partial(_heatmaps, summary)
