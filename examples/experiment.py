@@ -1,4 +1,4 @@
-"""What the experiments have in common: methods and seeds, results kept as JSON while they come, table and figure."""
+"""What the experiments have in common: methods and seeds, runs that go on where they were stopped, results as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import gc
 import json
 import logging
+import os
 import platform
+import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,152 +17,349 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import settings as yaml_settings
 import torch
+from images import Data
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from numpy.random import SeedSequence
+from results import table
+from torch import Tensor
 
-from lightning_rnf import RelevanceFreezing
-from lightning_rnf.figures import StreamResult, plot_retention
+from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.masks import free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting
-from lightning_rnf.streams import TaskDataModule, fit_stream
+from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream
 
-Method = Callable[[], RelevanceFreezing | None]
+
+class Fit(Protocol):
+    """Trains a stream and tests it: `fit_stream`, or an experiment's own."""
+
+    def __call__(
+        self,
+        model: LightningModule,
+        stream: list[TaskDataModule],
+        callback: RelevanceFreezing | None,
+        trainer_factory: TrainerFactory,
+        *,
+        folder: Path,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """The accuracy matrix ``(tasks, tasks)``; with it, if there is more to keep, what JSON takes, by name."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A stream of tasks, a network, and the methods to compare on them.
+    """A stream of tasks and a network; settings and methods are in the YAML file beside the script.
+
+    Keyword arguments of ``stream`` and ``model`` are the settings under ``stream``, and under ``network`` and
+    ``training`` (without epochs and batch_size): a setting that they don't take is refused.
 
     Attributes:
-        title: as in tables and figures; a reduced or stand-in set-up says so.
-        methods: by name; the first is drawn dashed.
-        stream: ``(options, seed)`` to the tasks.
-        model: ``(options)`` to a new network.
-        epochs: per task.
-        default_methods: those that run if none are named.
-        seeds: how many, if no number is given.
-        drawn: methods in the figure, at most four; none named: the first four.
-        setup: what else a reader has to know, for the JSON.
-        arguments: adds options of the experiment's own.
+        stream: ``(data, seed, *, …)`` to the tasks.
+        model: ``(*, …)`` to a new network with a `MultiHead`; heads for all tasks are added here.
+        fit: trains the stream and tests it.
+        freezing: arguments of the callback that YAML can't hold.
     """
 
-    title: str
-    methods: Mapping[str, Method]
-    stream: Callable[[argparse.Namespace, int], list[TaskDataModule]]
-    model: Callable[[argparse.Namespace], LightningModule]
-    epochs: int
-    default_methods: Sequence[str]
-    seeds: int = 1
-    drawn: Sequence[str] = ()
-    setup: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    stream: Callable[..., list[TaskDataModule]]
+    model: Callable[..., LightningModule]
+    fit: Fit = fit_stream
+    freezing: Mapping[str, Any] = field(default_factory=dict)
 
-    def main(self, name: str, description: str | None, arguments: Sequence[str] | None = None) -> dict:
-        """Run what is not in the JSON yet; print the table. Returns the content of the JSON."""
+    def main(self, script: str, description: str | None, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run what is not in the JSON yet, and print the table.
+
+        Args:
+            script: the script's ``__file__``; its settings are beside it.
+            description: for ``--help``.
+            arguments: of the command line; None: the process's own.
+
+        Returns:
+            The content of the JSON.
+        """
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--data", type=Path, required=True, help="folder with the data")
-        parser.add_argument("--methods", nargs="+", choices=self.methods, default=list(self.default_methods))
-        parser.add_argument("--seeds", type=int, default=self.seeds, help="how many (%(default)s)")
+        parser.add_argument("--download", action="store_true", help="fetch them if they are not there (torchvision)")
+        parser.add_argument("--settings", type=Path, help="another YAML file than the script's own")
+        parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as in network.width=100")
+        parser.add_argument("--method", nargs="+", help="those to run, of the settings'; none named: all")
+        parser.add_argument("--seeds", type=int, help="how many; none given: as the settings say")
         parser.add_argument("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
-        parser.add_argument("--epochs", type=int, default=self.epochs, help="per task (%(default)s)")
+        parser.add_argument("--fast", action="store_true", help="a reduced schedule on a slice of the data")
+        parser.add_argument("--epochs", type=int, help="per task, for all methods")
         parser.add_argument("--tasks", type=int, help="only so many of the tasks")
-        parser.add_argument("--samples", type=int, help="only so many training and test samples: for a quick look")
-        parser.add_argument("--on-validation", action="store_true", help="report validation accuracy: to choose by")
+        parser.add_argument("--samples", type=int, help="only so many training and test samples")
+        parser.add_argument("--on-validation", action="store_true", help="test on validation data: to choose by")
         parser.add_argument("--accelerator", default="auto", help="of the Trainer: cpu, gpu (%(default)s)")
         parser.add_argument("--precision", default="32-true", help="of the Trainer: bf16-mixed, … (%(default)s)")
-        parser.add_argument("--output", type=Path, default=Path(name), help="folder for JSON and figure")
+        parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the JSON (%(default)s)")
         parser.add_argument("--pages", action="store_true", help="write the report of each run as a page, too")
-        self.arguments(parser)
         options = parser.parse_args(arguments)
+        path = options.settings or Path(script).with_suffix(".yaml")
+        try:
+            settings = self.settings(path, options)
+            methods = options.method or list(settings["methods"])
+            made_with = {method: self.made_with(settings, method, options, path.name) for method in methods}
+        except (OSError, ValueError, TypeError) as error:
+            parser.error(str(error))
+        name = path.stem + "-fast" * options.fast + "-validation" * options.on_validation
+        results = Results(options.output / f"{name}.json", about(settings, options))
+        try:
+            for method in methods:
+                results.check(method, made_with[method])
+        except ValueError as error:
+            parser.error(str(error))
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"{name}.json"
-        summary = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-        chosen = {key: str(value) for key, value in vars(options).items() if key not in _NOT_OF_THE_RESULT}
-        defaults = {key: str(parser.get_default(key)) for key in chosen}  # of options younger than the file
-        if defaults | summary.get("options", chosen) != chosen:
-            parser.error(f"{path} was made with other options, {summary['options']}: give another --output")
-        summary |= {"experiment": self.title, "options": chosen, **self.setup, **environment(options.accelerator)}
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
-            for method in options.methods:
-                runs = summary["runs"].setdefault(method, [])
-                if any(run["seed"] == seed for run in runs):
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=f".*{message}.*")
+        seeds = settings.get("seeds", 1) if options.seeds is None else options.seeds
+        for seed in range(options.first_seed, options.first_seed + seeds):
+            for method in methods:
+                if results.has(method, seed):
                     continue
-                runs.append(self.run(method, seed, options))
+                folder = options.output / f"{name}-unfinished" / f"{method}-{seed}"
+                run = self.run(made_with[method], seed, options, folder)
+                results.add(method, made_with[method], run)
+                shutil.rmtree(folder)
+                if not any(folder.parent.iterdir()):
+                    folder.parent.rmdir()
                 gc.collect()  # Trainer, model and data refer to each other; several runs' data are too much
-                path.write_text(json.dumps(summary, indent=1) + "\n")
-                last = runs[-1]
                 print(
-                    f"{method}, seed {seed}: average {100 * last['average']:.2f}, "
-                    f"forgetting {100 * last['forgetting']:.2f}",
+                    f"{method}, seed {seed}: average {100 * run['average']:.2f}, "
+                    f"forgetting {100 * run['forgetting']:.2f}",
                     flush=True,
                 )
-        drawn = [method for method in self.drawn or self.methods if method in summary["runs"]][:4]
-        results = [stream_result(method, summary["runs"][method][0]) for method in drawn or summary["runs"]]
-        plot_retention(results, options.output / f"{name}.png")
-        print(table(summary["runs"]))
+        summary = results.read()
+        print(table(summary))
         return summary
 
-    def run(self, method: str, seed: int, options: argparse.Namespace) -> dict:
-        """Train the stream with one method and seed."""
+    def settings(self, path: Path, options: argparse.Namespace) -> dict[str, Any]:
+        """The file's settings, with what the command line changes in them."""
+        settings = yaml_settings.read(path, fast=options.fast, changes=options.set)
+        given = {key: getattr(options, key) for key in ("tasks", "samples") if getattr(options, key) is not None}
+        settings |= given
+        unknown = [method for method in options.method or () if method not in settings["methods"]]
+        if unknown:
+            raise ValueError(
+                f"--method {', '.join(unknown)}: {path.name} has the methods {', '.join(settings['methods'])}"
+            )
+        return settings
+
+    def made_with(
+        self, settings: Mapping[str, Any], method: str, options: argparse.Namespace, where: str
+    ) -> dict[str, Any]:
+        """What decides the result of a method's runs, beside the seed; checked by making the callback once."""
+        made_with = yaml_settings.of_method(settings, method)
+        training = made_with["training"]
+        if options.epochs is not None:
+            training["epochs"] = options.epochs
+        for key in ("epochs", "batch_size"):
+            if not isinstance(training.get(key), int) or training[key] < 1:
+                raise ValueError(f"{where}: training.{key} is {training.get(key)!r}, expected a number of at least 1")
+        yaml_settings.check_arguments(self.stream, made_with["stream"], f"{where}: stream")
+        yaml_settings.check_arguments(self.model, _of_model(made_with), f"{where}: network with training")
+        try:
+            yaml_settings.freezing(made_with, **self.freezing)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: methods.{method}: {error}") from error
+        return {**made_with, "precision": options.precision}
+
+    def run(self, made_with: Mapping[str, Any], seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+        """Train the stream with one method and seed, going on from the checkpoints in the folder."""
+        is_resumed = begun(folder, made_with)
         seed_everything(seed, verbose=False)
-        stream = self.stream(options, seed)[: options.tasks]
-        if options.on_validation:
-            for task in stream:
+        stream = self.stream(Data(options.data, options.download, made_with["samples"]), seed, **made_with["stream"])
+        stream = stream[: made_with["tasks"]]
+        for task in stream:
+            task.batch_size = made_with["training"]["batch_size"]
+            if options.on_validation:
                 task.test = task.validation
-        callback = self.methods[method]()
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        model = self.model(**_of_model(made_with))
+        add_heads(model, stream)
+        callback = yaml_settings.freezing(made_with, **self.freezing)
         trainer = partial(
-            Trainer,
+            _trainer,
+            seed,
+            {task.task: index for index, task in enumerate(stream)},
             accelerator=options.accelerator,
             devices=1,
             precision=options.precision,
-            max_epochs=options.epochs,
+            max_epochs=made_with["training"]["epochs"],
             num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
             enable_model_summary=False,
-            **quiet,
         )
         started = time.perf_counter()
-        matrix = fit_stream(self.model(options), stream, callback, trainer)
+        found = self.fit(model, stream, callback, trainer, folder=folder)
+        seconds = time.perf_counter() - started
+        matrix, more = found if isinstance(found, tuple) else (found, {})
         if callback is not None and options.pages:
             page = callback.report(matrix=matrix).to_html()
-            (options.output / f"{options.output.name}-{method}-{seed}.html").write_text(page, encoding="utf-8")
+            (options.output / f"{folder.parent.name.removesuffix('-unfinished')}-{folder.name}.html").write_text(
+                page, encoding="utf-8"
+            )
         records = list(callback.state.tasks.values()) if callback else []
+        free = free_capacity_over_tasks(callback.state) if callback else []
         return {
             "seed": seed,
             "device": device(options.accelerator),
+            "versions": versions(),
             "tasks": [task.task for task in stream],
-            "matrix": [[None if entry != entry else entry for entry in row] for row in matrix.tolist()],
-            "average": float(average_accuracy(matrix)[-1]),
-            "forgetting": float(forgetting(matrix)),
-            "backward_transfer": float(backward_transfer(matrix)),
-            "free_capacity": free_capacity_over_tasks(callback.state) if callback else [],
+            "matrix": [[None if entry != entry else round(entry, 6) for entry in row] for row in matrix.tolist()],
+            "average": round(float(average_accuracy(matrix)[-1]), 6),
+            "forgetting": round(float(forgetting(matrix)), 6),
+            "backward_transfer": round(float(backward_transfer(matrix)), 6),
+            "free_capacity": [round(share, 6) for share in free],
             "capacity": [record.capacity for record in records],
             "reference_accuracy": [[record.accuracy, record.subnetwork_accuracy] for record in records],
             "accepted": [record.accepted for record in records],
             "evaluations": [len(record.evaluations) + len(record.recovery) for record in records],
-            "seconds": [record.seconds for record in records],
-            "seconds_in_all": time.perf_counter() - started,
+            **more,
+            "seconds": None if is_resumed else round(seconds, 1),  # what came before the stop was not kept
+            "task_end_seconds": [record.seconds for record in records],
         }
 
 
-_NOT_OF_THE_RESULT = {"data", "output", "methods", "seeds", "first_seed", "download", "accelerator", "pages"}
+class SeedEpochs(Callback):
+    """Every epoch has seeds of its own: checkpoints hold no random states, and methods see the same batches.
+
+    Args:
+        seed: of the run.
+        tasks: each task's place in the stream, by name.
+    """
+
+    def __init__(self, seed: int, tasks: Mapping[str, int]) -> None:
+        self.seed = seed
+        self.tasks = tasks
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        task = self.tasks[trainer.datamodule.task]
+        seeds = SeedSequence([self.seed, task, trainer.current_epoch]).generate_state(3).tolist()
+        seed_everything(seeds[0], verbose=False)
+        # A loader draws before or after this, as the fit was resumed or not: it must not draw from the same source.
+        loader = trainer.train_dataloader
+        loader.generator, loader.sampler.generator = (torch.Generator().manual_seed(seed) for seed in seeds[1:])
 
 
-def stream_result(method: str, run: dict) -> StreamResult:
-    """A run as figures and tables take it."""
-    matrix = torch.tensor([[float("nan") if entry is None else entry for entry in row] for row in run["matrix"]])
-    return StreamResult(method, run["tasks"], matrix, run["free_capacity"])
+class Results:
+    """The JSON of an experiment: what it is about, and for each method its settings and runs.
+
+    The file is read again before each run is added, and replaced in one step.
+
+    Args:
+        path: of the file; it need not be there.
+        about: what the experiment is, and in which way it is not the paper's.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.about = dict(about)
+
+    def read(self) -> dict[str, Any]:
+        """What is there, with this experiment's description; no methods if there is no file."""
+        there = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"methods": {}}
+        return {**self.about, "methods": there["methods"]}
+
+    def check(self, method: str, made_with: Mapping[str, Any]) -> None:
+        """Check that runs of a method that are there were made with these settings.
+
+        Raises:
+            ValueError: if not, naming what differs.
+        """
+        if not self.path.exists():
+            return
+        there = json.loads(self.path.read_text(encoding="utf-8"))
+        old = {**there["methods"].get(method, {}).get("settings", made_with), "run_with": there["run_with"]}
+        new = {**made_with, "run_with": self.about["run_with"]}
+        differing = [f"{key} {old.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+        if differing:
+            raise ValueError(
+                f"{self.path} has runs of {method} that were made with {', '.join(differing)}: name another --output"
+            )
+
+    def has(self, method: str, seed: int) -> bool:
+        """Whether a run is there."""
+        return any(run["seed"] == seed for run in self.read()["methods"].get(method, {"runs": []})["runs"])
+
+    def add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        """Add a run."""
+        summary = self.read()
+        of_method = summary["methods"].setdefault(method, {"settings": dict(made_with), "runs": []})
+        of_method["runs"] = sorted([*of_method["runs"], dict(run)], key=lambda one: one["seed"])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        written = self.path.with_suffix(f".{os.getpid()}")
+        written.write_text(as_text(summary), encoding="utf-8")
+        os.replace(written, self.path)
 
 
-def environment(accelerator: str = "auto") -> dict:
+def begun(folder: Path, made_with: Mapping[str, Any]) -> bool:
+    """Whether a run has begun in a folder that can be gone on with; if not, it begins now.
+
+    Raises:
+        SystemExit: if it was begun with other settings.
+    """
+    kept = folder / "settings.json"
+    if kept.exists():
+        if json.loads(kept.read_text(encoding="utf-8")) != made_with:
+            raise SystemExit(f"{folder} holds a run that was begun with other settings: delete it, or go on with those")
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(made_with), encoding="utf-8")
+    return False
+
+
+def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What stands above the runs: title, stand-in, and every way in which the runs are not the whole experiment."""
+    reduced = [settings["reduced"]] if settings.get("reduced") else []
+    reduced += ["a reduced schedule on a slice of the data (--fast)"] if options.fast else []
+    given = [f"--{key} {getattr(options, key)}" for key in ("epochs", "tasks", "samples") if getattr(options, key)]
+    given += [f"--set {' '.join(options.set)}"] if options.set else []
+    return {
+        "title": settings["title"],
+        "stand_in": settings.get("stand_in"),
+        "reduced": "; ".join(reduced) or None,
+        "run_with": " ".join(given) or None,
+        "tested_on": "validation data" if options.on_validation else "test data",
+        "tuning": settings.get("tuning"),
+    }
+
+
+def add_heads(model: LightningModule, stream: Sequence[TaskDataModule]) -> None:
+    """A head for each task, before any training: so their initial weights don't depend on what was trained when."""
+    for module in model.modules():
+        if isinstance(module, MultiHead):
+            for task in stream:
+                if task.task not in module.tasks:
+                    module.add(task.task, task.classes)
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    """JSON with every list and mapping of plain values on one line.
+
+    >>> print(as_text({"runs": [{"seed": 0}], "shares": [0.5, 0.25]}), end="")
+    {
+     "runs": [
+      { "seed": 0 }
+     ],
+     "shares": [ 0.5, 0.25 ]
+    }
+    """
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    return _PLAIN.sub(lambda found: " ".join(line.strip() for line in found[0].splitlines()), text) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    return {package: version(package) for package in ("torch", "lightning", "torchmetrics", "zennit", "lightning-rnf")}
+
+
+def environment(accelerator: str = "auto") -> dict[str, Any]:
     """Versions and device."""
-    packages = ("torch", "lightning", "torchmetrics", "zennit", "lightning-rnf")
-    return {"versions": {package: version(package) for package in packages}, "device": device(accelerator)}
+    return {"versions": versions(), "device": device(accelerator)}
 
 
 def device(accelerator: str) -> str:
@@ -168,25 +368,22 @@ def device(accelerator: str) -> str:
     return torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})"
 
 
-def table(runs: Mapping[str, list[dict]]) -> str:
-    """Means and standard deviations over the seeds, as Markdown."""
-    lines = [
-        "| method | average, % | forgetting, points | task 1 at the end, % | free units after each task, % | seeds |"
-    ]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for method, results in runs.items():
-        columns = [
-            [100 * result["average"] for result in results],
-            [100 * result["forgetting"] for result in results],
-            [100 * result["matrix"][-1][0] for result in results],
-        ]
-        free = torch.tensor([result["free_capacity"] for result in results])
-        shares = ", ".join(f"{100 * share:.0f}" for share in free.mean(dim=0).tolist()) if free.numel() else "100"
-        lines.append(f"| {method} | {' | '.join(map(mean_and_deviation, columns))} | {shares} | {len(results)} |")
-    return "\n".join(lines)
+def _trainer(seed: int, tasks: Mapping[str, int], *, callbacks: list[Callback], **options: Any) -> Trainer:
+    return Trainer(callbacks=[SeedEpochs(seed, tasks), *callbacks], **options)
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    """``"97.71 ± 0.29"``."""
-    deviation = f" ± {torch.tensor(values).std().item():.2f}" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.2f}{deviation}"
+def _of_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    training = {key: value for key, value in made_with["training"].items() if key not in {"epochs", "batch_size"}}
+    return {**made_with["network"], **training}
+
+
+_PLAIN = re.compile(r"[\[{]\n[^\[\]{}]*[\]}]")
+_EXPECTED = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "does not have many workers",
+    "have no `validation_step`",
+    "overridden `on_after_batch_transfer`",
+    "checkpoint directory .* exists and is not empty",
+    "smaller than the logging interval",
+)
+"""Warnings that say nothing new to who runs an experiment."""

@@ -71,7 +71,7 @@ def zenke() -> Network:
 
 def resnet18(width: int = 64) -> LightningModule:
     """For 32 × 32 images."""
-    model = ResNet18(width)
+    model = ResNet18(width=width, stem_stride=1, learning_rate=0.05)
     for task in TASKS:
         model.heads.add(task, 10)
     return model

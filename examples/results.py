@@ -1,0 +1,266 @@
+"""Tables and figures of all experiments, made from the JSON files that they have written.
+
+    python examples/results.py                # examples/results/*.json: figures beside them, tables into the README
+    python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
+    python examples/results.py --check        # exit with 1 if the README does not show what the files hold
+
+In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from images import from_text
+from torch import Tensor
+
+from lightning_rnf.figures import StreamResult, retention
+from lightning_rnf.heatmaps import draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OWN = Path(__file__).parent
+DRAWN = ("naive", "paper", "exact", "best")
+_BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=OWN / "results", help="with JSON files (%(default)s)")
+    parser.add_argument("--readme", type=Path, help="with a block for each file; none given: the examples' own")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something would change")
+    options = parser.parse_args(arguments)
+    is_own = options.folder.resolve() == OWN / "results"
+    readme = options.readme or (OWN / "README.md" if is_own else None)
+    paths = sorted(options.folder.glob("*.json"))
+    summaries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    if not summaries:
+        parser.error(f"{options.folder} holds no JSON file")
+    pictures = {file: make for name, summary in summaries.items() for file, make in figures(name, summary).items()}
+    if readme is not None:
+        before = readme.read_text(encoding="utf-8")
+        try:
+            after = filled(before, summaries, options.folder.resolve().relative_to(readme.parent.resolve()).as_posix())
+        except ValueError as error:
+            sys.exit(f"{readme}: {error}")
+    if options.check:
+        missing = [file for file in pictures if not (options.folder / file).exists()]
+        if missing or (readme is not None and before != after):
+            what = f"{', '.join(missing)} missing" if missing else f"{readme} does not show what the files hold"
+            sys.exit(f"{options.folder}: {what}: run examples/results.py")
+        return
+    for file, make in pictures.items():
+        make().savefig(options.folder / file, dpi=110)
+    if readme is not None:
+        readme.write_text(after, encoding="utf-8")
+    else:
+        print("\n\n".join(table(summary) for summary in summaries.values()))
+
+
+def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -> str:
+    """The text with the tables and figures of all results in their blocks.
+
+    Args:
+        text: Markdown with a block for each result; one without a result says so.
+        summaries: contents of the JSON files, by name.
+        folder: where the figures are, as a link in the text has it.
+
+    Raises:
+        ValueError: if a result has no block.
+    """
+    homeless = sorted(set(summaries) - {found[2] for found in _BLOCK.finditer(text)})
+    if homeless:
+        raise ValueError(f"no block for {', '.join(homeless)}: write <!-- results:NAME --> and <!-- /results -->")
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in summaries:
+            return f"{found[1]}\nNot run yet.\n\n{found[4]}"
+        links = [f"![{caption(summaries[name])}]({folder}/{file})" for file in figures(name, summaries[name])]
+        return found[1] + "\n" + "\n\n".join([table(summaries[name]), *links, found[4]])
+
+    return _BLOCK.sub(fill, text)
+
+
+def caption(summary: Mapping[str, Any]) -> str:
+    """What is shown: the title, and every way in which it is not the whole experiment on its own data."""
+    parts = [summary["title"]]
+    parts += [f"stand-in: {summary['stand_in']}"] if summary["stand_in"] else []
+    parts += [f"reduced: {summary['reduced']}"] if summary["reduced"] else []
+    parts += [f"run with {summary['run_with']}"] if summary["run_with"] else []
+    parts += [f"tested on {summary['tested_on']}"] if summary["tested_on"] != "test data" else []
+    return "; ".join(parts)
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Means and standard deviations over the seeds, with how they were made, as Markdown."""
+    methods = summary["methods"]
+    parts = [f"**{caption(summary)}**", _overview(methods), _at_the_end(methods)]
+    if _has("drift", methods):
+        parts.append(_drift(methods))
+    parts.append("\n".join(f"- {line}" for line in _made_with(summary)))
+    return "\n\n".join(parts)
+
+
+def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
+    """What there is to draw of a result: functions that do, by the name of the file."""
+    found: dict[str, Callable[[], Figure]] = {}
+    if sum(method in summary["methods"] for method in DRAWN) > 1:
+        found[f"{name}.png"] = partial(_retention, summary)
+    if _has("heatmaps", summary["methods"]):
+        found[f"{name}_maps.png"] = partial(_heatmaps, summary)
+    return found
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and with several values their standard deviation.
+
+    >>> mean_and_deviation([97.5, 98.5])
+    '98.00 ± 0.71'
+    """
+    deviation = f" ± {torch.tensor(values, dtype=torch.float64).std().item():.{digits}f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{deviation}"
+
+
+def matrix(run: Mapping[str, Any]) -> Tensor:
+    """The accuracy matrix of a run: ``(tasks, tasks)``, NaN above the diagonal."""
+    return torch.tensor([[float("nan") if entry is None else entry for entry in row] for row in run["matrix"]])
+
+
+def _retention(summary: Mapping[str, Any]) -> Figure:
+    """The paper's Figure 2: with several seeds, in bands of a standard deviation."""
+    results = []
+    for name in DRAWN:
+        if name in summary["methods"]:
+            runs = summary["methods"][name]["runs"]
+            results.append(
+                StreamResult(name, runs[0]["tasks"], torch.stack([matrix(run) for run in runs]), _free(runs))
+            )
+    figure = retention(results)
+    figure.suptitle(f"{caption(summary)}; {_seeds(summary['methods'])}", fontsize=9, wrap=True)
+    return figure
+
+
+def _heatmaps(summary: Mapping[str, Any]) -> Figure:
+    """The images of one seed with what was relevant in them, by each method."""
+    first = {name: method["runs"][0] for name, method in summary["methods"].items() if "heatmaps" in method["runs"][0]}
+    columns = {
+        f"{name}\n{when}": from_text(maps) for name, run in first.items() for when, maps in run["heatmaps"].items()
+    }
+    images = next(iter(first.values()))["images"]
+    return draw(from_text(images), columns, f"{caption(summary)}; 1 seed")
+
+
+def _overview(methods: Mapping[str, Any]) -> str:
+    titles = (
+        "| method | average, % | forgetting, points | task 1 at the end, % | free units after each task, % | seeds |"
+    )
+    rows = []
+    for name, method in methods.items():
+        runs = method["runs"]
+        columns = [
+            [100 * run["average"] for run in runs],
+            [100 * run["forgetting"] for run in runs],
+            [100 * run["matrix"][-1][0] for run in runs],
+        ]
+        free = ", ".join(f"{100 * share:.0f}" for share in _free(runs)) or "100"
+        rows.append(f"| {name} | {' | '.join(map(mean_and_deviation, columns))} | {free} | {len(runs)} |")
+    return _ruled(titles, rows)
+
+
+def _at_the_end(methods: Mapping[str, Any]) -> str:
+    names = next(iter(methods.values()))["runs"][0]["tasks"]
+    rows = []
+    for name, method in methods.items():
+        last = [run["matrix"][-1] for run in method["runs"]]
+        cells = [mean_and_deviation([100 * row[task] for row in last], 1) for task in range(len(names))]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return _ruled(f"| each task at the end, % | {' | '.join(names)} |", rows)
+
+
+def _drift(methods: Mapping[str, Any]) -> str:
+    rows = []
+    for name, method in methods.items():
+        last = [run["drift"][-1] for run in method["runs"]]
+        cosine = mean_and_deviation([drift["cosine"] for drift in last], 3)
+        signs = mean_and_deviation([100 * drift["signs"] for drift in last], 1)
+        rows.append(f"| {name} | {cosine} | {signs} |")
+    return _ruled("| relevance of the first task's pixels, then and at the end | cosine | same sign, % |", rows)
+
+
+def _made_with(summary: Mapping[str, Any]) -> list[str]:
+    common = next(iter(summary["methods"].values()))["settings"]
+    lines = [f"{_seeds(summary['methods'])}; {_settings(common)}"]
+    for name, method in summary["methods"].items():
+        settings, runs = method["settings"], method["runs"]
+        changed = {
+            part: {key: value for key, value in settings[part].items() if value != common[part].get(key)}
+            for part in ("network", "training")
+        }
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        accepted = [one for run in runs for one in run["accepted"]]
+        said = [_callback(settings), _settings(changed)]
+        said.append(f"the criterion was met in {sum(accepted)} of {len(accepted)} tasks" if accepted else "")
+        said.append(_duration(median(seconds)) + " a run" if seconds else "")
+        lines.append(f"{name}: {'; '.join(filter(None, said))}")
+    runs = [run for method in summary["methods"].values() for run in method["runs"]]
+    devices = sorted({run["device"] for run in runs})
+    packages = sorted({f"{package} {number}" for run in runs for package, number in run["versions"].items()})
+    lines.append(", ".join([*devices, *packages]))
+    lines += [f"how settings were chosen: {summary['tuning']}"] if summary["tuning"] else []
+    return lines
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    parts = [(part, settings.get(part) or {}) for part in ("stream", "network", "training")]
+    said = [
+        f"{part}: {', '.join(f'{key} {value}' for key, value in values.items())}" for part, values in parts if values
+    ]
+    precision = settings.get("precision", "32-true")
+    return "; ".join([*said, *([f"precision {precision}"] if precision != "32-true" else [])])
+
+
+def _callback(settings: Mapping[str, Any]) -> str:
+    for key, name in (("paper", "RelevanceFreezing.paper"), ("freezing", "RelevanceFreezing")):
+        if key in settings:
+            return f"`{name}({', '.join(f'{argument}={value!r}' for argument, value in settings[key].items())})`"
+    return "fine-tuning"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _free(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Share of free units after each task, mean over runs; nothing for a method that freezes none."""
+    shares = torch.tensor([run["free_capacity"] for run in runs], dtype=torch.float64)
+    return shares.mean(dim=0).tolist() if shares.numel() else []
+
+
+def _seeds(methods: Mapping[str, Any]) -> str:
+    seeds = sorted({run["seed"] for method in methods.values() for run in method["runs"]})
+    is_range = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    named = f"{seeds[0]} to {seeds[-1]}" if is_range else ", ".join(map(str, seeds))
+    return f"seed {named}" if len(seeds) == 1 else f"seeds {named}"
+
+
+def _has(key: str, methods: Mapping[str, Any]) -> bool:
+    return any(key in run for method in methods.values() for run in method["runs"])
+
+
+def _ruled(titles: str, rows: Sequence[str]) -> str:
+    return "\n".join([titles, "|" + " --- |" * (titles.count("|") - 1), *rows])
+
+
+if __name__ == "__main__":
+    main()

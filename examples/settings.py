@@ -1,0 +1,160 @@
+"""An experiment's settings: read from YAML, changed from the command line, and checked before anything runs.
+
+A file may stand on another (``base``), and ``fast`` changes it for a quick look. Either is a JSON merge patch (RFC
+7386): mappings are merged, null removes a key, everything else replaces what was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_rnf import RelevanceFreezing
+
+OWN_KEYS = {
+    "title": "as in tables and figures",
+    "stand_in": "what stands in for what; null: the data are the paper's",
+    "reduced": "what is smaller than in the paper; null: nothing",
+    "tuning": "which seeds settings were chosen with, and on what data",
+    "seeds": "how many",
+    "tasks": "only the first so many; null: all",
+    "samples": "only so many training and test samples; null: all",
+    "stream": "what the stream of tasks needs",
+    "network": "what the network needs",
+    "training": "epochs, batch_size, and what else the network's training needs",
+    "methods": "by name; see METHOD_KEYS",
+    "fast": "what --fast changes",
+}
+METHOD_KEYS = {
+    "freezing": "arguments of RelevanceFreezing; neither this nor paper: naive fine-tuning",
+    "paper": "arguments of RelevanceFreezing.paper",
+    "network": "what this method changes in the network",
+    "training": "and in the training",
+}
+
+
+def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings in a file, as one mapping.
+
+    Args:
+        path: the YAML file.
+        fast: with the changes that its key ``fast`` names.
+        changes: more of them, each ``key.key=value`` with a value in YAML.
+
+    Raises:
+        ValueError: if a key is not known, or a value is a text that looks like a number.
+    """
+    settings = _with_base(path)
+    fast_changes = settings.pop("fast", None) or {}
+    _only(OWN_KEYS, fast_changes, f"{path.name}: fast")
+    if fast:
+        settings = merge(settings, fast_changes)
+    for change in changes:
+        keys, separator, value = change.partition("=")
+        if not separator:
+            raise ValueError(f"{change!r} is no change of a setting: write key.key=value, as in training.epochs=2")
+        patch = yaml.safe_load(value)
+        for key in reversed(keys.split(".")):
+            patch = {key: patch}
+        settings = merge(settings, patch)
+    _only(OWN_KEYS, settings, path.name)
+    for key in ("title", "methods", "training"):
+        if not settings.get(key):
+            raise ValueError(f"{path.name}: there is no {key!r}")
+    for name, method in settings["methods"].items():
+        _only(METHOD_KEYS, method or {}, f"{path.name}: methods.{name}")
+    _refuse_numbers_as_text(settings, path.name)
+    return settings
+
+
+def merge(settings: Any, patch: Any) -> Any:
+    """The settings with a JSON merge patch put on them; neither is changed.
+
+    >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"b": None, "d": 3}})
+    {'a': {'c': 2, 'd': 3}}
+    """
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(settings) if isinstance(settings, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge(merged.get(key), value)
+    return merged
+
+
+def of_method(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a run of one method is made with: the settings with the method's own changes in them."""
+    method = settings["methods"][name] or {}
+    common = {key: settings.get(key) for key in ("tasks", "samples")}
+    parts = {key: settings.get(key) or {} for key in ("stream", "network", "training")}
+    own = {key: merge(parts[key], method.get(key) or {}) for key in ("network", "training")}
+    return {**common, **parts, **own, **{key: method[key] or {} for key in ("freezing", "paper") if key in method}}
+
+
+def freezing(made_with: Mapping[str, Any], **more: Any) -> RelevanceFreezing | None:
+    """The callback of a method; None: naive fine-tuning.
+
+    Args:
+        made_with: as `of_method` gives it.
+        more: further arguments of the callback, which YAML can't hold.
+
+    Raises:
+        TypeError, ValueError: if the callback refuses an argument.
+    """
+    if "paper" in made_with and "freezing" in made_with:
+        raise ValueError("a method has freezing or paper, not both")
+    if "paper" in made_with:
+        return RelevanceFreezing.paper(**more, **made_with["paper"])
+    return RelevanceFreezing(**more, **made_with["freezing"]) if "freezing" in made_with else None
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str) -> None:
+    """Check that a function takes these keyword arguments, and has all that it needs.
+
+    Only what it takes by keyword is looked at: what stands before is the caller's.
+
+    Raises:
+        ValueError: if not, naming what it takes.
+    """
+    keyword = {
+        name: parameter
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY
+    }
+    _only(keyword, given, where)
+    missing = [name for name, one in keyword.items() if one.default is Parameter.empty and name not in given]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def _with_base(path: Path) -> dict[str, Any]:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name} holds {type(settings).__name__}, expected a mapping of settings")
+    base = settings.pop("base", None)
+    merged: dict[str, Any] = settings if base is None else merge(_with_base(path.parent / base), settings)
+    return merged
+
+
+def _only(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    unknown = [str(key) for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has {', '.join(unknown)}; known are: {', '.join(known) or 'none'}")
+
+
+def _refuse_numbers_as_text(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_numbers_as_text(item, f"{where}: {key}" if where.endswith(".yaml") else f"{where}.{key}")
+    elif isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return
+        raise ValueError(f"{where} is the text {value!r}: YAML takes {number!r} for a number, with a dot before the e")
