@@ -17,16 +17,19 @@ class MultiHead(nn.Module):
         ...
         model.heads.activate("digits-01")      # before fit
 
+        net.fc = MultiHead(net.fc.in_features, {"imagenet": net.fc, "ages": 8})  # beside the pretrained head
+
     Args:
         in_features: size of the features that all heads read.
-        classes: number of classes by task; the first task is active at the start.
+        classes: by task, the number of classes, or a module that is its head already; the first task is active at the
+            start.
         make_head: builds a head from ``(in_features, classes)``.
     """
 
     def __init__(
         self,
         in_features: int,
-        classes: Mapping[str, int] | None = None,
+        classes: Mapping[str, int | nn.Module] | None = None,
         make_head: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
@@ -34,16 +37,17 @@ class MultiHead(nn.Module):
         self.make_head = make_head
         self.tasks = nn.ModuleDict()
         self.active: str | None = None
-        for task, number in (classes or {}).items():
-            self.add(task, number)
+        for task, of_task in (classes or {}).items():
+            self.add(task, of_task)
         if classes:
             self.activate(next(iter(classes)))
 
-    def add(self, task: str, classes: int) -> None:
-        """Add a head for ``task`` with ``classes`` outputs; it waits until it is activated.
+    def add(self, task: str, classes: int | nn.Module) -> None:
+        """Add a head for ``task``, a new one with so many outputs or the given one; it waits until it is activated.
 
         Raises:
-            ValueError: if the task has a head already, or its name is empty or has a dot in it.
+            ValueError: if the task has a head already, its name is empty or has a dot in it, or the given head is
+                another task's.
         """
         if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
             raise ValueError(
@@ -51,7 +55,11 @@ class MultiHead(nn.Module):
             )
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a head already; heads: {list(self.tasks)}")
-        self.tasks[task] = self.make_head(self.in_features, classes).requires_grad_(False)
+        owners = [other for other, head in self.tasks.items() if head is classes]
+        if owners:
+            raise ValueError(f"the head that was given for task {task!r} is that of {owners[0]!r}: give a copy of it")
+        head = classes if isinstance(classes, nn.Module) else self.make_head(self.in_features, classes)
+        self.tasks[task] = head.requires_grad_(False)
 
     def activate(self, task: str) -> None:
         """Run this task's head from now on and let it, and no other, be trained.
@@ -79,7 +87,7 @@ class MultiHead(nn.Module):
             self.active = before
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features ``(N, in_features)`` to the active task's logits ``(N, classes)``.
+        """Features, ``(N, in_features)`` or as the heads take them, to the active task's logits ``(N, classes)``.
 
         Raises:
             RuntimeError: if no head is active.

@@ -49,6 +49,21 @@ def test_heads_are_made_as_the_user_says():
     assert heads(torch.randn(3, 4)).shape == (3, 2)
 
 
+def test_a_head_that_is_there_is_taken_as_it_is_and_waits_like_the_others():
+    fc = nn.Linear(4, 10)
+    heads = MultiHead(4, {"imagenet": fc, "ages": 3})
+    x = torch.randn(5, 4)
+    assert heads.tasks["imagenet"] is fc
+    assert torch.equal(heads(x), fc(x))
+    heads.activate("ages")
+    assert not any(parameter.requires_grad for parameter in fc.parameters())
+    heads.add("flowers", nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
+    heads.activate("flowers")
+    assert heads(x).shape == (5, 2)
+    with pytest.raises(ValueError, match="is that of 'imagenet': give a copy"):
+        heads.add("again", fc)
+
+
 def test_wrong_use_is_refused_in_a_sentence():
     heads = MultiHead(4)
     with pytest.raises(RuntimeError, match="no head is active"):
