@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from torchmetrics import Metric
 
 from lightning_rnf.evaluation import Predict, measure, supervised
+from lightning_rnf.no_trainer import alone, transferred
 from lightning_rnf.ranks import ALONE, Ranks, joined
 from lightning_rnf.runs import data_module, ranks_of
 from lightning_rnf.search import Measured
@@ -87,7 +88,7 @@ class ReferenceData:
 
 
 class Reference:
-    """Draws reference data for a fit.
+    """Draws reference data, for a fit or without one.
 
     Args:
         source: see `ReferenceSource`.
@@ -140,7 +141,7 @@ class Reference:
 
         def first(loader: Any) -> Any:
             for batch in loader if ranks.rank == 0 else ():
-                return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+                return trainer.precision_plugin.convert_input(on_device(batch, trainer))
             if ranks.rank == 0:
                 raise ValueError(_EMPTY)
             return None
@@ -156,23 +157,50 @@ class Reference:
         Raises:
             ValueError: if there is no reference data, or more than one loader.
         """
-        ranks = ranks_of(trainer)
+        precision = trainer.precision_plugin
         with self._loader(trainer) as loader, _validating(trainer):
-            draw = self._random_parts if _can_be_indexed(loader, ranks) else self._leading_parts
-            samples, *parts = draw(loader, ranks)
-            on_device = ranks.agreed(lambda: [[trainer.strategy.batch_to_device(b) for b in part] for part in parts])
+            return self._drawn(
+                loader,
+                ranks_of(trainer),
+                lambda batch: on_device(batch, trainer),
+                precision.forward_context,
+                precision.convert_input,
+            )
+
+    def draw_alone(self, module: nn.Module) -> ReferenceData:
+        """As `draw`, where no Trainer runs: in this process, on the module's device, in its own precision.
+
+        A data module is prepared, set up for validation and torn down. Batches go through the transfer hooks of the
+        data module, or of a LightningModule, which find a `NoTrainer` in the Trainer's place.
+
+        Raises:
+            TypeError: if the source is a function, which only a fit can call, or can be walked only once.
+            ValueError: if there is no reference data, or more than one loader.
+        """
+        source = self.source
+        if callable(source):
+            raise TypeError(
+                "reference is a function (trainer, module), and no Trainer is running: give what it returns"
+            )
+        with alone(module, source):
+            data = source.val_dataloader() if isinstance(source, LightningDataModule) else source
+            loader = _single(data, "reference" if data is source else "reference.val_dataloader()")
+            return self._drawn(loader, ALONE, lambda batch: transferred(batch, module, source))
+
+    def _drawn(
+        self,
+        loader: Any,
+        ranks: Ranks,
+        to_device: Callable[[Any], Any],
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        convert: Callable[[Any], Any] = lambda batch: batch,
+    ) -> ReferenceData:
+        draw = self._random_parts if _can_be_indexed(loader, ranks) else self._leading_parts
+        samples, *parts = draw(loader, ranks)
+        first, rest = ranks.agreed(lambda: [[to_device(batch) for batch in part] for part in parts])
         if samples == 0:
             raise ValueError(_EMPTY)
-        precision = trainer.precision_plugin
-        return ReferenceData(
-            on_device[0] + on_device[1],
-            len(on_device[0]),
-            samples,
-            self.predict,
-            precision.forward_context,
-            precision.convert_input,
-            ranks,
-        )
+        return ReferenceData(first + rest, len(first), samples, self.predict, forward_context, convert, ranks)
 
     def _random_parts(self, loader: DataLoader[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
         dataset: Any = loader.dataset
@@ -229,6 +257,11 @@ class Reference:
                 yield ranks.agreed(lambda: _single(source.val_dataloader(), "reference.val_dataloader()"))
         else:
             yield ranks.agreed(lambda: _single(source, "reference"))
+
+
+def on_device(batch: Any, trainer: Trainer) -> Any:
+    """The batch on the Trainer's device, through the transfer hooks that batches of its own loops go through."""
+    return trainer.strategy.batch_to_device(trainer.lightning_module._on_before_batch_transfer(batch))
 
 
 def gathered(batches: list[Any], ranks: Ranks) -> list[Any]:

@@ -19,7 +19,7 @@ from lightning_rnf.evaluation import Predict, predict_checked, supervised
 from lightning_rnf.guard import evaluating
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
-from lightning_rnf.reference import set_up
+from lightning_rnf.reference import on_device, set_up
 
 
 class TaskDataModule(LightningDataModule):
@@ -273,9 +273,9 @@ def fit_stream(
             precision = trainer.precision_plugin
             with set_up(seen, trainer, "test"), _tested(model, seen.task, callback), torch.no_grad():
                 for batch in seen.test_dataloader():
-                    on_device = precision.convert_input(trainer.strategy.batch_to_device(batch))
+                    converted = precision.convert_input(on_device(batch, trainer))
                     with precision.forward_context():
-                        logits, target = predict_checked(predict, model, on_device)
+                        logits, target = predict_checked(predict, model, converted)
                     matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
             if callback is not None and task.task in callback.state.tasks:
                 accuracy = float(matrix.correct[trained, index] / matrix.samples[trained, index])

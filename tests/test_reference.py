@@ -4,9 +4,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
-from training import Classifier, loader, trainer
+from training import Classifier, loader, task_data, trainer
 
+from lightning_rnf import RelevanceFreezing
 from lightning_rnf.reference import Reference
+from lightning_rnf.streams import fit_stream
 
 
 class Numbered(pl.LightningDataModule):
@@ -139,3 +141,23 @@ def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back():
 
     trainer(Draw(), max_epochs=1).fit(Augmenting(), loader("a", 64), loader("a", 64))
     assert stages == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*overridden `on_before_batch_transfer` in `LightningModule`:UserWarning")
+def test_reference_data_and_test_data_go_through_the_same_transfer_hooks_as_training_data():
+    class Shifted(Classifier):
+        """Learns what is 5 away from what the loader gives."""
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] - 5, batch[1]
+
+        def forward(self, x):
+            assert abs(x.mean()) < 1
+            return super().forward(x)
+
+    data = task_data("a", 64)
+    for part in (data.train, data.validation, data.test):
+        part.tensors = (part.tensors[0] + 5, part.tensors[1])
+    rnf = RelevanceFreezing(criterion=0.2)
+    fit_stream(Shifted(), [data], rnf, lambda callbacks: trainer(*callbacks, max_epochs=1))
+    assert list(rnf.state.tasks) == ["a"]
