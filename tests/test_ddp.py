@@ -122,6 +122,15 @@ def test_frozen_rows_are_bit_equal_on_all_ranks_through_recovery_and_pinned_norm
             assert torch.equal(rank["sequence"]["weights"][name], value)
 
 
+def test_a_task_that_each_process_has_protected_by_itself_is_the_first_ones_for_all(run):
+    first = run.ranks[0]["protected"]
+    for rank in run.ranks[1:]:
+        found = rank["protected"]
+        assert any(not torch.equal(mask, first["own"][layer]) for layer, mask in found["own"].items())
+        assert all(torch.equal(mask, first["own"][layer]) for layer, mask in found["relevant"].items())
+    assert all(rank["protected"]["held"] and rank["protected"]["moved"] for rank in run.ranks)
+
+
 def test_a_failure_in_one_process_is_raised_in_all_of_them_with_its_message(run):
     size = len(run.ranks)
     labels, folder = "labels range from 0 to 5, but the head has 2 outputs", "no such folder: data"

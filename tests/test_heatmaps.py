@@ -125,7 +125,7 @@ def test_the_callback_logs_them_after_each_task_and_recall_does_not_drift():
     (numbers,) = [n for step, n in logger.numbers if step == 2 and "rnf/heatmap_cosine/a" in n]
     assert numbers["rnf/heatmap_cosine/a"] == pytest.approx(1)
     assert numbers["rnf/heatmap_signs/a"] == 1
-    first, last = rnf._gallery.maps["a"].values()
+    first, last = rnf._witnesses.gallery.maps["a"].values()
     assert torch.equal(first, last)
 
 
