@@ -105,7 +105,7 @@ class Experiment:
         except (OSError, ValueError, TypeError) as error:
             parser.error(str(error))
         name = path.stem + "-fast" * options.fast + "-validation" * options.on_validation
-        results = Results(options.output / f"{name}.json", about(settings, options, arguments))
+        results = Results(options.output / f"{name}.json", about(settings, options))
         try:
             for method in methods:
                 results.check(method, made_with[method])
@@ -169,8 +169,7 @@ class Experiment:
 
     def run(self, made_with: Mapping[str, Any], seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         """Train the stream with one method and seed, going on from the checkpoints in the folder."""
-        is_resumed = folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        is_resumed = begun(folder, made_with)
         seed_everything(seed, verbose=False)
         stream = self.stream(Data(options.data, options.download, made_with["samples"]), seed, **made_with["stream"])
         stream = stream[: made_with["tasks"]]
@@ -270,12 +269,12 @@ class Results:
         if not self.path.exists():
             return
         there = json.loads(self.path.read_text(encoding="utf-8"))
-        old, new = there["methods"].get(method, {}).get("settings", made_with), dict(made_with)
-        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        if there["reduced"] != self.about["reduced"] or differing:
-            what = ", ".join(f"{key} {old.get(key)}" for key in differing) or f"reduced: {there['reduced']}"
+        old = {**there["methods"].get(method, {}).get("settings", made_with), "run_with": there["run_with"]}
+        new = {**made_with, "run_with": self.about["run_with"]}
+        differing = [f"{key} {old.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+        if differing:
             raise ValueError(
-                f"{self.path} has runs of {method} made with other settings ({what}): name another --output"
+                f"{self.path} has runs of {method} that were made with {', '.join(differing)}: name another --output"
             )
 
     def has(self, method: str, seed: int) -> bool:
@@ -293,16 +292,33 @@ class Results:
         os.replace(written, self.path)
 
 
-def about(settings: Mapping[str, Any], options: argparse.Namespace, arguments: Sequence[str] | None) -> dict[str, Any]:
+def begun(folder: Path, made_with: Mapping[str, Any]) -> bool:
+    """Whether a run has begun in a folder that can be gone on with; if not, it begins now.
+
+    Raises:
+        SystemExit: if it was begun with other settings.
+    """
+    kept = folder / "settings.json"
+    if kept.exists():
+        if json.loads(kept.read_text(encoding="utf-8")) != made_with:
+            raise SystemExit(f"{folder} holds a run that was begun with other settings: delete it, or go on with those")
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(made_with), encoding="utf-8")
+    return False
+
+
+def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What stands above the runs: title, stand-in, and every way in which the runs are not the whole experiment."""
     reduced = [settings["reduced"]] if settings.get("reduced") else []
-    given = ["--fast"] if options.fast else []
-    given += [f"--{key} {getattr(options, key)}" for key in ("epochs", "tasks", "samples") if getattr(options, key)]
-    given += [f"--set {change}" for change in options.set]
+    reduced += ["a reduced schedule on a slice of the data (--fast)"] if options.fast else []
+    given = [f"--{key} {getattr(options, key)}" for key in ("epochs", "tasks", "samples") if getattr(options, key)]
+    given += [f"--set {' '.join(options.set)}"] if options.set else []
     return {
         "title": settings["title"],
         "stand_in": settings.get("stand_in"),
-        "reduced": "; ".join([*reduced, *([f"run with {' '.join(given)}"] if given else [])]) or None,
+        "reduced": "; ".join(reduced) or None,
+        "run_with": " ".join(given) or None,
         "tested_on": "validation data" if options.on_validation else "test data",
         "tuning": settings.get("tuning"),
     }
@@ -318,9 +334,18 @@ def add_heads(model: LightningModule, stream: Sequence[TaskDataModule]) -> None:
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
-    """JSON with every list of plain values on one line."""
+    """JSON with every list and mapping of plain values on one line.
+
+    >>> print(as_text({"runs": [{"seed": 0}], "shares": [0.5, 0.25]}), end="")
+    {
+     "runs": [
+      { "seed": 0 }
+     ],
+     "shares": [ 0.5, 0.25 ]
+    }
+    """
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    return _PLAIN.sub(lambda found: " ".join(line.strip() for line in found[0].splitlines()), text) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -348,7 +373,9 @@ def _of_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return {**made_with["network"], **training}
 
 
+_PLAIN = re.compile(r"[\[{]\n[^\[\]{}]*[\]}]")
 _EXPECTED = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "does not have many workers",
     "have no `validation_step`",
     "overridden `on_after_batch_transfer`",

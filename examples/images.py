@@ -1,9 +1,12 @@
-"""MNIST and CIFAR as tensors, from the layouts that they come in, and the usual augmentation."""
+"""MNIST and CIFAR as tensors, from the layouts that they come in; the usual augmentation; a few images as text."""
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,3 +101,16 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     mirrored = torch.rand(n, 1, 1, device=images.device) < 0.5
     columns = left + torch.where(mirrored, size - 1 - steps, steps)
     return padded[torch.arange(n, device=images.device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
+
+
+def as_text(images: Tensor) -> dict[str, Any]:
+    """Images or heatmaps in a form that JSON takes: each scaled to its largest value, in 255 steps."""
+    largest = images.flatten(1).abs().amax(dim=1).clamp(min=torch.finfo(images.dtype).tiny)
+    steps = (127 * images / largest.view(-1, *[1] * (images.ndim - 1))).round().to(torch.int8)
+    return {"shape": list(images.shape), "int8": base64.b64encode(steps.numpy().tobytes()).decode()}
+
+
+def from_text(text: Mapping[str, Any]) -> Tensor:
+    """The same back, each within [-1, 1]."""
+    steps = np.frombuffer(base64.b64decode(text["int8"]), dtype=np.int8).reshape(text["shape"])
+    return torch.from_numpy(steps.copy()).float() / 127

@@ -13,14 +13,21 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
+from images import from_text
 from torch import Tensor
 
 from lightning_rnf.figures import StreamResult, retention
+from lightning_rnf.heatmaps import draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OWN = Path(__file__).parent
 DRAWN = ("naive", "paper", "exact", "best")
@@ -30,56 +37,57 @@ _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=OWN / "results", help="with JSON files (%(default)s)")
-    parser.add_argument("--readme", type=Path, help="with blocks for the tables; of the examples' own folder: theirs")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if anything would change")
+    parser.add_argument("--readme", type=Path, help="with a block for each file; none given: the examples' own")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something would change")
     options = parser.parse_args(arguments)
-    readme = options.readme or (OWN / "README.md" if options.folder == OWN / "results" else None)
-    summaries = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.folder.glob("*.json"))
-    }
+    is_own = options.folder.resolve() == OWN / "results"
+    readme = options.readme or (OWN / "README.md" if is_own else None)
+    paths = sorted(options.folder.glob("*.json"))
+    summaries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     if not summaries:
-        parser.error(f"{options.folder} has no JSON file")
-    if not options.check:
-        for name, summary in summaries.items():
-            draw(summary, options.folder / f"{name}.png")
-    if readme is None:
-        print("\n\n".join(table(summary) for summary in summaries.values()))
-        return
-    before = readme.read_text(encoding="utf-8")
-    try:
-        after = filled(before, summaries, options.folder.relative_to(readme.parent).as_posix())
-    except ValueError as error:
-        sys.exit(f"{readme}: {error}")
+        parser.error(f"{options.folder} holds no JSON file")
+    pictures = {file: make for name, summary in summaries.items() for file, make in figures(name, summary).items()}
+    if readme is not None:
+        before = readme.read_text(encoding="utf-8")
+        try:
+            after = filled(before, summaries, options.folder.resolve().relative_to(readme.parent.resolve()).as_posix())
+        except ValueError as error:
+            sys.exit(f"{readme}: {error}")
     if options.check:
-        missing = [
-            name for name in summaries if drawn(summaries[name]) and not (options.folder / f"{name}.png").exists()
-        ]
-        if before != after or missing:
-            sys.exit(f"{readme} or its figures are not what {options.folder} holds: run examples/results.py")
-    else:
+        missing = [file for file in pictures if not (options.folder / file).exists()]
+        if missing or (readme is not None and before != after):
+            what = f"{', '.join(missing)} missing" if missing else f"{readme} does not show what the files hold"
+            sys.exit(f"{options.folder}: {what}: run examples/results.py")
+        return
+    for file, make in pictures.items():
+        make().savefig(options.folder / file, dpi=110)
+    if readme is not None:
         readme.write_text(after, encoding="utf-8")
+    else:
+        print("\n\n".join(table(summary) for summary in summaries.values()))
 
 
 def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -> str:
     """The text with the tables and figures of all results in their blocks.
 
     Args:
-        text: Markdown with a block for each result.
+        text: Markdown with a block for each result; one without a result says so.
         summaries: contents of the JSON files, by name.
         folder: where the figures are, as a link in the text has it.
 
     Raises:
-        ValueError: if a block has no result, or a result no block.
+        ValueError: if a result has no block.
     """
-    blocks = [found[2] for found in _BLOCK.finditer(text)]
-    without = sorted(set(blocks) ^ set(summaries))
-    if without:
-        raise ValueError(f"blocks and JSON files don't belong together: only one of the two for {', '.join(without)}")
+    homeless = sorted(set(summaries) - {found[2] for found in _BLOCK.finditer(text)})
+    if homeless:
+        raise ValueError(f"no block for {', '.join(homeless)}: write <!-- results:NAME --> and <!-- /results -->")
 
     def fill(found: re.Match[str]) -> str:
         name = found[2]
-        figure = f"\n![{caption(summaries[name])}]({folder}/{name}.png)\n" if drawn(summaries[name]) else ""
-        return f"{found[1]}\n{table(summaries[name])}\n{figure}\n{found[4]}"
+        if name not in summaries:
+            return f"{found[1]}\nNot run yet.\n\n{found[4]}"
+        links = [f"![{caption(summaries[name])}]({folder}/{file})" for file in figures(name, summaries[name])]
+        return found[1] + "\n" + "\n\n".join([table(summaries[name]), *links, found[4]])
 
     return _BLOCK.sub(fill, text)
 
@@ -89,18 +97,29 @@ def caption(summary: Mapping[str, Any]) -> str:
     parts = [summary["title"]]
     parts += [f"stand-in: {summary['stand_in']}"] if summary["stand_in"] else []
     parts += [f"reduced: {summary['reduced']}"] if summary["reduced"] else []
-    parts += [] if summary["tested_on"] == "test data" else [f"tested on {summary['tested_on']}"]
+    parts += [f"run with {summary['run_with']}"] if summary["run_with"] else []
+    parts += [f"tested on {summary['tested_on']}"] if summary["tested_on"] != "test data" else []
     return "; ".join(parts)
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """Means and standard deviations over the seeds, with how they were made, as Markdown."""
-    methods = {name: method for name, method in summary["methods"].items() if method["runs"]}
+    methods = summary["methods"]
     parts = [f"**{caption(summary)}**", _overview(methods), _at_the_end(methods)]
-    if any("drift" in run for method in methods.values() for run in method["runs"]):
+    if _has("drift", methods):
         parts.append(_drift(methods))
-    parts.append("\n".join(_made_with(summary, methods)))
+    parts.append("\n".join(f"- {line}" for line in _made_with(summary)))
     return "\n\n".join(parts)
+
+
+def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
+    """What there is to draw of a result: functions that do, by the name of the file."""
+    found: dict[str, Callable[[], Figure]] = {}
+    if any(method in summary["methods"] for method in DRAWN):
+        found[f"{name}.png"] = partial(_retention, summary)
+    if _has("heatmaps", summary["methods"]):
+        found[f"{name}_maps.png"] = partial(_heatmaps, summary)
+    return found
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
@@ -113,44 +132,40 @@ def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
     return f"{sum(values) / len(values):.{digits}f}{deviation}"
 
 
-def drawn(summary: Mapping[str, Any]) -> list[StreamResult]:
-    """What the figure shows of a result; nothing if none of the methods that are compared in figures was run."""
-    results = []
-    for name in DRAWN:
-        runs = summary["methods"].get(name, {"runs": []})["runs"]
-        if runs:
-            free = torch.tensor([run["free_capacity"] for run in runs])
-            shares = free.mean(dim=0).tolist() if free.numel() else []
-            results.append(StreamResult(name, runs[0]["tasks"], torch.stack([matrix(run) for run in runs]), shares))
-    return results
-
-
-def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """The paper's Figure 2: with several seeds, in bands of a standard deviation."""
-    results = drawn(summary)
-    if results:
-        figure = retention(results)
-        seeds = {len(result.matrices) for result in results}
-        number = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{max(seeds)} seeds"
-        figure.suptitle(f"{caption(summary)}; {'1 seed' if seeds == {1} else number}", fontsize=9, wrap=True)
-        figure.savefig(path, dpi=110)
-
-
 def matrix(run: Mapping[str, Any]) -> Tensor:
     """The accuracy matrix of a run: ``(tasks, tasks)``, NaN above the diagonal."""
     return torch.tensor([[float("nan") if entry is None else entry for entry in row] for row in run["matrix"]])
 
 
+def _retention(summary: Mapping[str, Any]) -> Figure:
+    """The paper's Figure 2: with several seeds, in bands of a standard deviation."""
+    results = []
+    for name in DRAWN:
+        if name in summary["methods"]:
+            runs = summary["methods"][name]["runs"]
+            results.append(
+                StreamResult(name, runs[0]["tasks"], torch.stack([matrix(run) for run in runs]), _free(runs))
+            )
+    figure = retention(results)
+    figure.suptitle(f"{caption(summary)}; {_seeds(summary['methods'])}", fontsize=9, wrap=True)
+    return figure
+
+
+def _heatmaps(summary: Mapping[str, Any]) -> Figure:
+    """The images of one seed with what was relevant in them, by each method."""
+    first = {name: method["runs"][0] for name, method in summary["methods"].items() if "heatmaps" in method["runs"][0]}
+    columns = {
+        f"{name}\n{when}": from_text(maps) for name, run in first.items() for when, maps in run["heatmaps"].items()
+    }
+    images = next(iter(first.values()))["images"]
+    return draw(from_text(images), columns, f"{caption(summary)}; 1 seed")
+
+
 def _overview(methods: Mapping[str, Any]) -> str:
     titles = (
-        "method",
-        "average, %",
-        "forgetting, points",
-        "task 1 at the end, %",
-        "free units after each task, %",
-        "seeds",
+        "| method | average, % | forgetting, points | task 1 at the end, % | free units after each task, % | seeds |"
     )
-    lines = [f"| {' | '.join(titles)} |"]
+    rows = []
     for name, method in methods.items():
         runs = method["runs"]
         columns = [
@@ -158,70 +173,93 @@ def _overview(methods: Mapping[str, Any]) -> str:
             [100 * run["forgetting"] for run in runs],
             [100 * run["matrix"][-1][0] for run in runs],
         ]
-        free = torch.tensor([run["free_capacity"] for run in runs])
-        shares = ", ".join(f"{100 * share:.0f}" for share in free.mean(dim=0).tolist()) if free.numel() else "100"
-        lines.append(f"| {name} | {' | '.join(map(mean_and_deviation, columns))} | {shares} | {len(runs)} |")
-    return _ruled(lines)
+        free = ", ".join(f"{100 * share:.0f}" for share in _free(runs)) or "100"
+        rows.append(f"| {name} | {' | '.join(map(mean_and_deviation, columns))} | {free} | {len(runs)} |")
+    return _ruled(titles, rows)
 
 
 def _at_the_end(methods: Mapping[str, Any]) -> str:
-    tasks = range(len(next(iter(methods.values()))["runs"][0]["tasks"]))
-    lines = ["| each task at the end, % | " + " | ".join(str(task + 1) for task in tasks) + " |"]
+    names = next(iter(methods.values()))["runs"][0]["tasks"]
+    rows = []
     for name, method in methods.items():
-        cells = [mean_and_deviation([100 * run["matrix"][-1][task] for run in method["runs"]], 1) for task in tasks]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return _ruled(lines)
+        last = [run["matrix"][-1] for run in method["runs"]]
+        cells = [mean_and_deviation([100 * row[task] for row in last], 1) for task in range(len(names))]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return _ruled(f"| each task at the end, % | {' | '.join(names)} |", rows)
 
 
 def _drift(methods: Mapping[str, Any]) -> str:
-    lines = ["| relevance of the pixels, at the first task's end and after all | cosine | same sign, % |"]
+    rows = []
     for name, method in methods.items():
         last = [run["drift"][-1] for run in method["runs"]]
         cosine = mean_and_deviation([drift["cosine"] for drift in last], 3)
         signs = mean_and_deviation([100 * drift["signs"] for drift in last], 1)
-        lines.append(f"| {name} | {cosine} | {signs} |")
-    return _ruled(lines)
+        rows.append(f"| {name} | {cosine} | {signs} |")
+    return _ruled("| relevance of the first task's pixels, then and at the end | cosine | same sign, % |", rows)
 
 
-def _ruled(lines: list[str]) -> str:
-    return "\n".join([lines[0], "|" + " --- |" * (lines[0].count("|") - 1), *lines[1:]])
-
-
-def _made_with(summary: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]:
-    runs = [run for method in methods.values() for run in method["runs"]]
-    common = next(iter(methods.values()))["settings"]
-    lines = [f"- All: {_settings(common)}."]
-    for name, method in methods.items():
-        made_with = method["settings"]
+def _made_with(summary: Mapping[str, Any]) -> list[str]:
+    common = next(iter(summary["methods"].values()))["settings"]
+    lines = [f"{_seeds(summary['methods'])}; {_settings(common)}"]
+    for name, method in summary["methods"].items():
+        settings, runs = method["settings"], method["runs"]
         changed = {
-            part: {key: value for key, value in (made_with.get(part) or {}).items() if value != common[part].get(key)}
+            part: {key: value for key, value in settings[part].items() if value != common[part].get(key)}
             for part in ("network", "training")
         }
-        own = _settings(changed)
-        lines.append(f"- {name}: {_callback(made_with)}{f'; {own}' if own else ''}.")
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        accepted = [one for run in runs for one in run["accepted"]]
+        said = [_callback(settings), _settings(changed)]
+        said.append(f"the criterion was met in {sum(accepted)} of {len(accepted)} tasks" if accepted else "")
+        said.append(_duration(median(seconds)) + " a run" if seconds else "")
+        lines.append(f"{name}: {'; '.join(filter(None, said))}")
+    runs = [run for method in summary["methods"].values() for run in method["runs"]]
     devices = sorted({run["device"] for run in runs})
-    packages = sorted({f"{name} {number}" for run in runs for name, number in run["versions"].items()})
-    lines.append(f"- {', '.join(devices)}; {', '.join(packages)}.")
-    if summary["tuning"]:
-        lines.append(f"- How settings were chosen: {summary['tuning']}.")
+    packages = sorted({f"{package} {number}" for run in runs for package, number in run["versions"].items()})
+    lines.append(", ".join([*devices, *packages]))
+    lines += [f"how settings were chosen: {summary['tuning']}"] if summary["tuning"] else []
     return lines
 
 
-def _settings(made_with: Mapping[str, Any]) -> str:
-    parts = [(part, made_with.get(part) or {}) for part in ("stream", "network", "training")]
-    said = [f"{part} {_arguments(values, ' ')}" for part, values in parts if values]
-    said += [f"{key} {made_with[key]}" for key in ("precision",) if made_with.get(key, "32-true") != "32-true"]
-    return "; ".join(said)
+def _settings(settings: Mapping[str, Any]) -> str:
+    parts = [(part, settings.get(part) or {}) for part in ("stream", "network", "training")]
+    said = [
+        f"{part}: {', '.join(f'{key} {value}' for key, value in values.items())}" for part, values in parts if values
+    ]
+    precision = settings.get("precision", "32-true")
+    return "; ".join([*said, *([f"precision {precision}"] if precision != "32-true" else [])])
 
 
-def _callback(made_with: Mapping[str, Any]) -> str:
-    if "paper" in made_with:
-        return f"`RelevanceFreezing.paper({_arguments(made_with['paper'])})`"
-    return f"`RelevanceFreezing({_arguments(made_with['freezing'])})`" if "freezing" in made_with else "fine-tuning"
+def _callback(settings: Mapping[str, Any]) -> str:
+    for key, name in (("paper", "RelevanceFreezing.paper"), ("freezing", "RelevanceFreezing")):
+        if key in settings:
+            return f"`{name}({', '.join(f'{argument}={value!r}' for argument, value in settings[key].items())})`"
+    return "fine-tuning"
 
 
-def _arguments(values: Mapping[str, Any], sign: str = "=") -> str:
-    return ", ".join(f"{key}{sign}{value!r}" if sign == "=" else f"{key}{sign}{value}" for key, value in values.items())
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _free(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Share of free units after each task, mean over runs; nothing for a method that freezes none."""
+    shares = torch.tensor([run["free_capacity"] for run in runs], dtype=torch.float64)
+    return shares.mean(dim=0).tolist() if shares.numel() else []
+
+
+def _seeds(methods: Mapping[str, Any]) -> str:
+    seeds = sorted({run["seed"] for method in methods.values() for run in method["runs"]})
+    is_range = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    named = f"{seeds[0]} to {seeds[-1]}" if is_range else ", ".join(map(str, seeds))
+    return f"seed {named}" if len(seeds) == 1 else f"seeds {named}"
+
+
+def _has(key: str, methods: Mapping[str, Any]) -> bool:
+    return any(key in run for method in methods.values() for run in method["runs"])
+
+
+def _ruled(titles: str, rows: Sequence[str]) -> str:
+    return "\n".join([titles, "|" + " --- |" * (titles.count("|") - 1), *rows])
 
 
 if __name__ == "__main__":
