@@ -225,7 +225,7 @@ class Experiment:
 
 
 class SeedEpochs(Callback):
-    """Every epoch has a seed of its own: checkpoints hold no random states, and methods see the same batches.
+    """Every epoch has seeds of its own: checkpoints hold no random states, and methods see the same batches.
 
     Args:
         seed: of the run.
@@ -238,7 +238,11 @@ class SeedEpochs(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = self.tasks[trainer.datamodule.task]
-        seed_everything(int(SeedSequence([self.seed, task, trainer.current_epoch]).generate_state(1)[0]), verbose=False)
+        seeds = SeedSequence([self.seed, task, trainer.current_epoch]).generate_state(3).tolist()
+        seed_everything(seeds[0], verbose=False)
+        # A loader draws before or after this, as the fit was resumed or not: it must not draw from the same source.
+        loader = trainer.train_dataloader
+        loader.generator, loader.sampler.generator = (torch.Generator().manual_seed(seed) for seed in seeds[1:])
 
 
 class Results:

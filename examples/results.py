@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +114,7 @@ def table(summary: Mapping[str, Any]) -> str:
 def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
     """What there is to draw of a result: functions that do, by the name of the file."""
     found: dict[str, Callable[[], Figure]] = {}
-    if any(method in summary["methods"] for method in DRAWN):
+    if sum(method in summary["methods"] for method in DRAWN) > 1:
         found[f"{name}.png"] = partial(_retention, summary)
     if _has("heatmaps", summary["methods"]):
         found[f"{name}_maps.png"] = partial(_heatmaps, summary)
@@ -207,11 +206,9 @@ def _made_with(summary: Mapping[str, Any]) -> list[str]:
             part: {key: value for key, value in settings[part].items() if value != common[part].get(key)}
             for part in ("network", "training")
         }
-        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         accepted = [one for run in runs for one in run["accepted"]]
         said = [_callback(settings), _settings(changed)]
         said.append(f"the criterion was met in {sum(accepted)} of {len(accepted)} tasks" if accepted else "")
-        said.append(_duration(median(seconds)) + " a run" if seconds else "")
         lines.append(f"{name}: {'; '.join(filter(None, said))}")
     runs = [run for method in summary["methods"].values() for run in method["runs"]]
     devices = sorted({run["device"] for run in runs})
@@ -235,10 +232,6 @@ def _callback(settings: Mapping[str, Any]) -> str:
         if key in settings:
             return f"`{name}({', '.join(f'{argument}={value!r}' for argument, value in settings[key].items())})`"
     return "fine-tuning"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _free(runs: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.finished import FinishedTasks, Retention
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities, hold_in_copy
 from lightning_rnf.guard import borrowed, recompiled
+from lightning_rnf.heatmaps import Gallery, images_of
 from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
@@ -38,9 +39,8 @@ from lightning_rnf.runs import (
 )
 from lightning_rnf.search import Candidates, Method, Normalize
 from lightning_rnf.selection import Selection
-from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.state import FreezeState, TaskRecord, readable
 from lightning_rnf.units import UnitMap
-from lightning_rnf.witnesses import Witnesses
 
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
 
@@ -114,7 +114,8 @@ class RelevanceFreezing(FinishedTasks):
         task: the task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``, else ``"task-<n>"``.
         seed: of the drawing of reference data.
         heatmaps: of so many samples of each task, up to 8, log what in the image is relevant to the true class, after
-            the task's end and after every later one (figures and their drift, to loggers). 0: none.
+            the task's end and after every later one (figures and their drift, to loggers). 0: none. The samples are not
+            in checkpoints: tasks that ended before the program was started have none, and a warning says so.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range.
@@ -198,7 +199,7 @@ class RelevanceFreezing(FinishedTasks):
             )
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
-        self._witnesses = Witnesses()
+        self._gallery = Gallery()
         self._freezer: Freezer | None = None
         self._silenced = ExitStack()
         self._pinned = ExitStack()
@@ -318,13 +319,21 @@ class RelevanceFreezing(FinishedTasks):
             asked.check_samples(drawn.samples)
             units = self._trace(module, drawn.example)
             record = self.selection.select(name, module, units, drawn, self.state, asked)
-            record = self._seen(record, module, units, drawn)
+            record = self._witnessed(record, module, units, drawn)
         if self.reset_free and not self.state.tasks:
             initial.remember(self.state, module, units)
         self.state.add(record, units)
         self._model = weakref.ref(module)
         tracking.announce(self.state, record, self.selection.ration, trained=False)
         return record
+
+    def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """Which rows of a parameter the fit that is under way lets learn: see `communication.reduce_free_rows`.
+
+        Returns:
+            Indices ``(rows, leading dimensions)`` of those that aren't frozen, in general ``(rows, 1)``; None: all.
+        """
+        return None if self._freezer is None else self._freezer.free_rows(parameter)
 
     # -- a fit --------------------------------------------------------------------------------------------------------
 
@@ -337,7 +346,9 @@ class RelevanceFreezing(FinishedTasks):
         refuse_strategies(trainer)
         warn_of_averages(trainer, self)
         # What was protected or loaded before the processes knew of each other: they go on with the same.
-        self.state = ranks_of(trainer).decided(lambda: self.state)
+        of_first = ranks_of(trainer).decided(lambda: self.state)
+        if of_first is not self.state:
+            self._take(of_first)
         self._task_name(trainer, pl_module)
         self._is_resumed = self._has_trained = False
         self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
@@ -368,6 +379,7 @@ class RelevanceFreezing(FinishedTasks):
         self._has_trained = True
         self._steps_at_end = -1
         self.state.training = name
+        self._warn_of_lost_samples()
         self._freezer.attach(trainer.optimizers)
         self._pin_norms(pl_module)
         if self.state.recovering is not None:
@@ -479,7 +491,7 @@ class RelevanceFreezing(FinishedTasks):
             return
         if module is not None:
             state.check_module(module)
-        self.state = state
+        self._take(state)
         if module is not None and self._freezer is not None:
             was_attached = self._freezer.attached
             self._begin(module)
@@ -495,6 +507,10 @@ class RelevanceFreezing(FinishedTasks):
         self.state.check_module(module)
         self._freezer = Freezer(module, self._elasticities())
         self._freezer.stop_gradients()
+
+    def _take(self, state: FreezeState) -> None:
+        super()._take(state)
+        self._gallery = self._gallery.of(self._probes)
 
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> TaskRecord:
         self._silenced.close()
@@ -515,30 +531,48 @@ class RelevanceFreezing(FinishedTasks):
                     milder=self.recovery_search,
                     show=show,
                 )
-            record = self._seen(record, module, units, reference)
+            record = self._witnessed(record, module, units, reference)
         self.state.add(record, units)
-        tracking.announce(self.state, record, self.selection.ration)
-        tracking.log(trainer, self.state, record)
-        if self._witnesses.gallery.maps:
-            self._witnesses.gallery.log(trainer, len(self.state.tasks))
         self._steps_at_end = trainer.global_step
-        if path := checkpoints.keep(trainer, name):
+        path = checkpoints.keep(trainer, name)  # before anything that a logger or a warning could break off
+        tracking.announce(self.state, record, self.selection.ration)
+        if path:
             rank_zero_info(f"{name}: kept in {path}")
+        tracking.log(trainer, self.state, record)
+        if self._gallery.maps:
+            self._gallery.log(trainer, len(self.state.tasks))
         return record
 
-    def _seen(
+    def _witnessed(
         self, record: TaskRecord, module: torch.nn.Module, units: UnitMap, reference: ReferenceData
     ) -> TaskRecord:
-        return self._witnesses.see(
-            record,
-            module,
-            units,
-            reference,
-            self.state,
-            masked=self.retention == "exact",
-            images=self.heatmaps,
-            composite=self.selection.composite,
-        )
+        """The record with what a later audit needs: fingerprints of what is frozen, the drift of earlier logits."""
+        rows = audit.fingerprints(module, units, record, self.state)
+        # Rank 0 has a batch for sure, and it alone keeps some of it; all get the record.
+        drift = reference.ranks.decided(lambda: self._look(record, module, units, reference))
+        return replace(record, rows=rows, drift=drift)
+
+    def _look(
+        self, record: TaskRecord, module: torch.nn.Module, units: UnitMap, reference: ReferenceData
+    ) -> dict[str, float]:
+        """The drift of earlier tasks' logits; keep samples of this one, and heatmaps of all."""
+        masked = self.retention == "exact"
+        drift = audit.drifts(module, self.state, self._probes, masked=masked)
+        self._probes[record.name] = audit.Probe.of(module, units.layers, record, reference, masked=masked)
+        known = {**self.state.tasks, record.name: record}
+        for name, probe in self._probes.items() if self.heatmaps else ():
+            if name in known:
+                recall = subnetwork.recall(module, units.layers, known[name], masked=masked)
+                self._gallery.add(name, record.name, *self._heatmaps(module, units, probe, recall))
+        return drift
+
+    def _heatmaps(
+        self, module: torch.nn.Module, units: UnitMap, probe: audit.Probe, recall: AbstractContextManager[None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = probe.on_device(module)
+        with recall:
+            maps = heatmaps_of(module, units.layers, batch, self.predict, self.selection.composite)
+        return images_of(batch)[: self.heatmaps], maps[: self.heatmaps]
 
     def _pin_norms(self, module: pl.LightningModule) -> None:
         self._pinned.close()
@@ -580,6 +614,14 @@ class RelevanceFreezing(FinishedTasks):
             with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
                 yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
 
+    def _warn_of_lost_samples(self) -> None:
+        lost = [name for name in self.state.tasks if name not in self._probes]
+        if self.heatmaps and lost:
+            rank_zero_warn(
+                f"no heatmaps of {', '.join(map(repr, lost))}: samples of a task are kept until the program ends, and "
+                "are in no checkpoint; make them yourself with lightning_rnf.heatmaps inside rnf.recall(task)"
+            )
+
     def _is_time_to_recover(self, trainer: pl.Trainer) -> bool:
         return (
             self.recovery_epochs > 0
@@ -618,6 +660,11 @@ class RelevanceFreezing(FinishedTasks):
         return name
 
     def _check_new(self, name: str) -> None:
+        if not readable(name):
+            raise ValueError(
+                f"task name {name!r} has control characters, line ends or halves of characters in it, which files, "
+                "tables and terminals don't take: give it another"
+            )
         if name in self.state.tasks:
             raise ValueError(
                 f"task {name!r} has ended already; name the new one: datamodule.task, or "
@@ -628,7 +675,7 @@ class RelevanceFreezing(FinishedTasks):
         return {
             **super().__getstate__(),
             "_freezer": None,
-            "_witnesses": Witnesses(),
+            "_gallery": Gallery(),
             **dict.fromkeys(_CONTEXTS),
         }
 

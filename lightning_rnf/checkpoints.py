@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_rnf.audit import Audit
 from lightning_rnf.state import FreezeState
 
 _KEY = "RelevanceFreezing"
+_LONGEST = 200  # bytes of a task's name in a file's, of which file systems allow 255
 
 
 def keep(trainer: Trainer, task: str) -> str | None:
@@ -36,10 +39,23 @@ def keep(trainer: Trainer, task: str) -> str | None:
     ]
     if not savers:
         return None
-    path = os.path.join(str(savers[0].dirpath), re.sub(r"[^\w.=+-]+", "_", task) + "-ended.ckpt")
+    path = os.path.join(str(savers[0].dirpath), file_name(task))
     for each in dict.fromkeys([path, *(saver.last_model_path for saver in savers if saver.last_model_path)]):
         trainer.save_checkpoint(each)
     return path
+
+
+def file_name(task: str) -> str:
+    """Of the checkpoint of a task's end: the task's name, without what no file system likes, and not too long for one.
+
+    >>> file_name("digits 0/1")
+    'digits_0_1-ended.ckpt'
+    """
+    name = re.sub(r"[^\w.=+-]+", "_", task)
+    if len(name.encode()) > _LONGEST:
+        told_apart = hashlib.sha256(task.encode(errors="surrogatepass")).hexdigest()[:8]
+        name = f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{told_apart}"
+    return f"{name}-ended.ckpt"
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -79,6 +95,21 @@ def has_finished_tasks(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint was saved with `RelevanceFreezing`."""
     callbacks = checkpoint.get("callbacks")
     return isinstance(callbacks, dict) and _KEY in callbacks
+
+
+def audit_of(checkpoint: Mapping[str, Any], state: FreezeState) -> Audit | None:
+    """Whether frozen rows are in a checkpoint as they were at their tasks' ends; None: it lacks some of the weights.
+
+    Raises:
+        ValueError: if the weights have another shape than the finished tasks'.
+    """
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    needed = {name for layer in state.layers for name in layer.parameters}.union(state.shared)
+    needed.update(*(record.head_parameters for record in state.tasks.values()))
+    if not needed.issubset(weights):
+        return None
+    state.check_parameters(weights)
+    return Audit.of(weights, state)
 
 
 def check(checkpoint: Mapping[str, Any], module: nn.Module) -> None:

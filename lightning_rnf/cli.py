@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_rnf import __version__
+from lightning_rnf import __version__, extras
 
 _HELP = """Relevance-based Neural Freezing: keep old tasks while learning new ones.
 
@@ -114,17 +114,26 @@ def _with_lightning(arguments: Sequence[str]) -> None:
 
 
 def _state(path: Path) -> Any:
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Any, Any]:
+    """The finished tasks in a file, and the checkpoint that it is; None: it is a file of masks."""
     from lightning_rnf import checkpoints, maskfiles
 
     if path.suffix == maskfiles.SUFFIX:
-        return maskfiles.load(path)
-    return checkpoints.finished_tasks(checkpoints.read(path))
+        return maskfiles.load(path), None
+    checkpoint = checkpoints.read(path)
+    return checkpoints.finished_tasks(checkpoint), checkpoint
 
 
 def _report(options: argparse.Namespace) -> None:
+    from lightning_rnf.checkpoints import audit_of
     from lightning_rnf.report import RetentionReport
 
-    report = RetentionReport.of(_state(options.file), metric=options.metric)
+    state, checkpoint = _read(options.file)
+    audit = None if checkpoint is None else audit_of(checkpoint, state)
+    report = RetentionReport.of(state, metric=options.metric, audit=audit)
     if options.html:
         options.html.write_text(report.to_html(), encoding="utf-8")
         return
@@ -170,8 +179,8 @@ def _diff(options: argparse.Namespace) -> None:
 
 def _sentence(error: Exception) -> str | None:
     """What to say of an error that is the user's to mend; None: it may be one of the code's, to be seen in full."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "jsonargparse":
-        return "jsonargparse is missing, which reads YAML: pip install 'lightning-rnf[cli]'"
+    if missing := extras.sentence(error):
+        return missing
     expected: tuple[type[Exception], ...] = (ValueError, TypeError, KeyError, RuntimeError, OSError)
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

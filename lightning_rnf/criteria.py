@@ -26,6 +26,8 @@ class SubnetworkScore:
         relevant: how many of them the sub-network keeps.
         free: how many would be relevant to no task if this cutoff were taken.
         free_before: the same at the search's step before this one.
+        samples: on how many of the reference samples accuracy and values were measured: all of them, or fewer where
+            too many answers were wrong already for any verdict but no. 0: not known.
         values: what else the criterion asked for, by name: metrics, ``"flops"`` of one sample and ``"flops_before"``.
         baseline_values: the same of the whole network.
     """
@@ -37,6 +39,7 @@ class SubnetworkScore:
     relevant: int
     free: int
     free_before: int
+    samples: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     baseline_values: Mapping[str, float] = field(default_factory=dict)
 
@@ -57,7 +60,10 @@ class Criterion(ABC):
         """Whether the sub-network will do."""
 
     def accuracy_limit(self, baseline: float) -> float | None:
-        """The accuracy that has to be kept if the whole network's is ``baseline``; None: it goes by something else."""
+        """The accuracy that has to be kept if the whole network's is ``baseline``; None: it goes by something else.
+
+        An evaluation ends as soon as it can't be reached any more.
+        """
         return None
 
     def met(self, score: SubnetworkScore) -> bool:

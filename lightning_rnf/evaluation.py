@@ -102,6 +102,8 @@ def measure(
     *,
     finite: bool = True,
     ranks: Ranks = ALONE,
+    lowest: float | None = None,
+    expected: int = 0,
 ) -> Measured:
     """Accuracy and metrics of a module, which should be in eval mode, on labelled batches.
 
@@ -113,9 +115,12 @@ def measure(
         metrics: of logits and labels; copies of them are updated.
         finite: whether all logits have to be; if not, samples whose aren't count as wrong, and metrics get zeros.
         ranks: that measure together, each on its share; they all get the same.
+        lowest: stop when this accuracy can't be reached any more. Several ranks go on to the end, but count as far as
+            one would have gone. None: go on to the end.
+        expected: how many samples the batches hold, for ``lowest`` to go by.
 
     Returns:
-        The share of right `answers`, and the metrics' values by name.
+        The share of right `answers`, and the metrics' values by name, on the samples that were seen.
 
     Raises:
         ValueError: if there is no sample, a metric computes several numbers, or as `predict_checked`.
@@ -126,35 +131,61 @@ def measure(
         for copy in copies.values():
             copy.to(logits.device).update(logits, target)
 
-    def of_share() -> tuple[int, int, list[tuple[Tensor, Tensor]]]:
-        right = given = 0
-        for_metrics: list[tuple[Tensor, Tensor]] = []
+    def is_certain(right: int, given: int, samples: int) -> bool:
+        if lowest is None:
+            return False
+        to_come = (expected - samples) * given // samples  # each sample has as many answers
+        return right + to_come < lowest * (given + to_come) - 1e-6
+
+    def of_share() -> list[_Counted]:
+        found: list[_Counted] = []
+        counts = (0, 0, 0)
         for batch in batches:
             with forward_context():
                 logits, target = predict_checked(predict, module, batch, finite=finite)
-            found = answers(logits, target)
-            right, given = right + int(found.sum()), given + found.numel()
-            if not copies:
-                continue
+            right = answers(logits, target)
+            counted = int(right.sum()), right.numel(), len(target)
             logits = logits.nan_to_num(posinf=0.0, neginf=0.0)
-            if ranks.size == 1:
+            if copies and ranks.size == 1:
                 update(logits, target)
-            else:
-                for_metrics.append((logits.cpu(), target.cpu()))
-        return right, given, for_metrics
+            kept = (logits.cpu(), target.cpu()) if copies and ranks.size > 1 else None
+            found.append((counted, kept))
+            counts = _added(counts, counted)
+            if ranks.size == 1 and counts[2] and is_certain(*counts):
+                break
+        return found
+
+    # Ranks end no sooner, but count no more than one process would.
+    seen: list[_Counted] = []
+    right = given = samples = 0
+    for counted, kept in joined(ranks.each(of_share)):
+        right, given, samples = _added((right, given, samples), counted)
+        seen.append((counted, kept))
+        if samples and is_certain(right, given, samples):
+            break
 
     def values() -> dict[str, float]:
         # Metrics see in one rank what one process would show them: merging states would need those of every metric to
         # have a form that merges, and ranks without a sample break the collectives of torchmetrics' own.
-        for logits, target in joined(for_metrics for _, _, for_metrics in shares):
-            update(logits, target)
+        for _, kept in seen:
+            if kept is not None:
+                update(*kept)
         return {name: _one_number(name, copy.compute()) for name, copy in copies.items()}
 
-    shares = ranks.each(of_share)
-    right, given = sum(share[0] for share in shares), sum(share[1] for share in shares)
     if given == 0:
         raise ValueError("no sample to measure accuracy on")
-    return Measured(right / given, ranks.decided(values) if copies else {})
+    return Measured(right / given, ranks.decided(values) if copies else {}, samples)
+
+
+_Counts = tuple[int, int, int]
+"""Right answers, answers, samples."""
+
+_Counted = tuple[_Counts, tuple[Tensor, Tensor] | None]
+"""Counts of a batch, and logits and target if a metric is to see them."""
+
+
+def _added(one: _Counts, other: _Counts) -> _Counts:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
 
 
 def _cleared(metric: Metric) -> Metric:

@@ -5,7 +5,8 @@ No display is needed, and pyplot is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_rnf import masks
+from lightning_rnf.masks import shortened
 from lightning_rnf.metrics import average_accuracy
 from lightning_rnf.state import FreezeState, TaskRecord
 
@@ -61,42 +63,62 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     compared with. With several seeds, a band around a line is one standard deviation wide on either side.
 
     Args:
-        results: of one stream, at most four.
+        results: of one stream, one to four.
         path: where to write the figure; the ending says in which format.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plots``).
+        ValueError: if there is no result, or more than four: so many lines can't be told apart.
     """
     retention(results).savefig(path, dpi=120)
 
 
 def retention(results: Sequence[StreamResult]) -> Figure:
     """The figure of `plot_retention`."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not 1 <= len(results) <= 4:
+        raise ValueError(f"there are results of {len(results)} methods, expected one to four: draw some of them")
     if len(results) == 1:
         styles, colours = ["-"], ["tab:blue"]
     else:
         styles, colours = ["--", "-", "-.", ":"], ["0.45", "tab:blue", "tab:red", "tab:green"]
-    figure = new_figure(10, 4)
-    left, right = cast("Sequence[Axes]", figure.subplots(1, 2))
-    steps = range(1, len(results[0].tasks) + 1)
-    capacity = left.twinx()
+    names = shortened(list(results[0].tasks), most=_NAME)
+    tasks = len(names)
     freezing = [result for result in results if len(result.free_capacity)]
-    for result, style, colour in zip(results, styles, colours, strict=False):
-        averages = 100 * result.averages
-        _line(left, steps, averages, style, color=colour, marker="o", lw=2, label=result.method)
+    of_methods = shortened([result.method for result in results], most=_NAME)
+    of_freezing = [f"free units, {name}" for name, one in zip(of_methods, results, strict=True) if one in freezing]
+    methods = [*of_methods, *of_freezing]
+    rows = max(_rows(methods, _HALF), _rows(names, _HALF))
+    figure = new_figure(10, 3.7 + _ROW * rows)
+    left, right = cast("Sequence[Axes]", figure.subplots(1, 2))
+    steps = range(1, tasks + 1)
+    size = 6 if tasks <= 12 else 3
+    capacity = left.twinx()
+    drawn: list[Any] = []
+    bars: list[Any] = []
+    for result, style, colour, marker in zip(results, styles, colours, _MARKERS, strict=False):
+        drawn += _line(left, steps, 100 * result.averages, style, color=colour, marker=marker, ms=size, lw=2)
         if result in freezing:
+            place = len(bars)
             width = 0.6 / len(freezing)
-            places = [step - 0.3 + width * (freezing.index(result) + 0.5) for step in steps]
+            places = [step - 0.3 + width * (place + 0.5) for step in steps]
             free = [100 * share for share in result.free_capacity]
-            capacity.bar(places, free, width=width, color=colour, alpha=0.18, label=f"free units, {result.method}")
+            look: dict[str, Any] = {
+                "facecolor": _faded(colour),
+                "edgecolor": colour,
+                "lw": 0.7,
+                "hatch": _HATCHES[place],
+            }
+            bars.append(capacity.bar(places, free, width=width, **look))
     compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
     for result, style in zip(compared, styles, strict=False):
-        for task in range(len(result.tasks)):
-            of_task = 100 * result.matrices[:, task:, task]
-            _line(right, list(steps)[task:], of_task, style, color=f"C{task % 10}", marker=_MARKERS[task % 10], ms=4)
-    for task, name in enumerate(results[0].tasks):  # for the legend: styles are the methods', as on the left
-        right.plot([], [], color=f"C{task % 10}", marker=_MARKERS[task % 10], ms=4, ls="none", label=name)
-    left.set(title="Average over the tasks seen", xlabel="tasks trained", ylabel="test accuracy, %", xticks=steps)
+        for task in range(tasks):
+            _line(right, list(steps)[task:], 100 * result.matrices[:, task:, task], style, **_of_task(task), ms=size)
+    # Styles are the methods', as on the left.
+    of_tasks = [right.plot([], [], ls="none", **_of_task(task), ms=5)[0] for task in range(tasks)]
+    left.set_title("Average over the tasks seen", fontsize=10)
+    left.set_ylabel("test accuracy, %")
     capacity.set(ylim=(0, 100))
     if freezing:
         capacity.set_ylabel("free units, %")
@@ -104,73 +126,80 @@ def retention(results: Sequence[StreamResult]) -> Figure:
         capacity.set_yticks([])
     left.set_zorder(capacity.get_zorder() + 1)
     left.patch.set_visible(False)
-    handles = [*left.get_legend_handles_labels()[0], *capacity.get_legend_handles_labels()[0]]
-    labels = [*left.get_legend_handles_labels()[1], *capacity.get_legend_handles_labels()[1]]
-    left.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False)
-    right.set(
-        title="Each task: " + " and ".join(result.method for result in compared),
-        xlabel="tasks trained",
-        ylabel="test accuracy, %",
-        xticks=steps,
-    )
-    right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    of_compared = shortened([result.method for result in compared], most=18)
+    right.set_title(literal(f"Each task: {' and '.join(of_compared)}"), fontsize=10)
+    right.set_ylabel("test accuracy, %")
+    for axes in (left, right):
+        axes.set(xlabel="tasks trained", xlim=(0.5, tasks + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5}  # letters: under the axis' name
+    _legend(left, [*drawn, *bars], methods, _HALF, **below)
+    _legend(right, of_tasks, names, _HALF, **below)
     return figure
 
 
 def capacity(state: FreezeState) -> Figure:
-    """Each layer as a bar: which share of its units each task was the first to freeze, and what is free."""
-    claims = masks.claims(state)
-    figure = new_figure(8, 1.4 + 0.34 * len(claims))
+    """Each layer as a bar: which share of its units each task was the first to freeze, and what is free.
+
+    Of many layers, neighbours share a bar.
+    """
+    claims = _together(masks.claims(state))
+    names = shortened(list(state.tasks), most=_NAME)
+    figure = new_figure(8, 1.4 + 0.34 * len(claims) + _ROW * _rows([*names, "free"], _WHOLE))
     axes = figure.subplots()
-    layers = list(claims)
-    left = torch.zeros(len(layers))
-    shades = _shades(len(state.tasks))
-    for index, name in enumerate(state.tasks):
-        shares = torch.tensor([100 * float((claims[layer] == index).double().mean()) for layer in layers])
-        axes.barh(
-            layers,
-            shares.tolist(),
-            left=left.tolist(),
-            color=shades[index],
-            hatch=_HATCHES[index % len(_HATCHES)],
-            edgecolor="0.5",
-            lw=0.5,
-            label=name,
-        )
+    places = range(len(claims))
+    left = torch.zeros(len(claims))
+    bars: list[Any] = []
+    for index in range(len(names)):
+        shares = torch.tensor([100 * float((units == index).double().mean()) for units in claims.values()])
+        colour, hatch = _COLOURS[index % len(_COLOURS)], _HATCHES[index % len(_HATCHES)]
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0.5}
+        bars.append(axes.barh(places, shares.tolist(), left=left.tolist(), **look))
         left += shares
     free = (100 - left).tolist()
-    axes.barh(layers, free, left=left.tolist(), color="none", edgecolor="0.5", lw=0.5, label="free")
-    axes.invert_yaxis()
+    bars.append(axes.barh(places, free, left=left.tolist(), color="none", edgecolor="0.5", lw=0.5))
+    axes.set_yticks(places, [literal(name) for name in claims], fontsize=9)
+    axes.set_ylim(len(claims) - 0.5, -0.5)
     axes.set(xlim=(0, 100), xlabel="units, %", title="Units by the task that froze them first")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    _legend(figure, bars, [*names, "free"], _WHOLE, loc="outside lower center")
     return figure
 
 
 def unit_map(state: FreezeState, columns: int = 100) -> Figure:
-    """Every unit as a cell, ``columns`` in a row, coloured by the task that was the first to freeze it."""
-    from matplotlib.patches import Patch
+    """Every unit as a cell, ``columns`` in a row, by the task that was the first to freeze it; a dot is a free unit.
 
-    claims = masks.claims(state)
-    shades = torch.tensor([[*_FREE], *([*shade] for shade in _shades(len(state.tasks)))], dtype=torch.float32)
+    Colours and forms are the tasks'. Where that many columns would make more than 200 rows, there are more columns.
+    """
+    from matplotlib.lines import Line2D
+
+    claims = _together(masks.claims(state))
+    names = shortened(list(state.tasks), most=_NAME)
+    columns = max(columns, math.ceil(sum(map(len, claims.values())) / 200))
+    cells = torch.stack([_cell(_DOT, "0.5"), *(_cell(*_cell_of(index)) for index in range(len(names)))])
+    side = cells.shape[1]
     rows: list[Tensor] = []
     ticks: list[int] = []
     for claimed in claims.values():
         ticks.append(sum(len(row) for row in rows))
-        cells = shades[claimed + 1]
-        missing = -len(cells) % columns
-        rows.append(torch.cat([cells, torch.zeros(missing, 4)]).view(-1, columns, 4))
-        rows.append(torch.zeros(1, columns, 4))  # a gap between layers
+        missing = -len(claimed) % columns
+        of_layer = torch.cat([cells[claimed + 1], torch.zeros(missing, side, side, 4)])
+        rows.append(of_layer.view(-1, columns, side, side, 4))
+        rows.append(torch.zeros(1, columns, side, side, 4))  # a gap between layers
     image = torch.cat(rows[:-1])
-    figure = new_figure(8, 1.2 + 0.085 * len(image))
+    height = min(0.085 * len(image), 12)
+    figure = new_figure(8, 0.9 + height + _ROW * _rows(["free", *names], _WHOLE))
     axes = figure.subplots()
-    axes.imshow(image.numpy(), interpolation="nearest", aspect="auto")
-    axes.set_yticks(ticks, list(claims), fontsize=8)
+    pixels = image.transpose(1, 2).reshape(len(image) * side, columns * side, 4)
+    axes.imshow(pixels.numpy(), interpolation="nearest", aspect="auto", extent=(0, columns, len(image), 0))
+    axes.set_yticks([tick + 0.5 for tick in ticks], [literal(name) for name in claims], fontsize=8)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.set_title("Units by the task that froze them first", fontsize=10)
-    named = zip(shades, ["free", *state.tasks], strict=True)
-    patches = [Patch(facecolor=shade.tolist(), edgecolor="0.5", lw=0.5, label=name) for shade, name in named]
-    axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    handles = [Line2D([], [], ls="none", marker="s", ms=2, color="0.5")]
+    for index in range(len(names)):
+        form, colour = _cell_of(index)
+        handles.append(Line2D([], [], ls="none", color=colour, **_CELLS[form]))
+    _legend(figure, handles, ["free", *names], _WHOLE, loc="outside lower center")
     return figure
 
 
@@ -179,7 +208,7 @@ def search(record: TaskRecord) -> Figure:
     figure = new_figure(5, 3.2)
     axes = figure.subplots()
     walked = sorted(record.evaluations, key=lambda evaluation: evaluation.score.cutoff)
-    axes.plot([one.score.cutoff for one in walked], [100 * one.score.accuracy for one in walked], color="0.6", lw=1)
+    axes.plot([one.score.cutoff for one in walked], [100 * one.score.accuracy for one in walked], color="0.5", lw=1)
     for accepted, marker, label in ((True, "o", "accepted"), (False, "x", "rejected")):
         some = [one.score for one in walked if one.accepted == accepted]
         points = [score.cutoff for score in some], [100 * score.accuracy for score in some]
@@ -188,29 +217,43 @@ def search(record: TaskRecord) -> Figure:
         settled = [one.score for one in record.recovery]
         points = [score.cutoff for score in settled], [100 * score.accuracy for score in settled]
         axes.plot(*points, "D", color="tab:green", ms=6, label="after recovery")
-    axes.axvline(record.cutoff, color="0.4", ls="--", lw=1, label=f"cutoff {record.cutoff}")
-    axes.set(title=record.name, xlabel="least relevant units silenced", ylabel="accuracy, %")
+    axes.axvline(record.cutoff, color="0.5", ls="--", lw=1, label=f"cutoff {record.cutoff}")
+    axes.set_title(literal(shortened([record.name], most=40)[0]))
+    axes.set(xlabel="least relevant units silenced", ylabel="accuracy, %")
     axes.legend(fontsize=8, frameon=False)
     return figure
 
 
 def overlap(state: FreezeState) -> Figure:
-    """How many units are relevant to both of two tasks, as a matrix with its numbers."""
-    counts, names = masks.overlap(state), list(state.tasks)
-    size = 2.2 + 0.55 * len(names)
+    """How many units are relevant to both of two tasks, as a matrix: with its numbers, of many tasks with a scale.
+
+    See `masks.overlap` for what it means with ``candidates="free"``.
+    """
+    counts = masks.overlap(state)
+    names = [literal(name) for name in shortened(list(state.tasks), most=_NAME)]
+    size = min(2.2 + 0.45 * len(names), 9)
     figure = new_figure(size + 0.6, size)
     axes = figure.subplots()
-    axes.imshow(counts.numpy(), cmap="Greys", vmin=0, vmax=max(int(counts.max()), 1) * 1.25)
-    for row in range(len(names)):
-        for column in range(len(names)):
-            value = int(counts[row, column])
-            # Nearly black, so that a page that recolours what is black leaves it: the cell stays as light as it is.
-            shade = "white" if value > 0.6 * float(counts.max()) else "#010101"
-            axes.text(column, row, str(value), ha="center", va="center", color=shade, fontsize=8)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    drawn = axes.imshow(counts.numpy(), cmap="Greys", vmin=0, vmax=max(int(counts.max()), 1) * 1.25)
+    if len(names) > 15:
+        figure.colorbar(drawn, ax=axes, label="units", shrink=0.6)
+    else:
+        for row in range(len(names)):
+            for column in range(len(names)):
+                value = int(counts[row, column])
+                # Nearly black, so that a page that recolours what is black leaves it: the cell stays as light as it is.
+                shade = "white" if value > 0.6 * float(counts.max()) else "#010101"
+                axes.text(column, row, str(value), ha="center", va="center", color=shade, fontsize=8)
+    named = range(0, len(names), math.ceil(len(names) / 40))
+    axes.set_xticks(named, [names[place] for place in named], rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(named, [names[place] for place in named], fontsize=8)
     axes.set_title("Units that tasks share", fontsize=10)
     return figure
+
+
+def literal(text: str) -> str:
+    """Text as matplotlib shows it letter by letter: dollars would start mathematics."""
+    return masks.printable(text).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -227,23 +270,96 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-_FREE = (0.5, 0.5, 0.5, 0.2)
+_COLOURS = (
+    *("#1f77b4", "#d1670a", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#d25fae", "#7f7f7f", "#8f8f1a", "#128f9c"),
+)
+"""Of tasks: matplotlib's, the light ones darker. On white and on a dark page they are seen with a contrast of 3."""
+
 _MARKERS = "os^Dv<>p*h"
-_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++")
+_FILLS = ("full", "none", "left")
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "oo", "----", "++++")
+
+_DOT = ".....|.....|..#..|.....|....."
+_CELLS: dict[str, dict[str, Any]] = {
+    "#####|#####|#####|#####|#####": {"marker": "s", "ms": 7, "mew": 0},
+    "#####|#...#|#...#|#...#|#####": {"marker": "s", "ms": 6, "mew": 1.5, "mfc": "none"},
+    ".....|#####|#####|#####|.....": {"marker": "_", "ms": 7, "mew": 4},
+    ".###.|.###.|.###.|.###.|.###.": {"marker": "|", "ms": 7, "mew": 4},
+    "#...#|.#.#.|..#..|.#.#.|#...#": {"marker": "x", "ms": 6, "mew": 1.5},
+    "..#..|..#..|#####|..#..|..#..": {"marker": "+", "ms": 7, "mew": 1.5},
+    "#....|##...|###..|####.|#####": {"marker": [(-1, -1), (1, -1), (-1, 1), (-1, -1)], "ms": 7, "mew": 0},
+    "#####|.####|..###|...##|....#": {"marker": [(1, 1), (-1, 1), (1, -1), (1, 1)], "ms": 7, "mew": 0},
+}
+"""Forms of cells by rows of pixels, and how a legend shows them."""
+
+_NAME = 24
+"""Letters of a name that a figure has room for."""
+
+_HALF, _WHOLE, _ROW = 4.4, 7.6, 0.18
+"""Width of a legend under half a figure and under a whole one, height of its rows, in inches."""
 
 
-def _shades(number: int) -> list[Any]:
-    """Colours that go from dark to light: in greyscale they still differ."""
-    from matplotlib import colormaps
+def _of_task(task: int) -> dict[str, Any]:
+    """How a task's line looks: up to 30 differ without their colours."""
+    fill = _FILLS[task // len(_MARKERS) % len(_FILLS)]
+    return {"color": _COLOURS[task % len(_COLOURS)], "marker": _MARKERS[task % len(_MARKERS)], "fillstyle": fill}
 
-    return [colormaps["viridis"](0.15 + 0.8 * index / max(number - 1, 1)) for index in range(number)]
+
+def _faded(colour: str) -> tuple[float, float, float, float]:
+    from matplotlib.colors import to_rgba
+
+    return to_rgba(colour, 0.2)
 
 
-def _line(axes: Axes, steps: Sequence[int], values: Tensor, style: str, **look: Any) -> None:
+def _cell_of(task: int) -> tuple[str, str]:
+    """Form and colour of a task's cells: 40 tasks differ, 8 of them without their colours."""
+    return list(_CELLS)[task % len(_CELLS)], _COLOURS[task % len(_COLOURS)]
+
+
+def _cell(form: str, colour: str) -> Tensor:
+    """A cell of the unit map: RGBA ``(6, 6, 4)``, of which the last row and column are empty."""
+    from matplotlib.colors import to_rgba
+
+    drawn = torch.tensor([[pixel == "#" for pixel in f"{row}."] for row in [*form.split("|"), "....."]])
+    return drawn.unsqueeze(-1) * torch.tensor(to_rgba(colour))
+
+
+def _together(claims: Mapping[str, Tensor], most: int = 40) -> dict[str, Tensor]:
+    """Layers by the name to show; of more than ``most``, neighbours become one that is named by the first and last."""
+    names = list(claims)
+    size = max(math.ceil(len(names) / most), 1)
+    short = shortened(names, most=_NAME if size == 1 else _NAME // 2)
+    found: dict[str, Tensor] = {}
+    for start in range(0, len(names), size):
+        of_group = names[start : start + size]
+        last = start + len(of_group) - 1
+        name = short[start] if last == start else f"{short[start]} to {short[last]}"
+        found[name] = torch.cat([claims[layer] for layer in of_group])
+    return found
+
+
+def _rows(names: Sequence[str], width: float) -> int:
+    """How many rows a legend with these names has in that width: a letter of 8 points is 0.07 inches wide."""
+    columns = max(int(width / (0.55 + 0.07 * max(map(len, names), default=0))), 1)
+    return math.ceil(len(names) / columns)
+
+
+def _legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], width: float, **place: Any) -> None:
+    """A legend in as many columns as there is room for."""
+    columns = math.ceil(len(names) / _rows(names, width))
+    unnamed = ["?"] * len(names)  # a label with an underscore in front would be left out
+    legend = owner.legend(handles, unnamed, ncols=columns, fontsize=8, frameon=False, **place)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(literal(name))
+
+
+def _line(axes: Axes, steps: Sequence[int], values: Tensor, style: str, **look: Any) -> list[Any]:
     """The mean over seeds, ``values`` being ``(seeds, steps)``, in a band of a standard deviation."""
-    mean = values.mean(dim=0)
-    axes.plot(steps, mean.tolist(), style, **look)
+    mean = values.mean(dim=0).round(decimals=4)  # or an axis shows the last digits of floats
+    drawn: list[Any] = axes.plot(steps, mean.tolist(), style, **look)
     if len(values) > 1:
         deviation = values.std(dim=0)
         lower, upper = (mean - deviation).tolist(), (mean + deviation).tolist()
         axes.fill_between(steps, lower, upper, color=look["color"], alpha=0.15, lw=0)
+    return drawn

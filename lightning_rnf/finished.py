@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_rnf import audit, hub, maskfiles, sharding, subnetwork
 from lightning_rnf.export import export
 from lightning_rnf.report import RetentionReport
-from lightning_rnf.runs import TaskOption, task_of_evaluation, tasks_of_loaders
-from lightning_rnf.state import FreezeState
+from lightning_rnf.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
+from lightning_rnf.state import FreezeState, TaskRecord
 
 Retention = Literal["exact", "paper"]
 
@@ -42,6 +42,7 @@ class FinishedTasks(Callback):
         self.state = FreezeState()
         self._model: Callable[[], Any] = lambda: None  # of the last fit, or of what was protected since
         self._recalled = ExitStack()
+        self._probes: dict[str, audit.Probe] = {}
         self._tested: list[str | None] = []
         self._has_older_weights = False
 
@@ -127,7 +128,8 @@ class FinishedTasks(Callback):
             report.plot("retention.png")
 
         Args:
-            model: whose frozen rows are audited; None: the same as for `recall`, if it is still there.
+            model: that is audited: its frozen rows, and the logits of a few samples of each task that has ended since
+                the program was started; None: the same as for `recall`, if it is still there.
             matrix: accuracy ``(tasks, tasks)`` as `metrics` says; None: what ``trainer.test`` has logged.
             metric: which of the logged metrics the matrix is of; None: the first that has "acc" in its name.
             baseline: accuracy of each task before any training, ``(tasks,)``: for the forward transfer.
@@ -136,11 +138,12 @@ class FinishedTasks(Callback):
             ValueError: if the model is another one, the matrix has another shape, or the metric was never logged.
         """
         module = self._model() if model is None else getattr(model, "_orig_mod", model)
-        checked = None
+        looked_at = None
         if module is not None and not sharding.is_sharded(module):
             self.state.check_module(module)
-            checked = audit.changed(module, self.state)
-        return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, changed=checked)
+            drift = audit.drifts(module, self.state, self._probes, masked=self.retention == "exact")
+            looked_at = audit.Audit.of(dict(module.named_parameters(remove_duplicate=False)), self.state, drift)
+        return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, audit=looked_at)
 
     def save(self, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
         """Write the finished tasks into a small file to hand on: a bit for each unit and task, no weights.
@@ -178,7 +181,7 @@ class FinishedTasks(Callback):
             raise ValueError(
                 f"{os.fspath(path)!r} lacks {', '.join(map(repr, lost))}, finished here: load it into a new callback"
             )
-        self.state = state
+        self._take(state)
 
     @classmethod
     def from_pretrained(
@@ -240,9 +243,12 @@ class FinishedTasks(Callback):
             self._recall_finished(trainer, pl_module, dataloader_idx)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the recall, and note what was logged: it is a row of the report's accuracy matrix."""
+        """End the recall, and note what was logged: it is a row of the report's accuracy matrix.
+
+        Not of ``fast_dev_run``; nor, with a warning, of a part of the data or of another model than the last task's.
+        """
         self._recalled.close()
-        self._note_test(trainer)
+        self._note_test(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the recall."""
@@ -276,31 +282,55 @@ class FinishedTasks(Callback):
                 "or wrap the call in rnf.recall(task)"
             )
 
+    def _take(self, state: FreezeState) -> None:
+        """Go on with other finished tasks; what was kept beside the old ones goes, but for those that are the same."""
+        rows = {name: record.rows for name, record in self.state.tasks.items()}
+        same = [name for name, record in state.tasks.items() if record.rows and record.rows == rows.get(name)]
+        self._probes = {name: self._probes[name] for name in same if name in self._probes}
+        self.state = state
+
     def _end_run(self) -> None:
         self._recalled.close()
         self._has_older_weights = False
         for name in _OF_LIGHTNING:  # they would keep the model alive
             vars(self).pop(name, None)
 
-    def _note_test(self, trainer: pl.Trainer) -> None:
+    def _note_test(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         tested, self._tested = self._tested, []
-        if not self.state.tasks or self._has_older_weights:
+        if not self.state.tasks or self._has_older_weights or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        of_last = next(reversed(self.state.tasks.values())).tests
+        last = next(reversed(self.state.tasks.values()))
+        if other := self._other_than_at(last, module):
+            rank_zero_warn(
+                f"the model that was tested is not the one in which {last.name!r} has ended ({', '.join(other)} "
+                "differ), so the test is left out of the report"
+            )
+            return
+        left_out = batches_left_out(trainer)
         for index, task in enumerate(tested):
             if task is None or tested.count(task) > 1:
+                continue
+            if left_out[index]:
+                rank_zero_warn(f"{task!r} was tested on {left_out[index]}, so the test is left out of the report")
                 continue
             suffix = f"/dataloader_idx_{index}"
             logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
             if len(tested) > 1:
                 logged = {name[: -len(suffix)]: value for name, value in logged.items() if name.endswith(suffix)}
             if logged:
-                of_last[task] = logged
+                last.tests[task] = logged
+
+    def _other_than_at(self, record: TaskRecord, module: pl.LightningModule) -> tuple[str, ...]:
+        """What of a task's own a model doesn't have as it was at the task's end; of a sharded one that isn't known."""
+        if sharding.is_sharded(module):
+            return ()
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        return audit.changed(parameters, self.state, record.name)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.
         kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
-        return {**kept, "_model": None, "_recalled": None}
+        return {**kept, "_model": None, "_recalled": None, "_probes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())

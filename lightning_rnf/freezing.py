@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rnf import rows as layer_rows
 from lightning_rnf import sharding
 from lightning_rnf.state import FreezeState
 from lightning_rnf.units import UnitMap
@@ -114,6 +115,7 @@ class Freezer:
         self._rows = _rows(module, factors)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._stopped: list[_Rows] = []
+        self._held: dict[Tensor, _Rows] = {}
         self._handles: list[Any] = []
         self._nested_steps = 0
 
@@ -145,8 +147,10 @@ class Freezer:
         self.follow(optimizers)
         for rows in self._rows.values():
             rows.hold()
+            self._held[rows.parameter] = rows
             if rows.frozen is not None:
                 self._handles.append(rows.mask_gradients())
+        self._spare_gradients()
 
     def change(self, factors: Mapping[str, Tensor]) -> None:
         """Hold to other elasticities from here on; if rows are being held, with the same optimizers."""
@@ -202,13 +206,29 @@ class Freezer:
             if not written_only or sharding.writes(rows.parameter) != rows.pinned_writes:
                 rows.pin()
 
+    def free_rows(self, parameter: Tensor) -> Tensor | None:
+        """As `communication.FreeRows`: rows whose gradients are not masked now."""
+        rows = self._held.get(parameter)
+        return None if rows is None else rows.free
+
     def forget_failed_step(self) -> None:
         """After an exception in a step that somebody caught: its second hook never ran."""
         self._nested_steps = 0
 
+    def _spare_gradients(self) -> None:
+        """Let layers not even work out the gradients that are masked, where that can be done and pays."""
+        for name, rows in self._rows.items() if not sharding.is_sharded(self._module) else ():
+            layer, _, kind = name.rpartition(".")
+            if kind == "weight" and rows.factor.ndim == 1:
+                found = layer_rows.learning(self._module.get_submodule(layer), rows.factor == 0)
+                if found is not None:
+                    rows.learn, handle = found
+                    self._handles.append(handle)
+
     def _remove_hooks(self) -> None:
         self._nested_steps = 0
         self._optimizers.clear()
+        self._held.clear()
         while self._handles:
             self._handles.pop().remove()
 
@@ -282,17 +302,20 @@ class _Rows:
         self.factor = factor
         self.is_whole = not bool(factor.any())
         self.frozen: _Slice | None = None
+        self.free: Tensor | None = None
         self.elastic: _Slice | None = None
         self.pinned: Tensor
         self.pinned_writes = -1
         self.before: Tensor
         self.weight: Tensor
+        self.learn: layer_rows.LearnRows | None = None
 
     def hold(self) -> None:
         factor = sharding.local_rows(self.parameter, self.factor)
         elastic = (factor != 0) & (factor != 1)
         self.frozen = self.where(factor == 0)
         self.elastic = self.where(elastic)
+        self.free = None if self.frozen is None else factor.nonzero().to(self.parameter.device)
         if self.frozen is not None:
             self.pinned = self.frozen.read(self.parameter)
         if self.elastic is not None:
@@ -316,7 +339,8 @@ class _Rows:
     def _mask_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         assert self.frozen is not None
-        self.frozen.zero(parameter.grad)
+        if self.learn is None or not self.learn.has_made(parameter.grad):
+            self.frozen.zero(parameter.grad)
 
     def remember(self) -> None:
         if self.elastic is not None:

@@ -5,7 +5,7 @@ The paper's Figure 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from zennit.image import palette
 from lightning_rnf import tracking
 from lightning_rnf.attribution import attribute
 from lightning_rnf.evaluation import Predict, supervised
-from lightning_rnf.figures import new_figure
+from lightning_rnf.figures import literal, new_figure
+from lightning_rnf.masks import shortened
 from lightning_rnf.units import UnitLayer
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 
 def heatmaps(
@@ -70,16 +71,19 @@ def heatmaps(
 
 
 def images_of(batch: Any) -> Tensor:
-    """The first tensor of floats ``(N, channels, height, width)`` in a batch, on the CPU.
+    """The first tensor of floats ``(N, channels, height, width)`` in a batch, or else of bytes, on the CPU as float32.
+
+    Bytes are images if ``predict`` makes floats of them.
 
     Raises:
         ValueError: if there is none.
     """
     found: list[Tensor] = []
     apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
-    for tensor in found:
-        if tensor.ndim == 4 and tensor.is_floating_point():
-            return tensor.detach().float().cpu()
+    images = [tensor for tensor in found if tensor.ndim == 4]
+    floats = [tensor for tensor in images if tensor.is_floating_point()]
+    for tensor in floats or [tensor for tensor in images if tensor.dtype == torch.uint8]:
+        return tensor.detach().float().cpu()
     shapes = [tuple(tensor.shape) for tensor in found]
     raise ValueError(f"heatmaps need images (N, channels, height, width), the batch has tensors of shape {shapes}")
 
@@ -103,7 +107,7 @@ class Drift:
         """Compare ``(N, height, width)`` with the same."""
         one, other = before.double().flatten(1), after.double().flatten(1)
         both_zero = (one == 0).all(dim=1) & (other == 0).all(dim=1)
-        cosine = torch.where(both_zero, 1.0, torch.cosine_similarity(one, other, dim=1, eps=1e-300))
+        cosine = torch.where(both_zero, 1.0, torch.cosine_similarity(one, other, dim=1, eps=1e-300).clamp(-1, 1))
         speaking = (one != 0) | (other != 0)
         agreed = (one.sign() == other.sign()) & speaking
         signs = torch.where(both_zero, 1.0, agreed.sum(dim=1) / speaking.sum(dim=1).clamp(min=1))
@@ -121,9 +125,51 @@ def draw(images: Tensor, columns: Mapping[str, Tensor], title: str = "") -> Figu
     Raises:
         ImportError: if matplotlib is not installed (extra ``plots``).
     """
-    rows = len(images)
-    figure = new_figure(1.5 * (len(columns) + 1), 1.5 * rows + 0.7)
-    grid = figure.subplots(rows, len(columns) + 1, squeeze=False)
+    figure = new_figure(1.5 * (len(columns) + 1), 1.5 * len(images) + 0.8)
+    _fill(figure, images, columns)
+    if title:
+        figure.suptitle(literal(title), fontsize=10)
+    return figure
+
+
+def compare(
+    images: Tensor, methods: Mapping[str, Mapping[str, Tensor]], drifts: Mapping[str, Sequence[Drift]] | None = None
+) -> Figure:
+    """Images of one task under several methods, one under the other: heatmaps right after it and after later tasks.
+
+    Above each heatmap is how far it has drifted from the method's first one.
+
+    Args:
+        images: ``(N, channels, height, width)``.
+        methods: by name, heatmaps ``(N or more, height, width)`` by what is written above them, in order of time.
+        drifts: by name, as many as there are heatmaps, if they were measured on other images, too; None: on all images
+            that the heatmaps are of.
+
+    Raises:
+        ImportError: if matplotlib is not installed (extra ``plots``).
+    """
+    columns = max(map(len, methods.values()))
+    figure = new_figure(1.25 * (columns + 1), (1.25 * len(images) + 0.9) * len(methods))
+    parts = figure.subfigures(len(methods), 1, squeeze=False).flat
+    for part, (method, maps) in zip(parts, methods.items(), strict=True):
+        _fill(part, images, _with_drift(maps, None if drifts is None else drifts[method]))
+        part.suptitle(literal(method), fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _with_drift(maps: Mapping[str, Tensor], drifts: Sequence[Drift] | None = None) -> dict[str, Tensor]:
+    """The same with the drift since the first of them under each name."""
+    first = next(iter(maps.values()))
+    drifts = drifts or [Drift.between(first, later) for later in maps.values()]
+    return {
+        f"{name}\ncosine {drift.cosine:.3f}\nsigns {drift.signs:.0%}": of_images
+        for (name, of_images), drift in zip(maps.items(), drifts, strict=True)
+    }
+
+
+def _fill(part: FigureBase, images: Tensor, columns: Mapping[str, Tensor]) -> None:
+    """A row for each image: itself, and its heatmaps under their names."""
+    grid = part.subplots(len(images), len(columns) + 1, squeeze=False)
     for row, image in enumerate(images):
         low, high = image.min(), image.max()
         shown = ((image - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0)
@@ -132,19 +178,27 @@ def draw(images: Tensor, columns: Mapping[str, Tensor], title: str = "") -> Figu
         for place, maps in enumerate(columns.values(), start=1):
             grid[row][place].imshow(_coloured(maps[row]))
     for axes, name in zip(grid[0], ["image", *columns], strict=True):
-        axes.set_title(name, fontsize=8)
+        axes.set_title("\n".join(literal(line) for line in name.split("\n")), fontsize=8)
     for axes in grid.flat:
         axes.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
 
 
 def _coloured(heatmap: Tensor) -> Any:
-    """Zennit's colours from the most negative over none to the most positive: uint8 ``(height, width, 3)``."""
+    """Zennit's colours from the most negative over none to the most positive: uint8 ``(height, width, 3)``.
+
+    What is no number is grey.
+    """
     # Its imgify makes a palette of them that Pillow 12 does not read.
-    share = heatmap / heatmap.abs().max().clamp(min=torch.finfo(heatmap.dtype).tiny)
-    return palette("bwr")[((share + 1) * 127.5).round().long().numpy()]
+    known = heatmap.isfinite()
+    largest = heatmap[known].abs().max() if known.any() else heatmap.new_ones(())
+    share = torch.where(known, heatmap, 0) / largest.clamp(min=torch.finfo(heatmap.dtype).tiny)
+    colours = palette("bwr")[((share + 1) * 127.5).round().long().numpy()]
+    colours[~known.numpy()] = 128
+    return colours
+
+
+_COLUMNS = 8
+"""More heatmaps side by side would be too small to see, or the figure too wide for a page."""
 
 
 @dataclass
@@ -164,20 +218,26 @@ class Gallery:
         self.images.setdefault(task, images)
         self.maps.setdefault(task, {})[ended] = maps
 
+    def of(self, tasks: Collection[str]) -> Gallery:
+        """What there is of these tasks."""
+        images = {task: images for task, images in self.images.items() if task in tasks}
+        return Gallery(images, {task: maps for task, maps in self.maps.items() if task in tasks})
+
     def drift(self, task: str) -> Drift:
         """Between a task's first heatmaps and its last."""
         maps = list(self.maps[task].values())
         return Drift.between(maps[0], maps[-1])
 
     def draw(self, task: str) -> Figure:
-        """A task's images and heatmaps, with their drift since its end."""
-        own = self.maps[task]
-        first = next(iter(own.values()))
-        columns = {}
-        for ended, maps in own.items():
-            drift = Drift.between(first, maps)
-            columns[f"after {ended}\ncosine {drift.cosine:.3f}\nsigns {drift.signs:.0%}"] = maps
-        return draw(self.images[task], columns, f"relevance for the true class, {task}")
+        """A task's images and heatmaps, with their drift since its end: after every later task, of many after some."""
+        own = list(self.maps[task].items())
+        step = max((len(own) - 1) / (_COLUMNS - 1), 1)
+        places = dict.fromkeys(round(step * column) for column in range(min(len(own), _COLUMNS)))
+        names = shortened([ended for ended, _ in own], most=16)
+        kept = {f"after {names[place]}": own[place][1] for place in places}
+        return draw(
+            self.images[task], _with_drift(kept), f"relevance for the true class, {shortened([task], most=40)[0]}"
+        )
 
     def log(self, trainer: Trainer, step: int) -> None:
         """Send drifts to all loggers, and figures to those that take some, if matplotlib is there."""

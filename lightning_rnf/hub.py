@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_rnf import extras
+
 FILE = "masks.safetensors"
 """Name of the file in a repository."""
 
@@ -12,7 +14,8 @@ def download(repository: str, revision: str | None = None) -> str:
     Raises:
         ImportError: if huggingface-hub is not installed (extra ``hub``).
     """
-    from huggingface_hub import hf_hub_download
+    with extras.needed():
+        from huggingface_hub import hf_hub_download
 
     return hf_hub_download(repository, FILE, revision=revision)
 
@@ -23,7 +26,8 @@ def upload(path: str, repository: str, private: bool | None = None) -> str:
     Raises:
         ImportError: if huggingface-hub is not installed (extra ``hub``).
     """
-    from huggingface_hub import HfApi
+    with extras.needed():
+        from huggingface_hub import HfApi
 
     hub = HfApi(library_name="lightning_rnf")
     hub.create_repo(repository, private=private, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -89,6 +89,28 @@ class UnitLayer:
         groups, inputs = self.transposed
         columns: Tensor = values.unflatten(0, (groups, inputs))
         return columns.transpose(1, 2).flatten(0, 1)
+
+
+def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
+    """Check that a model's modules, by name, are of the kinds that a layer, its norm and its slopes have to be.
+
+    Raises:
+        ValueError: naming the one that is not.
+    """
+    module = modules.get(layer.name)
+    axis = next((axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind)), None)
+    if axis != layer.axis or isinstance(module, TRANSPOSED) != (layer.transposed is not None):
+        kind = "transposed convolution" if layer.transposed else "layer"
+        raise ValueError(
+            f"layer {layer.name!r} was a {kind} with its units along dimension {layer.axis} when a task ended, in this "
+            f"model it is {_described(module)}"
+        )
+    for role, name, is_kind in (("norm", layer.norm, _is_per_channel_norm), ("slopes", layer.slopes, _is_prelu)):
+        if name is not None and (name not in modules or not is_kind(modules[name])):
+            raise ValueError(
+                f"layer {layer.name!r} had {name!r} for its {role} when a task ended, in this model that is "
+                f"{_described(modules.get(name))}"
+            )
 
 
 def layer_calls(trace: Trace) -> Iterator[Call]:
@@ -215,6 +237,10 @@ def _is_per_channel_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == module.num_channels
     return isinstance(module, CHANNEL_NORMS)
+
+
+def _described(module: nn.Module | None) -> str:
+    return "missing" if module is None else f"of type {type(module).__name__}"
 
 
 def _is_prelu(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Finished tasks as a file to hand on: safetensors for what is tensors, JSON for the rest, a checksum over both.
 
-A file of a stranger's can be read or refused, nothing in it can run, and no more is allocated than it is long.
+A file of a stranger's can be read or refused, and nothing in it can run. What is allocated goes by how long the file
+is, not by what it says: a bit of a mask becomes a byte, and its text is parsed if it is no longer than `LONGEST_TEXT`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from lightning_rnf.state import FreezeState
 
 SUFFIX = ".safetensors"
 
+LONGEST_TEXT = 2**25
+"""Characters of JSON: ten tasks of a VGG-16 have 60,000."""
+
 _STATE, _CHECKSUM = "lightning_rnf", "sha256"  # keys of the file's metadata
 _MASKS, _RELEVANCE, _STATISTICS = "masks", "relevance", "statistics"
 
@@ -36,7 +40,7 @@ def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = 
         relevance: of every unit, too: four bytes for each unit and task.
 
     Raises:
-        ValueError: if no task has ended.
+        ValueError: if no task has ended, or there is more to say of the tasks than `LONGEST_TEXT`.
     """
     if not state.tasks:
         raise ValueError("no task has ended yet: there are no masks to save")
@@ -50,6 +54,7 @@ def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = 
             tensors[f"{_STATISTICS}.{index}.{name}"] = value.detach().cpu().contiguous()
         record["norm_statistics"] = list(record["norm_statistics"])
     text = json.dumps(plain, separators=(",", ":"))
+    _check_length(text)
     unfinished = f"{os.fspath(path)}.part"
     save_file(tensors, unfinished, {_STATE: text, _CHECKSUM: checksum(text, tensors)})
     os.replace(unfinished, path)
@@ -67,7 +72,8 @@ def load(path: str | os.PathLike[str]) -> FreezeState:
     try:
         return _read(path)
     except (SafetensorError, ValueError, RecursionError, OverflowError) as error:
-        said = " ".join(str(error).split())
+        # The file's own words, maybe: no terminal is to take orders from them.
+        said = "".join(one if one.isprintable() else repr(one)[1:-1] for one in " ".join(str(error).split()))
         raise ValueError(f"{os.fspath(path)!r} holds no masks that can be read: {said:.300}") from error
 
 
@@ -80,6 +86,7 @@ def _read(path: str | os.PathLike[str]) -> FreezeState:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it can't be iterated
     if metadata.get(_CHECKSUM) != checksum(text, tensors):
         raise ValueError("its content has another checksum than it says: it is damaged")
+    _check_length(text)
     plain = json.loads(text)
     layers, records = _listed(plain, "layers"), _listed(plain, "tasks")
     sizes: dict[str, int] = {}
@@ -90,14 +97,16 @@ def _read(path: str | os.PathLike[str]) -> FreezeState:
         sizes[name] = size
     units = sum(sizes.values())
     masks = _taken(tensors, _MASKS, (len(records), -(-units // 8)), torch.uint8)
-    relevance = (
-        _taken(tensors, _RELEVANCE, (len(records), units), torch.float32)
-        if _RELEVANCE in tensors
-        else torch.zeros(1, 1).expand(len(records), units)
-    )
+    relevance = None
+    if _RELEVANCE in tensors:
+        relevance = _taken(tensors, _RELEVANCE, (len(records), units), torch.float32)
     for index, record in enumerate(records):
         record["relevant"] = _by_layer(_unpacked(masks[index], units), sizes)
-        record["relevance"] = _by_layer(relevance[index], sizes)
+        record["relevance"] = (
+            {name: torch.zeros(1).expand(size) for name, size in sizes.items()}  # one number, seen so many times
+            if relevance is None
+            else _by_layer(relevance[index], sizes)
+        )
         names = record.get("norm_statistics")
         if not isinstance(names, list) or not all(f"{_STATISTICS}.{index}.{name}" in tensors for name in names):
             raise ValueError(f"it lacks norm statistics of its task {index}")
@@ -123,6 +132,11 @@ def _taken(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int], dty
         described = "nothing" if found is None else f"a {found.dtype} tensor of shape {tuple(found.shape)}"
         raise ValueError(f"for {name} it holds {described}, expected {dtype} of shape {shape}")
     return found
+
+
+def _check_length(text: str) -> None:
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"what is to be said of the tasks is longer than {LONGEST_TEXT} characters: {len(text)}")
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -152,4 +166,7 @@ def _packed(mask: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, units: int) -> Tensor:
-    return (packed.unsqueeze(1) & _BITS).ne(0).view(-1)[:units]
+    mask = torch.empty(8 * len(packed), dtype=torch.bool)
+    for place, bit in enumerate(_BITS):
+        mask[place::8] = (packed & bit).ne(0)
+    return mask[:units]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ def claims(state: FreezeState) -> dict[str, Tensor]:
 
 
 def overlap(state: FreezeState) -> Tensor:
-    """How many units are relevant to both of two tasks: int64 ``(tasks, tasks)``, on the diagonal those of one."""
+    """How many units are relevant to both of two tasks: int64 ``(tasks, tasks)``, on the diagonal those of one.
+
+    With ``candidates="free"`` all units of earlier tasks count as relevant to later ones, too: a row holds the same
+    number from the diagonal on, whatever is reused. Only with ``"all"`` it is a finding.
+    """
     if not state.tasks:
         return torch.zeros(0, 0, dtype=torch.int64)
     flat = [torch.cat([record.relevant[layer.name] for layer in state.layers]) for record in state.tasks.values()]
@@ -42,12 +47,11 @@ def claims_table(state: FreezeState) -> list[dict[str, Any]]:
     A task that has to share its column's name with "layer", "units", "shared" or "free" gets its number in front.
     """
     claimed = claims(state)
-    own = {"layer", "units", "shared", "free"}
-    columns = [f"{index} {name}" if name in own else name for index, name in enumerate(state.tasks)]
+    names = columns(list(state.tasks), {"layer", "units", "shared", "free"})
     rows = []
     for layer in state.layers:
         users = torch.stack([record.relevant[layer.name] for record in state.tasks.values()]).sum(dim=0)
-        of_tasks = {name: int((claimed[layer.name] == index).sum()) for index, name in enumerate(columns)}
+        of_tasks = {name: int((claimed[layer.name] == index).sum()) for index, name in enumerate(names)}
         shared, free = int((users > 1).sum()), int((users == 0).sum())
         rows.append({"layer": layer.name, "units": layer.units, **of_tasks, "shared": shared, "free": free})
     return rows
@@ -88,16 +92,31 @@ def layers_table(state: FreezeState, task: str | None = None) -> list[dict[str, 
         KeyError: if there is no such task.
     """
     records = list(state.tasks.values()) if task is None else [state.task(task)]
+    names = columns([record.name for record in records], {"layer", "units", "free"})
     frozen = state.frozen()
     return [
         {
             "layer": layer.name,
             "units": layer.units,
-            **{record.name: int(record.relevant[layer.name].sum()) for record in records},
+            **{name: int(one.relevant[layer.name].sum()) for name, one in zip(names, records, strict=True)},
             "free": int((~frozen[layer.name]).sum()),
         }
         for layer in state.layers
     ]
+
+
+def columns(names: Sequence[str], own: AbstractSet[str]) -> list[str]:
+    """Names of tasks as columns beside a table's own: one that is taken gets its number in front.
+
+    >>> columns(["a", "free"], {"layer", "free"})
+    ['a', '1 free']
+    """
+    found: list[str] = []
+    for index, name in enumerate(names):
+        while name in own or name in found:
+            name = f"{index} {name}"
+        found.append(name)
+    return found
 
 
 def difference(one: FreezeState, other: FreezeState, task: str | None = None) -> list[dict[str, Any]]:
@@ -141,7 +160,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """
     if not rows:
         return ""
-    cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
+    cells = [[printable(name) for name in rows[0]], *([shown(value) for value in row.values()] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     texts = [isinstance(value, str) for value in rows[0].values()]
     lines = [
@@ -155,7 +174,30 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A cell as text."""
+    """A cell as text, on one line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    r"""Text on one line that nothing but shows it: line ends, control characters and lone surrogates are spelled out.
+
+    >>> printable("a task's\nname")
+    "a task's\\nname"
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most about ``most`` characters: of longer ones the middle is left out; they stay different.
+
+    >>> shortened(["body.stage.10.conv", "head"], most=10)
+    ['body….conv', 'head']
+    >>> shortened(["a-long-name-1-of-it", "a-long-name-2-of-it"], most=10)
+    ['0 a-lo…of-it', '1 a-lo…of-it']
+    """
+    texts = [printable(name) for name in names]
+    head = (most - 1) // 2
+    cut = [text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}" for text in texts]
+    return cut if len(set(cut)) == len(cut) else [f"{index} {name}" for index, name in enumerate(cut)]

@@ -126,9 +126,14 @@ class AccuracyMatrix(Metric):
         Args:
             logits: ``(N, classes)``.
             target: as `evaluation.predict_checked` gives it.
-            trained: index of the last task that was trained.
+            trained: index of the last task that was trained, from 0.
             task: index of the task that the batch belongs to.
+
+        Raises:
+            IndexError: if there is no such entry.
         """
+        if not (0 <= trained < len(self.correct) and 0 <= task < len(self.correct)):
+            raise IndexError(f"entry [{trained}, {task}] is not in a matrix of {len(self.correct)} tasks")
         right = answers(logits, target)
         self.correct[trained, task] += right.sum()
         self.samples[trained, task] += right.numel()

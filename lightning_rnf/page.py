@@ -23,7 +23,8 @@ def page(report: RetentionReport) -> str:
         ImportError: if matplotlib is not installed (extra ``plots``).
     """
     state = report.state
-    parts = [f"<h1>What {_count(len(state.tasks), 'finished task')} keep</h1>", _numbers(report)]
+    whose = "1 finished task keeps" if len(state.tasks) == 1 else f"{len(state.tasks)} finished tasks keep"
+    parts = [f"<h1>What {whose}</h1>", _numbers(report)]
     if state.tasks:
         first, *others = (_table(title, rows) for title, rows in report.sections.items())
         parts += [first, *_figures(report), *others]
@@ -31,11 +32,11 @@ def page(report: RetentionReport) -> str:
 
 
 def _numbers(report: RetentionReport) -> str:
-    verdict = {True: "bit-equal", False: "changed", None: "not looked at"}[report.is_sound]
+    verdict = {True: "bit-equal", False: "changed", None: "not all known"}[report.is_sound]
     cards = {"frozen rows and logits": verdict, **{name: f"{value:.4f}" for name, value in report.numbers.items()}}
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in cards.items())
-    forecast = f"<p>{escape(str(report.forecast))}.</p>" if report.forecast else ""
-    return f"<dl>{items}</dl>{forecast}"
+    said = report.summary.splitlines()[1:]  # the first line has the numbers
+    return f"<dl>{items}</dl>{''.join(f'<p>{escape(line)}.</p>' for line in said)}"
 
 
 def _figures(report: RetentionReport) -> list[str]:
@@ -55,8 +56,9 @@ def _figures(report: RetentionReport) -> list[str]:
 
 
 def _figure(name: str, figure: Figure) -> str:
-    name = escape(name)
-    return f'<figure role="img" aria-label="{name}">{_svg(figure)}<figcaption>{name}</figcaption></figure>'
+    name = escape(masks.printable(name))
+    drawn = f'<div class="wide">{_svg(figure)}</div>'
+    return f'<figure role="img" aria-label="{name}">{drawn}<figcaption>{name}</figcaption></figure>'
 
 
 def _svg(figure: Figure) -> str:
@@ -72,15 +74,16 @@ def _svg(figure: Figure) -> str:
     drawn = re.sub(r' id="[a-zA-Z]+\w*_\d+"', "", drawn)  # figure_1, axes_1, …: nothing refers to them
     opening, rest = drawn.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    width = f"min(100%, {96 * figure.get_figwidth():.0f}px)"
-    drawn = f'{opening} style="width: {width}">{rest}'
+    width = 96 * figure.get_figwidth()
+    # Narrower, its letters of 8 points would have less than 9 pixels: on a small screen it is scrolled.
+    drawn = f'{opening} style="width: min(100%, {width:.0f}px); min-width: {0.85 * width:.0f}px">{rest}'
     return re.sub(r"(fill|stroke): #(000000|262626)", r"\1: currentColor", drawn)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> str:
     from lightning_rnf.report import shown
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    head = "".join(f"<th>{escape(masks.printable(name))}</th>" for name in rows[0])
     body = "".join(
         "<tr>" + "".join(f"<td{_aligned(value)}>{escape(shown(value))}</td>" for value in row.values()) + "</tr>"
         for row in rows
@@ -91,10 +94,6 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
 
 def _aligned(value: object) -> str:
     return ' class="text"' if isinstance(value, str) else ""
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 _STYLE = """
@@ -109,7 +108,7 @@ dl div { border: 1px solid var(--line); border-radius: 6px; padding: .5rem 1rem;
 dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 1rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1rem; }
 figcaption { color: var(--soft); font-size: .85rem; }
 svg { height: auto; }
 svg text { fill: currentColor; }
@@ -117,6 +116,7 @@ svg text { fill: currentColor; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem; text-align: right; }
 th:first-child, td.text { text-align: left; }
+td.text { min-width: 7rem; overflow-wrap: anywhere; }
 """
 
 _FRAME = """<!doctype html>

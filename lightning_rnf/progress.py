@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,9 +84,9 @@ class _Rich:
             self.close()
             self.what = what
             self.task = self.owner.progress.add_task(what, total=total)
-        self.owner.progress.update(
-            self.task, completed=done, total=max(total, done), description=f"{what}: {more}" if more else what
-        )
+        # The column of descriptions is as wide as the longest line in it, and every bar gets what is left.
+        told = textwrap.fill(f"{what}: {more}" if more else what, max(self.owner.progress.console.width // 4, 20))
+        self.owner.progress.update(self.task, completed=done, total=max(total, done), description=told)
         self.owner.refresh(hard=True)
 
     def close(self) -> None:

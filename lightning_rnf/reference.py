@@ -69,11 +69,25 @@ class ReferenceData:
         return [self.convert(batch) for batch in self.batches[: self.attributed]]
 
     def measure(
-        self, module: nn.Module, metrics: Mapping[str, Metric] | None = None, *, finite: bool = True
+        self,
+        module: nn.Module,
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        finite: bool = True,
+        lowest: float | None = None,
     ) -> Measured:
-        """Accuracy of ``module`` on all batches of all ranks, in [0, 1], and the metrics."""
-        batches = map(self.convert, self.batches)
-        return measure(module, batches, self.predict, self.forward_context, metrics, finite=finite, ranks=self.ranks)
+        """Accuracy of ``module`` on all batches of all ranks, in [0, 1], and the metrics; see `evaluation.measure`."""
+        return measure(
+            module,
+            map(self.convert, self.batches),
+            self.predict,
+            self.forward_context,
+            metrics,
+            finite=finite,
+            ranks=self.ranks,
+            lowest=lowest,
+            expected=self.samples,
+        )
 
     def run(self, module: nn.Module) -> None:
         """Run ``module`` on the inputs of the batches for attribution, but for much smaller ones and single samples.

@@ -6,8 +6,10 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os import PathLike
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
@@ -15,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_rnf import masks
+from lightning_rnf import extras, masks
+from lightning_rnf.audit import Audit
 from lightning_rnf.figures import StreamResult
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
 from lightning_rnf.state import FreezeState, TaskRecord
 
 if TYPE_CHECKING:
     import pandas
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 Rows = list[dict[str, Any]]
@@ -81,17 +84,17 @@ class RetentionReport:
         matrix: entry ``[i, j]`` is the test accuracy of task j after training task i: ``(tasks, tasks)``, see
             `metrics`; None: nothing was tested.
         baseline: accuracy of each task before any training, ``(tasks,)``; None: not known.
-        changed: by task, names of its layers, head and shared parameters that are not bit-equal to what they were at
-            its end; None: there was no model to look at.
-        drift: by task, the largest difference of a logit under recall at the end of a later task, in logits; tasks that
-            no later one has followed in the same process are not in it.
+        audit: of the frozen rows; None: there was no model to look at.
+        drift: by task, the largest difference of a logit under recall from that at its end, in logits: at the end of
+            each later task, and now on the model. Not in it are tasks that are not measured now, if the end of one of
+            the later tasks, or of none, measured them.
         forecast: about how many more tasks fit; None: no task has ended.
     """
 
     state: FreezeState
     matrix: Tensor | None
     baseline: Tensor | None
-    changed: Mapping[str, Sequence[str]] | None
+    audit: Audit | None
     drift: Mapping[str, float]
     forecast: Forecast | None
 
@@ -103,7 +106,7 @@ class RetentionReport:
         matrix: Tensor | None = None,
         metric: str | None = None,
         baseline: Tensor | None = None,
-        changed: Mapping[str, Sequence[str]] | None = None,
+        audit: Audit | None = None,
     ) -> RetentionReport:
         """Look through the records of finished tasks.
 
@@ -112,7 +115,7 @@ class RetentionReport:
             matrix: accuracy ``(tasks, tasks)``; None: of the metrics that tests have logged.
             metric: which of those; None: the first with "acc" in its name.
             baseline: accuracy of each task before any training, ``(tasks,)``.
-            changed: see `audit.changed`.
+            audit: of a model; None: there is none to look at.
 
         Raises:
             ValueError: if matrix or baseline have another shape, or the metric was never logged.
@@ -128,12 +131,7 @@ class RetentionReport:
             raise ValueError(
                 f"the baseline has shape {tuple(baseline.shape)}, expected one accuracy per task: ({tasks},)"
             )
-        drift: dict[str, float] = {}
-        for record in state.tasks.values():
-            for name, value in record.drift.items():
-                # A NaN is a drift, too, and max would pass over it.
-                drift[name] = math.nan if math.isnan(value + drift.get(name, 0.0)) else max(value, drift.get(name, 0.0))
-        return cls(state, matrix, baseline, changed, drift, Forecast.of(state))
+        return cls(state, matrix, baseline, audit, _drift(state, audit), Forecast.of(state))
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
@@ -152,11 +150,44 @@ class RetentionReport:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     @property
+    def not_known(self) -> dict[str, str]:
+        """Why a number is missing, by its name: which entry of the matrix it would need."""
+        names = list(self.state.tasks)
+        last = len(names) - 1
+        before = range(last)
+        needed = {
+            "average accuracy": [(last, task) for task in range(len(names))],
+            "forgetting": [(after, task) for task in before for after in range(task, len(names))],
+            "backward transfer": [(after, task) for task in before for after in (task, last)],
+        }
+        if self.baseline is not None:
+            needed["forward transfer"] = [(after, after + 1) for after in before]
+        found = {}
+        for number, entries in needed.items() if names else ():
+            if self.matrix is None:
+                found[number] = "no test has logged an accuracy"
+            elif gaps := [entry for entry in entries if math.isnan(self.matrix[entry])]:
+                after, task = gaps[0]
+                more = f", and {len(gaps) - 1} more" if len(gaps) > 1 else ""
+                found[number] = f"{names[task]!r} was not tested after {names[after]!r}{more}"
+        return found
+
+    @property
+    def changed(self) -> Mapping[str, Sequence[str]] | None:
+        """By task, names of its layers, head and shared parameters that are not bit-equal to what they were at its end.
+
+        None: there was no model to look at.
+        """
+        return None if self.audit is None else self.audit.changed
+
+    @property
     def is_sound(self) -> bool | None:
-        """Whether no frozen row has changed and no logit drifted; None: neither was looked at."""
-        if self.changed is None and not self.drift:
-            return None
-        return not any((self.changed or {}).values()) and all(value == 0 for value in self.drift.values())
+        """Whether all frozen rows are bit-equal and no logit has drifted; None: not everything could be looked at."""
+        changed = any((self.changed or {}).values())
+        if changed or any(value != 0 for value in self.drift.values()):
+            return False
+        complete = self.audit is not None and not any(self.audit.unknown.values())
+        return True if complete and set(self.drift) == set(self.state.tasks) else None
 
     @property
     def sections(self) -> dict[str, Rows]:
@@ -173,8 +204,9 @@ class RetentionReport:
             "audit": self._audit(),
         }
         if self.matrix is not None:
+            columns = masks.columns(list(short.values()), {"after"})
             found["accuracy of each task (column) after each task (row)"] = [
-                {"after": name, **dict(zip(short.values(), _known(row), strict=True))}
+                {"after": name, **dict(zip(columns, _known(row), strict=True))}
                 for name, row in zip(self.state.tasks, self.matrix, strict=True)
             ]
         return {title: rows for title, rows in found.items() if rows}
@@ -210,19 +242,25 @@ class RetentionReport:
         ]
 
     def _audit(self) -> Rows:
-        rows = []
-        for name, record in self.state.tasks.items():
-            changed = None if self.changed is None else self.changed[name]
-            largest = None if changed is None else math.nan if changed else 0.0
-            rows.append(
-                {
-                    "task": name,
-                    "frozen since its end": "not looked at: no model" if changed is None else _said(changed),
-                    "largest change of a row": largest if record.rows else None,
-                    "largest drift of a logit": self.drift.get(name),
-                }
-            )
-        return rows
+        return [
+            {
+                "task": name,
+                "frozen since its end": _said(self.audit, name),
+                "largest drift of a logit": self.drift.get(name),
+                "logits compared": self._compared(name),
+            }
+            for name in self.state.tasks
+        ]
+
+    def _compared(self, task: str) -> str:
+        """When the logits of a task were compared with those of its end, or why they were not."""
+        if self.audit is not None and task in self.audit.drift:
+            return "now"
+        if task in self.drift:
+            return f"when {next(reversed(self.state.tasks))} ended"
+        if self.audit is None and task == next(reversed(self.state.tasks)):
+            return "not yet"
+        return "no: its samples are gone"
 
     # -- forms --------------------------------------------------------------------------------------------------------
 
@@ -230,28 +268,34 @@ class RetentionReport:
         if not self.state.tasks:
             return "no finished task"
         if importlib.util.find_spec("rich") is None:
-            tables = [f"{title}\n{masks.as_text(_aligned(rows))}" for title, rows in self.sections.items()]
-            return "\n\n".join([*tables, self.summary])
+            parts = []
+            for title, rows in self.sections.items():
+                cells = _aligned(rows)
+                widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in rows[0]}
+                parts += [title, *map(masks.as_text, _side_by_side(cells, widths, 2, _WIDTH)), ""]
+            return "\n".join([*parts, self.summary])
         from rich.console import Console
 
         text = io.StringIO()
-        Console(file=text, width=160, color_system=None).print(self)
+        Console(file=text, width=_WIDTH, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
-    def __rich__(self) -> Group:
-        from rich.console import Group
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        parts: list[Text | Table] = []
         for title, rows in self.sections.items():
-            parts += [Text(title, style="bold"), rich_table("", rows)]
-        return Group(*parts, Text(self.summary if self.state.tasks else str(self)))
+            yield Text(title, style="bold")
+            yield from rich_tables(rows, options.max_width)
+        yield Text(self.summary if self.state.tasks else str(self))
 
     @property
     def summary(self) -> str:
-        """The numbers and the forecast, in two lines."""
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())
-        return f"{numbers}\n{self.forecast}" if self.forecast else numbers
+        """The numbers, why one is missing, and the forecast, a line for each."""
+        lines = [", ".join(f"{name} {value:.4f}" for name, value in self.numbers.items())]
+        for reason, missing in groupby(self.not_known.items(), key=lambda one: one[1]):
+            *others, last = (name for name, _ in missing)
+            lines.append(f"not known: {', '.join(others)}{' and ' if others else ''}{last} ({reason})")
+        return "\n".join([*lines, str(self.forecast)] if self.forecast else lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Dicts, lists and built-in types that JSON has; what is not known, or no number, is None."""
@@ -264,6 +308,7 @@ class RetentionReport:
             "audit": self._audit(),
             "matrix": None if self.matrix is None else [_known(row) for row in self.matrix],
             "numbers": self.numbers,
+            "not known": self.not_known,
             "forecast": None if self.forecast is None else vars(self.forecast),
         }
         plain: dict[str, Any] = _without_nan(found)
@@ -277,9 +322,9 @@ class RetentionReport:
         """The tables as GitHub shows them."""
         parts = []
         for title, rows in self.sections.items():
-            lines = [list(rows[0]), ["---"] * len(rows[0])]
-            lines += [[shown(value) for value in row.values()] for row in rows]
-            table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+            lines = [[_markdown(masks.printable(name)) for name in rows[0]], ["---"] * len(rows[0])]
+            lines += [[_markdown(shown(value)) for value in row.values()] for row in rows]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             parts.append(f"### {title.capitalize()}\n\n{table}")
         return "\n\n".join([*parts, self.summary.replace("\n", "\n\n")]) + "\n"
 
@@ -291,7 +336,8 @@ class RetentionReport:
         """
         from lightning_rnf.page import page
 
-        return page(self)
+        with extras.needed():
+            return page(self)
 
     def to_pandas(self) -> dict[str, pandas.DataFrame]:
         """The tables as data frames, by title.
@@ -299,7 +345,8 @@ class RetentionReport:
         Raises:
             ImportError: if pandas is not installed.
         """
-        import pandas
+        with extras.needed():
+            import pandas
 
         return {title: pandas.DataFrame(rows) for title, rows in self.sections.items()}
 
@@ -317,7 +364,8 @@ class RetentionReport:
                 "nothing to draw: no test has logged an accuracy; run trainer.test after each fit, or pass matrix="
             )
         capacity = masks.free_capacity_over_tasks(self.state)
-        plot_retention([StreamResult("relevance freezing", list(self.state.tasks), self.matrix, capacity)], path)
+        with extras.needed():
+            plot_retention([StreamResult("relevance freezing", list(self.state.tasks), self.matrix, capacity)], path)
 
 
 def curve(record: TaskRecord) -> Rows:
@@ -348,24 +396,89 @@ def accuracy_rows(result: StreamResult) -> Rows:
     return rows
 
 
-def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows under their keys, as a table for rich to print.
+def rich_table(title: str, rows: Sequence[Mapping[str, Any]], widths: Mapping[str, int] | None = None) -> Table:
+    """Rows under their keys, as a table for rich to print; ``widths``: of the columns by name, in characters.
 
     Raises:
         ImportError: if rich is not installed (extra ``demo``).
     """
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     first = next(iter(rows[0]))
     for name, value in rows[0].items():
-        table.add_column(escape(name), no_wrap=name == first, justify="left" if isinstance(value, str) else "right")
+        table.add_column(
+            Text(masks.printable(name)),
+            justify="left" if isinstance(value, str) else "right",
+            width=None if widths is None else widths[name],
+            no_wrap=widths is None and name == first,
+            overflow="fold",
+        )
     for row in rows:
-        table.add_row(*(escape(shown(value)) for value in row.values()))
+        table.add_row(*(Text(shown(value)) for value in row.values()))  # as strings, ":a:" and "[b]" would be markup
     return table
 
+
+def rich_tables(rows: Rows, width: int) -> Iterator[Table]:
+    """The same in as many tables as it takes, one under the other, for no number to be cut.
+
+    The first column is in each of them, names in it that need more than two lines are cut in their middle. Headings are
+    wrapped if that is enough to go without a second table.
+
+    Raises:
+        ImportError: as `rich_table`.
+    """
+    from rich.cells import cell_len
+
+    names = masks.shortened(list(rows[0]), most=_HEADING)
+    of_rows = masks.shortened([shown(next(iter(row.values()))) for row in rows], most=2 * max(width // 3, 8))
+    cells = [
+        dict(zip(names, [name, *list(row.values())[1:]], strict=True)) for name, row in zip(of_rows, rows, strict=True)
+    ]
+    whole, widths = {}, {}
+    for name, value in cells[0].items():
+        values = max(cell_len(shown(row[name])) for row in cells)
+        longest_word = max(map(cell_len, name.split()), default=0)
+        whole[name] = max(values, cell_len(name))
+        widths[name] = max(min(values, width // 3) if isinstance(value, str) else values, longest_word)
+    spare = width - 1 - sum(widths.values()) - _GAP * len(widths)
+    for name in widths:
+        more = min(max(spare, 0), whole[name] - widths[name])
+        widths[name] += more
+        spare -= more
+    for part in _side_by_side(cells, widths, _GAP, width - 1):
+        yield rich_table("", part, widths)
+
+
+def _side_by_side(rows: Rows, widths: Mapping[str, int], gap: int, most: int) -> list[Rows]:
+    """Tables of the columns that fit side by side, each with the first column of all."""
+    first, *names = rows[0]
+    parts: list[list[str]] = []
+    left = 0
+    for name in names:
+        if not parts or left < widths[name] + gap:
+            parts.append([first])
+            left = most - widths[first] - gap
+        parts[-1].append(name)
+        left -= widths[name] + gap
+    return [[{name: row[name] for name in part} for row in rows] for part in parts or [[first]]]
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows letter by letter, in a cell of a table."""
+    return re.sub(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)|:(?=[\w+-]+:)", r"\\\g<0>", text)
+
+
+_WIDTH = 160
+"""Of a report as plain text, in characters."""
+
+_HEADING = 24
+"""Characters of a column's name that a table on a screen has room for."""
+
+_GAP = 3
+"""Between two columns of rich's table."""
 
 _COLUMNS = {
     "of the sub-network": "sub-net",
@@ -404,8 +517,25 @@ def _known(values: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
-def _said(changed: Sequence[str]) -> str:
-    return f"changed: {', '.join(changed)}" if changed else "bit-equal"
+def _drift(state: FreezeState, audit: Audit | None) -> dict[str, float]:
+    """By task the largest drift of all that were measured; without a gap, if there is none of now."""
+    found: dict[str, float] = {}
+    records = list(state.tasks.values())
+    for index, record in enumerate(records):
+        later = [after.drift.get(record.name) for after in records[index + 1 :]]
+        now = None if audit is None else audit.drift.get(record.name)
+        known = [value for value in (*later, now) if value is not None]
+        if now is not None or (later and None not in later):
+            # A NaN is a drift, too, and max would pass over it.
+            found[record.name] = math.nan if any(map(math.isnan, known)) else max(known)
+    return found
+
+
+def _said(audit: Audit | None, task: str) -> str:
+    if audit is None:
+        return "not looked at: no weights"
+    parts = {"changed": audit.changed[task], "not known": audit.unknown[task]}
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names) or "bit-equal"
 
 
 def shown(value: Any) -> str:

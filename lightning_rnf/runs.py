@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -156,13 +158,7 @@ def tasks_of_loaders(trainer: Trainer) -> list[str | None]:
     Raises:
         ValueError: if the data module names more or fewer tasks than there are loaders, or one batch holds several.
     """
-    loaders: Any = {
-        TrainerFn.VALIDATING: trainer.val_dataloaders,
-        TrainerFn.TESTING: trainer.test_dataloaders,
-        TrainerFn.PREDICTING: trainer.predict_dataloaders,
-    }[trainer.state.fn or TrainerFn.TESTING]
-    several = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    each = list(several) if isinstance(several, (list, tuple)) else [several]
+    each = _loaders(trainer)
     names = getattr(data_module(trainer), "task", None)
     if isinstance(names, str):
         return [None] * len(each)
@@ -176,6 +172,26 @@ def tasks_of_loaders(trainer: Trainer) -> list[str | None]:
             "use mode 'sequential'"
         )
     return found
+
+
+def batches_left_out(trainer: Trainer) -> list[str | None]:
+    """Of each loader that is tested, how many of its batches in words, if not all of them are; else None."""
+    found: list[str | None] = []
+    for loader, batches in zip(_loaders(trainer), trainer.num_test_batches, strict=True):
+        length = sized_len(loader)
+        of = "" if length is None else f" of {length}"
+        found.append(f"{batches}{of} batches" if batches < (math.inf if length is None else length) else None)
+    return found
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    loaders: Any = {
+        TrainerFn.VALIDATING: trainer.val_dataloaders,
+        TrainerFn.TESTING: trainer.test_dataloaders,
+        TrainerFn.PREDICTING: trainer.predict_dataloaders,
+    }[trainer.state.fn or TrainerFn.TESTING]
+    several = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    return list(several) if isinstance(several, (list, tuple)) else [several]
 
 
 def _evaluation_mode(trainer: Trainer) -> str:

@@ -23,10 +23,11 @@ Method = Literal["bisect", "linear"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a measurement has found: accuracy in [0, 1], and the values that the criterion asked for."""
+    """What was found: accuracy in [0, 1], the values that the criterion asked for, and on how many samples."""
 
     accuracy: float
     values: Mapping[str, float] = field(default_factory=dict)
+    samples: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ class Ranking:
             relevant=len(self.frozen) - cutoff,
             free=self.free(cutoff),
             free_before=self.free(self.before(cutoff, resolution)),
+            samples=measured.samples,
             values=measured.values,
             baseline_values=baseline.values,
         )

@@ -192,10 +192,11 @@ class Selection:
             range(ranking.beyond_ration, record.cutoff)
         )
         whole = record.evaluations[0].score
-        baseline = Measured(whole.accuracy, whole.values)
+        baseline = Measured(whole.accuracy, whole.values, whole.samples)
         made: list[Evaluation] = []
         expected = 1 + len(smaller) * milder
         with self._candidates(module, units, reference, ranking, criterion, show=show, expected=expected) as candidates:
+            candidates.limit = criterion.accuracy_limit(baseline.accuracy)
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
                 made.append(Evaluation(score, ranks.decided(partial(criterion.met, score))))
@@ -278,7 +279,9 @@ class _Candidates:
         self.show = show
         self.expected = expected
         self.made = 0
-        self.limit: float | None = None
+        self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
+        # What the ration takes away is taken whatever the verdict.
+        self.measured_whole = {0, ranking.beyond_ration}
         self.resolution = selection.resolution
         self.ranks = reference.ranks
         self.is_shared = selection.norm_statistics == "shared"
@@ -293,12 +296,13 @@ class _Candidates:
         """Accuracy, and what else the criterion asks for, with so many candidates silenced."""
         with self._speaking(cutoff):
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
-            measured = self.reference.measure(self.module, self.metrics, finite=cutoff == 0)
+            lowest = None if cutoff in self.measured_whole else self.limit
+            measured = self.reference.measure(self.module, self.metrics, finite=cutoff == 0, lowest=lowest)
         if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
             raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
         if self.counts_flops:
             flops = self.ranks.decided(lambda: self._count(cutoff))
-            measured = Measured(measured.accuracy, {**measured.values, **flops})
+            measured = replace(measured, values={**measured.values, **flops})
         log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
         self.made += 1
         if cutoff == 0:

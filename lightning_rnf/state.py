@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rnf.criteria import SubnetworkScore
+from lightning_rnf.layers import OUTPUT_AXIS, check_kinds
 from lightning_rnf.search import Evaluation
 from lightning_rnf.units import UnitLayer, UnitMap
 
 VERSION = 1
+
+_COUNTS = range(2**53 + 1)  # what a float holds exactly: figures are drawn of them
 
 T = TypeVar("T")
 
@@ -46,7 +51,8 @@ class TaskRecord:
         notes: what a reader of the relevance should know, in plain words.
         rows: fingerprints of what this task froze, by layer, head or shared parameter; see `audit`.
         drift: at this task's end, how far the recalled logits of earlier tasks were from those of their own ends: the
-            largest difference on a few samples. Only of tasks that have ended in the same process.
+            largest difference on a few samples. Only of tasks that have ended in the same run of the program, on the
+            same device: their samples are not kept.
         tests: metrics that ``trainer.test`` has logged between this task's end and the next one's, by tested task.
     """
 
@@ -177,14 +183,12 @@ class FreezeState:
                 "another"
             )
 
-    def check_module(self, module: nn.Module) -> None:
-        """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
+    def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Check that a model's parameters, by name, are there for all layers and heads of the finished tasks.
 
         Raises:
             ValueError: naming a parameter that is missing or has another number of units.
         """
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        buffers = dict(module.named_buffers(remove_duplicate=False))
         for layer in self.layers:
             for name in layer.parameters:
                 found = tuple(parameters[name].shape) if name in parameters else None
@@ -194,18 +198,40 @@ class FreezeState:
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
                     )
-        tensors = parameters | buffers
         for record in self.tasks.values():
-            for name in (*record.head_parameters, *self.shared, *record.norm_statistics):
-                if name not in tensors:
+            for name in (*record.head_parameters, *self.shared):
+                if name not in parameters:
                     raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
+
+    def check_module(self, module: nn.Module) -> None:
+        """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
+
+        Raises:
+            ValueError: naming a module, parameter or buffer that is missing, of another kind or of another shape.
+        """
+        modules = dict(module.named_modules(remove_duplicate=False))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        tensors = parameters | buffers
+        self.check_parameters(parameters)
+        for layer in self.layers:
+            check_kinds(layer, modules)
+        for record in self.tasks.values():
+            if record.head not in modules:
+                raise ValueError(f"this model lacks the module {record.head!r}, the head of task {record.name!r}")
             for name, value in record.norm_statistics.items():
+                if name not in buffers:
+                    raise ValueError(f"this model lacks the buffer {name!r}, which task {record.name!r} uses")
                 if buffers[name].shape != value.shape:
                     raise ValueError(
                         f"{name!r} has shape {tuple(buffers[name].shape)} in this model, and had {tuple(value.shape)} "
                         f"when task {record.name!r} ended"
                     )
-
+                if _kind(buffers[name]) != _kind(value):
+                    raise ValueError(
+                        f"{name!r} is of {buffers[name].dtype} in this model, and was of {value.dtype} when task "
+                        f"{record.name!r} ended"
+                    )
         for name, value in self.initial.items():
             if name not in tensors or tensors[name].shape != value.shape:
                 raise ValueError(f"this model has no {name!r} of shape {tuple(value.shape)} to reset free units of")
@@ -241,6 +267,8 @@ class FreezeState:
             if record.name in tasks:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
+        names = _get_names(plain, "shared")
+        _check_owners(layers, names, tasks.values())
         training: str | None = _get(plain, "training", (str, type(None)))
         recovering: dict[str, Any] | None = _get(plain, "recovering", (dict, type(None)))
         initial, resets = _get_tensors(plain, "initial"), _get(plain, "resets", int)
@@ -250,11 +278,19 @@ class FreezeState:
         allowed |= {f"{layer.norm}.{key}" for layer in layers for key in ("running_mean", "running_var")}
         if tasks and not allowed.issuperset(initial):
             raise ValueError(f"not a state of lightning_rnf: {sorted(set(initial) - allowed)} belong to no unit")
-        names = _get_names(plain, "shared")
         unfinished = None if recovering is None else _record_from_plain(recovering, layers)
         if unfinished is not None and not unfinished.evaluations:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
         return cls(layers, names, tasks, training, unfinished, initial, resets)
+
+
+def readable(text: str) -> bool:
+    r"""Whether a terminal, a page and a file take a text as it is: no control characters, line ends or surrogates.
+
+    >>> readable("digits 0–1"), readable("\x1b[2J")
+    (True, False)
+    """
+    return text.isprintable() or not any(unicodedata.category(one) in {"Cc", "Cs", "Zl", "Zp"} for one in text)
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
@@ -274,15 +310,15 @@ def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
     transposed: Any = _get(plain, "transposed", (list, tuple, type(None)))
     if transposed is not None and not (
         len(transposed) == 2
-        and all(type(size) is int and size > 0 for size in transposed)
+        and all(type(size) is int and size > 0 and size in _COUNTS for size in transposed)
         and units % transposed[0] == 0
     ):
         raise ValueError(
             f"not a state of lightning_rnf: 'transposed' should be a number of groups that divides {units} units, and "
             f"of inputs per group, it is {transposed!r:.80}"
         )
-    return UnitLayer(
-        name=_get(plain, "name", str),
+    layer = UnitLayer(
+        name=_get_name(plain, "name"),
         units=units,
         axis=_get(plain, "axis", int),
         parameters=_get_names(plain, "parameters"),
@@ -290,10 +326,38 @@ def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
         slopes=_get(plain, "slopes", (str, type(None))),
         transposed=None if transposed is None else (transposed[0], transposed[1]),
     )
+    if layer.axis not in OUTPUT_AXIS.values():
+        raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
+    owners = {parameter.rpartition(".")[0] for parameter in layer.parameters}
+    if f"{layer.name}.weight" not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
+        raise ValueError(
+            f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
+            f"its slopes, they are {layer.parameters!r:.80}"
+        )
+    return layer
+
+
+def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:
+    """Check that a parameter belongs to one layer, or head, or is shared; and fingerprints to one of them."""
+    owned = [*(name for layer in layers for name in layer.parameters), *shared]
+    for record in records:
+        strangers = [name for name in record.head_parameters if not name.startswith(f"{record.head}.")]
+        if strangers:
+            raise ValueError(
+                f"not a state of lightning_rnf: 'head_parameters' of task {record.name!r} has {strangers!r:.80}, which "
+                f"is not in its head {record.head!r:.80}"
+            )
+        frozen = {record.head, *shared, *(layer.name for layer in layers)}
+        if not frozen.issuperset(record.rows):
+            raise ValueError(f"not a state of lightning_rnf: 'rows' of task {record.name!r} has what it did not freeze")
+        owned += record.head_parameters
+    twice = [name for name, times in Counter(owned).items() if times > 1]
+    if twice:
+        raise ValueError(f"not a state of lightning_rnf: {twice[0]!r:.80} belongs to two layers, heads or tasks")
 
 
 def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -> TaskRecord:
-    name = _get(plain, "name", str)
+    name = _get_name(plain, "name")
     relevant = _get(plain, "relevant", dict)
     relevance = _get(plain, "relevance", dict)
     for masks, dtype in ((relevant, torch.bool), (relevance, torch.float32)):
@@ -308,23 +372,34 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
                 raise ValueError(
                     f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
                 )
+    statistics = _get_tensors(plain, "norm_statistics")
+    for layer in layers:
+        for key in (f"{layer.norm}.running_mean", f"{layer.norm}.running_var"):
+            known = statistics.get(key)
+            if known is not None and known.shape == (layer.units,):
+                of_relevant = known[relevant[layer.name].cpu()]
+                if not of_relevant.isfinite().all() or (key.endswith("var") and bool((of_relevant.real < 0).any())):
+                    raise ValueError(
+                        f"not a state of lightning_rnf: 'norm_statistics' of task {name!r} has no statistics of "
+                        f"relevant units in {key!r}: NaN, infinite or negative ones"
+                    )
     return TaskRecord(
         name=name,
-        head=_get(plain, "head", str),
+        head=_get_name(plain, "head"),
         head_parameters=_get_names(plain, "head_parameters"),
         relevant={layer: mask.cpu() for layer, mask in relevant.items()},  # whatever map_location it was loaded with
         relevance={layer: values.cpu() for layer, values in relevance.items()},
-        norm_statistics=_get_tensors(plain, "norm_statistics"),
-        cutoff=_get(plain, "cutoff", int),
-        accuracy=_get(plain, "accuracy", float),
-        subnetwork_accuracy=_get(plain, "subnetwork_accuracy", float),
+        norm_statistics=statistics,
+        cutoff=_get_count(plain, "cutoff"),
+        accuracy=_get_share(plain, "accuracy"),
+        subnetwork_accuracy=_get_share(plain, "subnetwork_accuracy"),
         accepted=_get(plain, "accepted", bool),
-        samples=_get(plain, "samples", int),
+        samples=_get_count(plain, "samples"),
         evaluations=_get_evaluations(plain, "evaluations"),
-        capacity={layer.name: _get(_get(plain, "capacity", dict), layer.name, float) for layer in layers},
+        capacity={layer.name: _get_share(_get(plain, "capacity", dict), layer.name) for layer in layers},
         seconds=_get_numbers(plain, "seconds"),
         recovery=_get_evaluations(plain, "recovery"),
-        recovery_epochs=_get(plain, "recovery_epochs", int),
+        recovery_epochs=_get_count(plain, "recovery_epochs"),
         conservation=_get_numbers(plain, "conservation"),
         cuts=_get_names(plain, "cuts"),
         notes=_get_names(plain, "notes"),
@@ -347,7 +422,8 @@ def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:
         if score.name in {"values", "baseline_values"}:
             values[score.name] = _get_numbers(plain, score.name)
         else:
-            values[score.name] = _get(plain, score.name, float if score.name in {"accuracy", "baseline"} else int)
+            read = _get_share if score.name in {"accuracy", "baseline"} else _get_count
+            values[score.name] = read(plain, score.name)
     return SubnetworkScore(**values)
 
 
@@ -382,8 +458,34 @@ def _get_names(plain: object, key: str) -> tuple[str, ...]:
 
 
 def _check_names(key: str, names: list[Any]) -> None:
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) and readable(name) for name in names):
         raise ValueError(f"not a state of lightning_rnf: {key!r} should be names, it is {names!r:.80}")
+
+
+def _get_name(plain: object, key: str) -> str:
+    name = _get(plain, key, str)
+    if not name or not readable(name):
+        raise ValueError(f"not a state of lightning_rnf: {key!r} should be a name, it is {name!r:.80}")
+    return name
+
+
+def _get_share(plain: object, key: str) -> float:
+    share = _get(plain, key, float)
+    if not 0 <= share <= 1:  # NaN isn't, either
+        raise ValueError(f"not a state of lightning_rnf: {key!r} should be a share in [0, 1], it is {share}")
+    return share
+
+
+def _get_count(plain: object, key: str) -> int:
+    count = _get(plain, key, int)
+    if count not in _COUNTS:
+        raise ValueError(f"not a state of lightning_rnf: {key!r} should be a count, it is {count!s:.80}")
+    return count
+
+
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """What a conversion of the whole model leaves as it is."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_rnf.rows import has_foreign_hooks
 from lightning_rnf.units import UnitLayer
 
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
@@ -145,7 +146,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks of the user's may change what goes in or comes out: fx follows them where it follows the call.
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in m.modules())
+        hooked = any(part._forward_pre_hooks or has_foreign_hooks(part) for part in m.modules())
         is_own = any(torch_class(part) is nn.Module for part in m.modules())
         return not hooked and not is_own and torch_class(m) is not nn.Sequential
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:
 def log(trainer: Trainer, state: FreezeState, record: TaskRecord) -> None:
     """Send the numbers to every logger, and figures to those that take some; the step is the number of finished tasks.
 
-    Figures need matplotlib (extra ``plots``); without it there are none.
+    Figures need matplotlib (extra ``plots``); without it there are none. What a logger doesn't take, or can't be drawn,
+    is a warning.
     """
     step, numbers = len(state.tasks), scalars(state, record)
     log_scalars(trainer, numbers, step)
@@ -85,24 +87,41 @@ def log(trainer: Trainer, state: FreezeState, record: TaskRecord) -> None:
 def log_scalars(trainer: Trainer, numbers: dict[str, float], step: int) -> None:
     """Send numbers, by name, to every logger."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        logger.log_metrics(numbers, step=step)
+        with _forgiven(f"{type(logger).__name__} did not take the numbers of the task"):
+            logger.log_metrics(numbers, step=step)
 
 
 def log_figures(trainer: Trainer, draw: Mapping[str, Callable[[], Figure]], step: int) -> None:
     """Draw figures, by name, and send them to every logger that takes some; if there is one, and matplotlib."""
-    takers = [logger for logger in trainer.loggers if takes_figures(logger)] if trainer.is_global_zero else []
+    takers = []
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        with _forgiven(f"{type(logger).__name__} did not say whether it takes figures"):
+            takers += [logger] if takes_figures(logger) else []
     if not takers or importlib.util.find_spec("matplotlib") is None:
         return
     for name, drawn in draw.items():
-        figure = drawn()
-        for logger in takers:
-            _log_figure(logger, name, figure, step)
+        figure = None
+        with _forgiven(f"{name} can't be drawn"):
+            figure = drawn()
+        for logger in takers if figure is not None else ():
+            with _forgiven(f"{type(logger).__name__} did not take {name}"):
+                _log_figure(logger, name, figure, step)
 
 
 def takes_figures(logger: Logger) -> bool:
     """Whether a logger has one of the methods by which the known ones take figures."""
     experiment: object = getattr(logger, "experiment", None)
     return _has(experiment, "add_figure") or _has(logger, "log_image") or _has(experiment, "log_figure")
+
+
+@contextmanager
+def _forgiven(what: str) -> Iterator[None]:
+    """Hours of training don't end for a picture, or for a network that is down: a failure is a warning."""
+    try:
+        yield
+    except Exception as error:  # loggers raise whatever their services do
+        said = " ".join(str(error).split())
+        rank_zero_warn(f"{what}: {type(error).__name__}: {said:.200}; the task is kept all the same")
 
 
 def _log_figure(logger: Any, name: str, figure: Any, step: int) -> None:

@@ -21,6 +21,7 @@ from lightning_rnf import RelevanceFreezing
 from lightning_rnf.criteria import AccuracyDrop, ComputeBudget, MetricDrop
 from lightning_rnf.norms import recalibrated
 from lightning_rnf.ranks import Ranks
+from lightning_rnf.streams import TaskDataModule
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
@@ -194,6 +195,26 @@ def protected():
     }
 
 
+def pictured():
+    """Two tasks whose samples rank 0 keeps: drift of the logits, what is kept here, and drift of the heatmaps."""
+    seed_everything(1, verbose=False)
+    model, rnf = ConvClassifier(), RelevanceFreezing(criterion=0.1, heatmaps=2)
+    model.body[0] = nn.Identity()
+    strategy = {"strategy": "ddp", "devices": WORLD} if WORLD > 1 else {}
+    for task in ("a", "b"):
+        parts = [clusters(task, 96, seed).tensors for seed in range(3)]
+        images = [TensorDataset(x.view(-1, 1, 1, 6), y) for x, y in parts]
+        model.heads.activate(task)
+        data = TaskDataModule(task, 2, *images, batch_size=32)
+        trainer(rnf, max_epochs=1, **strategy).fit(model, datamodule=data)
+    return {
+        "drift": [record.drift for record in rnf.state.tasks.values()],
+        "maps": {task: list(maps) for task, maps in rnf._gallery.maps.items()},
+        "cosine": [rnf._gallery.drift(task).cosine for task in rnf._gallery.maps],
+        "report": rnf.report(model).drift,
+    }
+
+
 def recalled(rnf, model):
     with rnf.recall("a", model), torch.no_grad():
         return model(clusters("c", 50).tensors[0])
@@ -297,6 +318,7 @@ if __name__ == "__main__":
         "saved": saved(Path(sys.argv[1]) / "many"),
         "gone_on": gone_on(Path(sys.argv[1]) / "alone" / "a-ended.ckpt"),
         "by_hand": by_hand(),
+        "pictured": pictured(),
         "shares": shares(),
         "failure": failure(),
         "unreadable": unreadable(),

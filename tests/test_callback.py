@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassF1Score
 from torchmetrics.functional.classification import multiclass_f1_score
-from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
+from training import Classifier, ConvClassifier, allocated, clusters, inputs, loader, task_data, train, trainer
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
+from lightning_rnf.reference import ReferenceData
 from lightning_rnf.sizes import measure
 from lightning_rnf.state import FreezeState
 
@@ -143,6 +144,15 @@ def test_a_second_fit_gives_back_flags_and_hooks():
         name.replace("tasks.b", "tasks.a") for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("learning_only", [False, True])
+def test_gradients_and_optimizer_states_of_what_is_frozen_whole_are_never_allocated(learning_only):
+    found, learning, frozen = allocated(learning_only=learning_only)
+    assert len(found.gradients) == 30
+    for names in (*found.gradients, *found.states):
+        assert names == learning
+        assert names.isdisjoint(frozen)
 
 
 def test_a_layer_that_is_frozen_whole_gets_no_gradient():
@@ -1050,3 +1060,35 @@ def test_defaults_are_the_documented_ones():
     assert (paper.recovery_epochs, paper.selection.recalibrate_norm) == (0, False)
     assert paper.criterion == AccuracyDrop(0.05)
     assert RelevanceFreezing().state_dict() == FreezeState().to_plain()
+
+
+def test_evaluations_that_fail_early_change_no_verdict(monkeypatch):
+    """The search of a fit, with and without: the same cutoffs and masks; what was taken was measured on all samples."""
+    found = []
+    for ends_early in (True, False):
+        with monkeypatch.context() as patch:
+            if not ends_early:
+                whole = ReferenceData.measure
+                patch.setattr(ReferenceData, "measure", lambda *args, lowest, **kwargs: whole(*args, **kwargs))  # noqa: B023
+            torch.manual_seed(0)
+            rnf, model = RelevanceFreezing(criterion=0.02), Classifier()
+            train(model, rnf, "a", max_epochs=4)
+            found.append(rnf.state.tasks["a"])
+    early, late = found
+    assert [one.score.cutoff for one in early.evaluations] == [one.score.cutoff for one in late.evaluations]
+    assert [one.accepted for one in early.evaluations] == [one.accepted for one in late.evaluations]
+    assert all(torch.equal(mask, late.relevant[name]) for name, mask in early.relevant.items())
+    assert {one.score.samples for one in late.evaluations} == {late.samples}
+    assert {one.score.samples for one in early.evaluations if one.accepted} == {early.samples}
+    assert any(one.score.samples < early.samples for one in early.evaluations if not one.accepted)
+    assert early.subnetwork_accuracy == late.subnetwork_accuracy
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\ud800", "a\x00"])
+def test_a_name_that_could_not_be_loaded_again_is_refused_before_training(name):
+    model = Classifier()
+    model.heads.activate("a")
+    before = model.body[0].weight.clone()
+    with pytest.raises(ValueError, match=r"task name .* has control characters"):
+        trainer(RelevanceFreezing(task=name)).fit(model, datamodule=task_data("a"))
+    assert torch.equal(model.body[0].weight, before)

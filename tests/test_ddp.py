@@ -131,6 +131,15 @@ def test_a_task_that_each_process_has_protected_by_itself_is_the_first_ones_for_
     assert all(rank["protected"]["held"] and rank["protected"]["moved"] for rank in run.ranks)
 
 
+def test_logits_and_heatmaps_are_compared_by_the_first_process(run):
+    for number, rank in enumerate(run.ranks):
+        found = rank["pictured"]
+        assert found["drift"] == [{}, {"a": 0.0}]
+        assert found["maps"] == ({"a": ["a", "b"], "b": ["b"]} if number == 0 else {})
+        assert found["cosine"] == pytest.approx([1, 1] if number == 0 else [])
+        assert found["report"] == ({"a": 0.0, "b": 0.0} if number == 0 else {"a": 0.0})
+
+
 def test_a_failure_in_one_process_is_raised_in_all_of_them_with_its_message(run):
     size = len(run.ranks)
     labels, folder = "labels range from 0 to 5, but the head has 2 outputs", "no such folder: data"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchmetrics import SumMetric
-from torchmetrics.classification import MultilabelF1Score
+from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
 
 from lightning_rnf.evaluation import measure, predict_checked, supervised
 
@@ -103,3 +103,54 @@ def test_other_batches_are_refused_with_the_way_out():
             supervised(Echo(), batch)
     with pytest.raises(ValueError, match="no sample"):
         measure(Echo(), [])
+
+
+class Counted(nn.Module):
+    """Is right where the sample says so, and counts the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.stack([x, 1 - x], dim=1)
+
+
+def batches_of(right, size):
+    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in torch.tensor(right).float().split(size)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("lowest", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_an_evaluation_ends_when_an_accuracy_is_out_of_reach_and_never_before(seed, lowest):
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.randint(2, (23,), generator=generator).tolist()
+    module, batches = Counted(), batches_of(right, 3)
+    whole = measure(Counted(), batches)
+    found = measure(module, batches, lowest=lowest, expected=23)
+    assert (found.accuracy < lowest) == (whole.accuracy < lowest)
+    seen = [min(3 * number, 23) for number in range(1, 9)]
+    certain = [sum(right[:number]) + 23 - number < lowest * 23 for number in seen]
+    assert module.calls == (certain.index(True) + 1 if True in certain else len(batches))
+    assert found.samples == seen[module.calls - 1]
+    assert found.accuracy == sum(right[: found.samples]) / found.samples
+
+
+def test_an_accuracy_that_is_just_reached_is_measured_to_the_end():
+    right = [0] + [1] * 9
+    assert measure(Counted(), batches_of(right, 1), lowest=0.9, expected=10).samples == 10
+    assert measure(Counted(), batches_of(right, 1), lowest=0.9 + 1e-3, expected=10).samples == 1
+
+
+def test_with_several_labels_a_sample_all_answers_count():
+    logits, labels = torch.tensor([[1.0, -1.0, -1.0]] * 6), torch.tensor([[0, 1, 0]] * 6)
+    batches = [(logits[:2], labels[:2])] * 3
+    assert measure(nn.Identity(), batches, lowest=0.33, expected=6).samples == 6  # one of three is right
+    assert measure(nn.Identity(), batches, lowest=0.9, expected=6).samples == 2
+
+
+def test_metrics_of_an_evaluation_that_ended_are_of_what_was_seen():
+    metric = {"accuracy": MulticlassAccuracy(num_classes=2, average="micro")}
+    found = measure(Counted(), batches_of([1, 0, 0, 0, 1, 1], 2), metrics=metric, lowest=0.8, expected=6)
+    assert (found.samples, found.accuracy, found.values["accuracy"]) == (4, 0.25, 0.25)

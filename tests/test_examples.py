@@ -5,31 +5,65 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DATA = Path(os.environ.get("RNF_DATA", "no data"))
+SETTINGS = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*falls short of the criterion:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*no free units are left:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(tmp_path):
     """Runs an example with options; what it writes as JSON."""
 
     def main(name: str, *options: str) -> dict:
-        monkeypatch.syspath_prepend(EXAMPLES)
-        importlib.import_module(name).main(["--data", str(DATA), "--output", str(tmp_path), *options])
-        assert (tmp_path / f"{name}.png").exists()
-        return json.loads((tmp_path / f"{name}.json").read_text())
+        output = tmp_path / "results"
+        given = ["--data", str(DATA), "--output", str(output), "--accelerator", "cpu", *options]
+        summary = importlib.import_module(script_of(name)).main(given)
+        settings = [Path(option).stem for option in options if option.endswith(".yaml")]
+        file = (settings or [name])[0] + "-fast" * ("--fast" in options)
+        file += "-validation" * ("--on-validation" in options)
+        assert json.loads((output / f"{file}.json").read_text()) == summary
+        assert not (output / f"{file}-unfinished").exists()
+        return summary
 
     return main
 
 
-def has(folder: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not (DATA / folder).is_dir(), reason=f"RNF_DATA names no folder with {folder} in it")
+def script_of(name: str) -> str:
+    """The script that a file of settings belongs to: the longest whose name it begins with."""
+    return max((path.stem for path in EXAMPLES.glob("*.py") if name.startswith(path.stem)), key=len)
+
+
+def has(*folders: str) -> pytest.MarkDecorator:
+    missing = [folder for folder in folders if not (DATA / folder).is_dir()]
+    return pytest.mark.skipif(bool(missing), reason=f"RNF_DATA names no folder with {', '.join(missing)} in it")
+
+
+def of(summary: dict, method: str) -> dict:
+    """The first run of a method."""
+    return summary["methods"][method]["runs"][0]
+
+
+# -- every experiment -------------------------------------------------------------------------------------------------
 
 
 def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
@@ -48,63 +82,444 @@ def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
 
 
 @has("MNIST")
-def test_split_mnist_forgets_nothing_on_a_slice_of_the_real_data(run):
-    options = ["--methods", "naive", "default", "--seeds", "1", "--epochs", "1", "--samples", "6000"]
-    summary = run("split_mnist", *options)
-    (result,) = summary["runs"]["default"]
-    assert result["forgetting"] == 0
-    assert result["average"] > 0.9
+def test_fast_compares_all_methods_on_a_slice_of_the_real_data(run):
+    summary = run("mnist_split", "--fast", "--samples", "3000", "--tasks", "3")
+    assert list(summary["methods"]) == ["naive", "paper", "exact", "best"]
+    assert "a reduced schedule on a slice of the data (--fast)" in summary["reduced"]
+    assert of(summary, "naive")["free_capacity"] == []
+    for method in ("paper", "exact", "best"):
+        one = of(summary, method)
+        assert len(one["capacity"]) == len(one["free_capacity"]) == len(one["accepted"]) == len(one["tasks"]) == 3
+        assert one["free_capacity"] == sorted(one["free_capacity"], reverse=True)
+    for method in ("exact", "best"):
+        assert of(summary, method)["forgetting"] == 0
+    # Before a task ends nothing tells these apart: the same weights, and batches in the same order.
+    first = {of(summary, method)["matrix"][0][0] for method in ("naive", "paper")}
+    assert len(first) == 1
+
+
+MILD = "freezing.criterion=0.2"  # one sample of 10 or 20 weighs more than the usual tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        pytest.param("mnist_permuted", "best", ["--samples", "2000"], marks=has("MNIST")),
+        pytest.param("cifar_random", "best", ["--samples", "1000", "--set", MILD], marks=has("cifar10", "cifar100")),
+        pytest.param(
+            "cifar_semantic",
+            "exact",
+            ["--samples", "1000", "--epochs", "1", "--set", MILD],
+            marks=has("cifar10", "cifar100"),
+        ),
+        pytest.param("cifar_resnet", "best", ["--samples", "2000", "--set", MILD], marks=has("cifar100")),
+    ],
+)
+def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, options):
+    given = [option.replace(MILD, f"methods.{method}.{MILD}") for option in options]
+    one = of(run(name, "--fast", "--tasks", "2", "--method", method, *given), method)
+    assert one["forgetting"] == 0
+    assert one["matrix"][1][0] == one["matrix"][0][0]
+    assert 0 < one["free_capacity"][1] <= one["free_capacity"][0]
+
+
+@has("cifar10")
+def test_heatmaps_drift_unless_the_task_is_recalled(run, tmp_path):
+    from results import main
+
+    summary = run("heatmaps", "--fast", "--samples", "2500", "--epochs", "1", "--method", "naive", "exact")
+    assert of(summary, "exact")["drift"][-1] == {"cosine": pytest.approx(1), "signs": 1}
+    assert of(summary, "naive")["drift"][-1]["signs"] < 0.99
+    assert "stand-in" in summary["title"] or summary["stand_in"]
+    main([str(tmp_path / "results")])
+    assert {path.name for path in (tmp_path / "results").glob("*.png")} == {
+        "heatmaps-fast.png",
+        "heatmaps-fast_maps.png",
+    }
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "whole"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_those_that_their_script_takes(name, fast):
+    import settings
+
+    experiment = importlib.import_module(script_of(name)).EXPERIMENT
+    read = settings.read(EXAMPLES / f"{name}.yaml", fast=fast)
+    for method in read["methods"]:
+        experiment.made_with(read, method, options(), f"{name}.yaml")
+    assert read["seeds"] >= 1
+    assert read["tuning"]
+
+
+def options(**changed):
+    from argparse import Namespace
+
+    return Namespace(**{"epochs": None, "precision": "32-true", **changed})
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_semantic_groups_hold_every_class_of_cifar_100_once():
+    from cifar_semantic import GROUPS, groups
+
+    numbers = [number for group in groups() for number in group]
+    assert sorted(numbers) == list(range(100))
+    assert len(groups()) == 7
+    assert len(set(map(len, groups()))) > 1  # of unequal size
+    if (DATA / "cifar100").is_dir():
+        named = (DATA / "cifar100" / "classes.txt").read_text().split()
+        assert [[named[number] for number in group] for group in groups()] == [n.split() for n in GROUPS.values()]
+
+
+@has("cifar10", "cifar100")
+def test_streams_of_cifar_have_the_papers_tasks():
+    import cifar_random
+    import cifar_semantic
+    from images import Data
+
+    data = Data(DATA, samples=1000)
+    random = cifar_random.stream(data, 3)
+    assert [task.classes for task in random] == [10] * 11
+    labels = [sorted(task.train.labels) for task in random[1:]]
+    assert sorted(sum(labels, [])) == list(range(100))  # noqa: RUF017 - ten short lists
+    assert labels != [sorted(task.train.labels) for task in cifar_random.stream(data, 4)[1:]]
+    semantic = cifar_semantic.stream(data, 3)
+    assert [task.classes for task in semantic] == [10, 10, 30, 12, 20, 8, 10, 10]
+    assert semantic[2].task == "land animals"
+
+
+@has("cifar10")
+def test_both_layouts_of_cifar_give_the_same_images(monkeypatch, tmp_path):
+    import images
+
+    data = images.Data(DATA, samples=200)
+    expected, labels = images.cifar(data, 10, is_train=False).tensors
+
+    class OfTorchvision:
+        def __init__(self, folder, train, download):
+            assert (folder, train, download) == (tmp_path, False, True)
+            self.data = (255 * expected).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            self.targets = labels.tolist()
+
+    monkeypatch.setattr(images, "CIFAR10", OfTorchvision)
+    found, its_labels = images.cifar(images.Data(tmp_path, download=True, samples=100), 10, is_train=False).tensors
+    assert torch.equal(found, expected[:100])
+    assert torch.equal(its_labels, labels[:100])
+    assert labels.bincount().tolist() == [20] * 10
+    assert 0 <= float(expected.min()) < 0.1 < 0.9 < float(expected.max()) <= 1
+
+
+def test_a_slice_has_as_many_samples_of_each_class():
+    from images import balanced
+
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    assert balanced(labels, 6).tolist() == [0, 1, 4, 5, 6, 7]
+    assert balanced(labels, None).tolist() == list(range(9))
+
+
+def test_zenkes_network_is_the_one_of_the_paper():
+    from cifar_random import Zenke
+
+    model = Zenke(learning_rate=0.001)
+    shapes = [tuple(parameter.shape) for parameter in model.body.parameters() if parameter.ndim > 1]
+    assert shapes == [(32, 3, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (512, 2304)]
+    assert [module.p for module in model.body if isinstance(module, torch.nn.Dropout)] == [0.25, 0.25, 0.5]
+    assert model.body(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+QUICK = ["--fast", "--samples", "1000", "--tasks", "2"]
 
 
 @has("MNIST")
-def test_results_that_are_there_are_not_made_again_and_other_options_are_refused(run, capsys):
-    options = ["--methods", "naive", "--epochs", "1", "--samples", "2000", "--tasks", "1"]
-    first = run("split_mnist", *options, "--seeds", "1")
-    second = run("split_mnist", *options, "--seeds", "2")
-    assert second["runs"]["naive"][0] == first["runs"]["naive"][0]
-    assert [result["seed"] for result in second["runs"]["naive"]] == [0, 1]
-    with pytest.raises(SystemExit):
-        run("split_mnist", "--epochs", "2")
-    assert "was made with other options" in capsys.readouterr().err
+def test_killed_and_run_again_the_results_are_those_of_one_run(run, tmp_path):
+    quick = ["--samples", "3000", "--epochs", "3", "--tasks", "3", "--seeds", "1"]
+    quick += ["--method", "naive", "best", "--set", "methods.best.freezing.recovery_epochs=1"]
+    unbroken = run("mnist_split", *quick)
+    output = tmp_path / "results"
+    output.rename(tmp_path / "unbroken")
+    given = ["--data", str(DATA), "--output", str(output), "--accelerator", "cpu", *quick]
+    command = [sys.executable, str(EXAMPLES / "mnist_split.py"), *given]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    try:
+        second = output / "mnist_split-unfinished" / "best-0" / "mnist-23" / "last.ckpt"
+        until = time.monotonic() + 120
+        while not second.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.exists()
+    assert [*json.loads((output / "mnist_split.json").read_text())["methods"]] == ["naive"]
+    again = run("mnist_split", *quick)
+    assert of(again, "best")["seconds"] is None  # what came before is not known
+    assert without_seconds(again) == without_seconds(unbroken)
+
+
+def without_seconds(summary: dict) -> dict:
+    for method in summary["methods"].values():
+        for one in method["runs"]:
+            del one["seconds"], one["task_end_seconds"]
+    return summary
 
 
 @has("MNIST")
-def test_mnist_permuted_recovers_on_a_slice_of_the_real_data(run):
-    options = ["--methods", "recovery", "--epochs", "5", "--samples", "3000", "--tasks", "2"]
-    (result,) = run("mnist_permuted", *options)["runs"]["recovery"]
-    assert result["forgetting"] == 0
-    assert result["average"] > 0.7
-    assert 0 < result["free_capacity"][1] < result["free_capacity"][0]
-
-
-@pytest.mark.filterwarnings("ignore:.*overridden `on_after_batch_transfer` in `LightningModule`:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*passed in a `val_dataloader` but have no `validation_step`:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*falls short of the criterion:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*no free units are left:UserWarning")
-@has("cifar100")
-def test_cifar_resnet_runs_on_a_slice_of_the_real_data(run):
-    options = ["--width", "8", "--stem-stride", "2", "--epochs", "7", "--samples", "6000", "--tasks", "2"]
-    (result,) = run("cifar_resnet", *options, "--methods", "recovery, ration")["runs"]["recovery, ration"]
-    assert result["forgetting"] == 0
-    assert result["average"] > 0.15  # chance is 0.1; 54 batches a task
-    assert min(result["capacity"][0].values()) >= 0.6
-
-
-@pytest.mark.filterwarnings("ignore:.*overridden `on_after_batch_transfer` in `LightningModule`:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*passed in a `val_dataloader` but have no `validation_step`:UserWarning")
-@has("cifar100")
-def test_cifar_resnet_takes_device_and_precision_and_goes_on_with_files_older_than_its_options(run, tmp_path):
-    options = ["--width", "8", "--stem-stride", "2", "--epochs", "1", "--samples", "2000", "--tasks", "1"]
-    options += ["--methods", "naive", "--accelerator", "cpu"]
-    summary = run("cifar_resnet", *options)
-    assert summary["runs"]["naive"][0]["device"].startswith("CPU")
-    for younger in ("precision", "batch_size", "learning_rate"):
-        del summary["options"][younger]
-    (tmp_path / "cifar_resnet.json").write_text(json.dumps(summary))
-    assert run("cifar_resnet", *options)["runs"] == summary["runs"]
+def test_results_that_are_there_are_not_made_again_and_other_settings_are_refused(run, capsys):
+    first = run("mnist_split", *QUICK, "--method", "naive", "--seeds", "1")
+    second = run("mnist_split", *QUICK, "--method", "naive", "--seeds", "2")
+    assert of(second, "naive") == of(first, "naive")
+    assert [one["seed"] for one in second["methods"]["naive"]["runs"]] == [0, 1]
+    for other in (["--epochs", "1"], ["--set", "network.width=100"], ["--precision", "bf16-mixed"]):
+        with pytest.raises(SystemExit):
+            run("mnist_split", *QUICK, "--method", "naive", *other)
+        assert "were made with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run("cifar_resnet", *options, "--precision", "bf16-mixed")
-    (tmp_path / "cifar_resnet.json").unlink()
-    mixed = run("cifar_resnet", *options, "--precision", "bf16-mixed", "--batch-size", "32", "--learning-rate", "0.1")
-    assert mixed["options"]["precision"] == "bf16-mixed"
-    assert mixed["runs"]["naive"][0]["matrix"] != summary["runs"]["naive"][0]["matrix"]
+        run("mnist_split", *QUICK, "--method", "naif")
+    assert "has the methods naive, paper, exact, best" in capsys.readouterr().err
+
+
+@has("MNIST")
+def test_first_seed_set_precision_and_pages(run, tmp_path):
+    chosen = [*QUICK, "--method", "exact", "--seeds", "1", "--first-seed", "7"]
+    changes = ["--set", "network.width=50", "methods.exact.freezing.criterion=0.1"]
+    summary = run("mnist_split", *chosen, *changes, "--precision", "bf16-mixed")
+    one = of(summary, "exact")
+    assert one["seed"] == 7
+    assert one["device"].startswith("CPU")
+    assert {"torch", "lightning", "zennit", "lightning-rnf"} <= set(one["versions"])
+    made_with = summary["methods"]["exact"]["settings"]
+    assert (made_with["network"], made_with["freezing"]) == ({"width": 50}, {"criterion": 0.1})
+    assert made_with["precision"] == "bf16-mixed"
+    assert summary["run_with"] == f"--tasks 2 --samples 1000 {' '.join(changes)}"
+    shutil.rmtree(tmp_path / "results")
+    run("mnist_split", *chosen, *changes, "--pages")
+    assert "<html" in (tmp_path / "results" / "mnist_split-fast-exact-7.html").read_text()[:200]
+
+
+@has("MNIST")
+def test_on_validation_the_test_data_are_not_looked_at(run, monkeypatch, tmp_path):
+    import mnist_split
+    from torch.utils.data import TensorDataset
+
+    chosen = [*QUICK, "--method", "naive", "--on-validation"]
+    seen = run("mnist_split", *chosen)
+    assert seen["tested_on"] == "validation data"
+    load = mnist_split.mnist
+
+    def without_test(data, is_train):
+        found = load(data, is_train)
+        return found if is_train else TensorDataset(torch.zeros_like(found.tensors[0]), found.tensors[1])
+
+    monkeypatch.setattr(mnist_split, "mnist", without_test)
+    shutil.rmtree(tmp_path / "results")
+    unseen = run("mnist_split", *chosen)
+    assert without_seconds(seen) == without_seconds(unseen)
+    shutil.rmtree(tmp_path / "results")
+    tested = run("mnist_split", *QUICK, "--method", "naive")
+    assert of(tested, "naive")["matrix"] != of(seen, "naive")["matrix"]
+
+
+def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
+    from experiment import begun
+
+    assert not begun(tmp_path / "run", {"training": {"epochs": 2}})
+    assert begun(tmp_path / "run", {"training": {"epochs": 2}})
+    with pytest.raises(SystemExit, match="begun with other settings"):
+        begun(tmp_path / "run", {"training": {"epochs": 3}})
+
+
+def test_results_of_two_processes_and_of_one_that_dies_while_writing_are_kept(tmp_path, monkeypatch):
+    from experiment import Results
+
+    about = {"title": "A", "stand_in": None, "reduced": None, "run_with": None}
+    one, other = (Results(tmp_path / "a.json", about) for _ in range(2))
+    one.add("naive", {"training": {}}, {"seed": 1})
+    other.add("naive", {"training": {}}, {"seed": 0})
+    one.add("paper", {"training": {}}, {"seed": 0})
+    assert [run["seed"] for run in other.read()["methods"]["naive"]["runs"]] == [0, 1]
+    before = other.read()
+    write = Path.write_text
+
+    def dies(path, text, **options):
+        write(path, text[: len(text) // 2], **options)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", dies)
+    with pytest.raises(OSError, match="no space"):
+        one.add("naive", {"training": {}}, {"seed": 2})
+    assert other.read() == before
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+SOUND = (
+    "title: A\ntraining: {epochs: 1, batch_size: 8, learning_rate: 0.1}\nnetwork: {width: 8}\nmethods: {naive: {}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("titel: B", "a.yaml has titel; known are: title, stand_in"),
+        ("fast: {epochs: 1}", "a.yaml: fast has epochs; known are: title"),
+        ("methods: {best: {ration: 0.2}}", "a.yaml: methods.best has ration; known are: freezing, paper"),
+        (
+            "methods: {best: {freezing: {rations: 0.2}}}",
+            "methods.best: .*unexpected keyword argument 'rations'",
+        ),
+        ("methods: {best: {freezing: {ration: 2}}}", "a.yaml: methods.best: ration is 2"),
+        (
+            "methods: {best: {freezing: {}, paper: {}}}",
+            "methods.best: a method has freezing or paper, not both",
+        ),
+        ("methods: {}", "a.yaml: there is no 'methods'"),
+        ("network: {widht: 8}", "a.yaml: network with training has widht; known are: width, learning_rate"),
+        ("network: {}", "a.yaml: network with training lacks width"),
+        ("training: {epochs: 1, batch_size: 8, learning_rate: 1e-3}", "learning_rate is the text '1e-3'.*a dot"),
+        ("training: {epochs: 0, batch_size: 8, learning_rate: 0.1}", "training.epochs is 0, expected a number of at"),
+        ("stream: {tasks: 3}", "a.yaml: stream has tasks; known are: none"),
+    ],
+)
+def test_settings_that_nobody_takes_are_refused_with_those_that_are_known(changed, said, tmp_path, capsys):
+    import yaml
+    from mnist_split import main
+
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**yaml.safe_load(SOUND), **yaml.safe_load(changed)}))
+    with pytest.raises(SystemExit):
+        main(["--data", "nowhere", "--settings", str(tmp_path / "a.yaml"), "--output", str(tmp_path)])
+    assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_settings_stand_on_others_and_are_changed_by_fast_and_by_the_command_line(tmp_path):
+    import settings
+
+    (tmp_path / "a.yaml").write_text(SOUND + "fast: {samples: 10, training: {epochs: 7}}\n")
+    (tmp_path / "b.yaml").write_text(
+        "base: a.yaml\ntitle: B\nmethods: {naive: null, best: {freezing: {ration: 0.5}}}\n"
+    )
+    read = settings.read(tmp_path / "b.yaml")
+    assert (read["title"], read["training"]["epochs"], [*read["methods"]]) == ("B", 1, ["best"])
+    fast = settings.read(
+        tmp_path / "b.yaml", fast=True, changes=["methods.best.freezing.ration=null", "network.width=9"]
+    )
+    assert (fast["samples"], fast["training"]["epochs"], fast["training"]["batch_size"]) == (10, 7, 8)
+    assert fast["methods"] == {"best": {"freezing": {}}}
+    assert fast["network"] == {"width": 9}
+    with pytest.raises(ValueError, match=r"'width' is no change of a setting: write key\.key=value"):
+        settings.read(tmp_path / "b.yaml", changes=["width"])
+
+
+def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for_all(tmp_path):
+    import settings
+    from mnist_split import EXPERIMENT
+
+    own = "methods: {naive: {}, best: {freezing: {ration: 0.5}, training: {epochs: 5}, network: {width: 9}}}"
+    (tmp_path / "a.yaml").write_text(SOUND.replace("methods: {naive: {}}", own))
+    read = settings.read(tmp_path / "a.yaml")
+    best, naive = (EXPERIMENT.made_with(read, method, options(), "a.yaml") for method in ("best", "naive"))
+    assert (best["training"]["epochs"], best["training"]["batch_size"], best["network"]) == (5, 8, {"width": 9})
+    assert (naive["training"]["epochs"], naive["network"]) == (1, {"width": 8})
+    for method in ("best", "naive"):
+        assert EXPERIMENT.made_with(read, method, options(epochs=3), "a.yaml")["training"]["epochs"] == 3
+    assert settings.freezing(best).selection.ration == 0.5
+    assert settings.freezing(naive) is None
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_what_the_files_of_results_hold():
+    from results import main
+
+    main(["--check"])
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """A folder with the results of two seeds, and a text with a block for them and one for results to come."""
+    runs = [
+        {
+            "seed": seed,
+            "device": "CPU",
+            "versions": {"torch": "2"},
+            "tasks": ["a", "b"],
+            "matrix": [[0.9, None], [last, 0.7]],
+            "average": (last + 0.7) / 2,
+            "forgetting": 0.9 - last,
+            "free_capacity": [],
+            "accepted": [],
+        }
+        for seed, last in ((3, 0.5), (4, 0.7))
+    ]
+    kept = [{**run, "free_capacity": [0.5, 0.25], "accepted": [True, run["seed"] == 3]} for run in runs]
+    summary = {
+        "title": "A stream",
+        "stand_in": "this for that",
+        "reduced": "a quarter",
+        "run_with": None,
+        "tested_on": "validation data",
+        "tuning": "seed 9",
+        "methods": {
+            "naive": {"settings": {"network": {}, "training": {"epochs": 2}}, "runs": runs},
+            "best": {"settings": {"network": {}, "training": {"epochs": 3}, "freezing": {"ration": 0.5}}, "runs": kept},
+        },
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text(json.dumps(summary))
+    text = "before\n<!-- results:a -->\nold\n<!-- /results -->\nbetween\n<!-- results:b -->\n<!-- /results -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    return tmp_path
+
+
+def test_tables_have_means_deviations_and_seeds_and_call_a_stand_in_one(shown):
+    from results import main
+
+    main([str(shown / "results"), "--readme", str(shown / "README.md")])
+    text = (shown / "README.md").read_text()
+    called = "A stream; stand-in: this for that; reduced: a quarter; tested on validation data"
+    assert text.count(called) == 2  # above the table and with the figure
+    assert "| naive | 65.00 ± 7.07 | 30.00 ± 14.14 | 60.00 ± 14.14 | 100 | 2 |" in text
+    assert "| naive | 60.0 ± 14.1 | 70.0 ± 0.0 |" in text
+    assert "| best | 65.00 ± 7.07 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 |" in text
+    assert "seeds 3 to 4; training: epochs 2" in text
+    assert "best: `RelevanceFreezing(ration=0.5)`; training: epochs 3; the criterion was met in 3 of 4 tasks" in text
+    assert "how settings were chosen: seed 9" in text
+    assert "](results/a.png)" in text
+    assert (shown / "results" / "a.png").exists()
+    assert "old" not in text
+    assert re.search(r"^before\n.*\nbetween\n<!-- results:b -->\n\nNot run yet.\n.*\nafter\n$", text, flags=re.DOTALL)
+
+
+def test_check_sees_a_changed_file_a_typed_number_and_a_missing_figure(shown):
+    from results import main
+
+    arguments = [str(shown / "results"), "--readme", str(shown / "README.md")]
+    checks = [*arguments, "--check"]
+    with pytest.raises(SystemExit, match=r"a\.png missing"):
+        main(checks)
+    assert "old" in (shown / "README.md").read_text()  # nothing was changed
+    main(arguments)
+    main(checks)
+    before = (shown / "README.md").read_text()
+    (shown / "README.md").write_text(before.replace("65.00 ± 7.07", "66.00 ± 7.07"))
+    with pytest.raises(SystemExit, match="does not show what the files hold"):
+        main(checks)
+    (shown / "README.md").write_text(before)
+    file = shown / "results" / "a.json"
+    file.write_text(file.read_text().replace("0.7", "0.8"))
+    with pytest.raises(SystemExit, match="does not show what the files hold"):
+        main(checks)
+    file.rename(file.with_name("c.json"))
+    with pytest.raises(SystemExit, match="no block for c"):
+        main(arguments)
+
+
+def test_images_come_back_from_text():
+    from images import as_text, from_text
+
+    images = torch.randn(3, 2, 4, 4)
+    largest = images.abs().amax(dim=(1, 2, 3), keepdim=True)
+    back = from_text(json.loads(json.dumps(as_text(images))))
+    torch.testing.assert_close(back, images / largest, atol=0.5 / 127 + 1e-6, rtol=0)

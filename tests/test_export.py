@@ -19,8 +19,10 @@ from training import Classifier, ConvClassifier, inputs, train
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.export import export
+from lightning_rnf.rows import learning
 from lightning_rnf.sizes import Size, SubnetworkFlops, measure
 from lightning_rnf.subnetwork import recall, silence, statistics
+from lightning_rnf.tracing import Traced
 from lightning_rnf.units import UnitLayer, UnitMap
 
 IMAGE = (3, 12, 12)
@@ -839,3 +841,11 @@ def test_torchvision(name):
     task = Task(net, (3, 32, 32), double=False)
     small = task.check()
     assert parameters(small) < ARCHITECTURES[name] * parameters(net)
+
+
+def test_a_network_is_exported_and_counted_while_its_frozen_rows_are_spared():
+    layer = nn.Linear(6, 10)
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(10, 2))
+    with learning(layer, torch.arange(10) < 5)[1]:
+        traced = Traced.of(model, ())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]

@@ -10,11 +10,21 @@ from records import ConvNet, Mlp, Network, batch, every_second, head_parameters,
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lightning_rnf import rows
 from lightning_rnf.freezing import Freezer, check_elasticity, elasticities
 from lightning_rnf.state import FreezeState
 from lightning_rnf.units import UnitLayer, UnitMap
 
 Parameters = list[nn.Parameter]
+
+
+@pytest.fixture(params=["all gradients", "gradients of free rows"], autouse=True)
+def spared(request, monkeypatch):
+    """Everything holds too where gradients of frozen rows are not even worked out: small layers, too, in half of it."""
+    if request.param == "gradients of free rows":
+        monkeypatch.setattr(rows, "LARGEST_LEARNING_SHARE", {"linear": 1.0, "convolution": 1.0})
+        monkeypatch.setattr(rows, "FEWEST_PRODUCTS", 0)
+        monkeypatch.setattr(rows, "FEWEST_WEIGHTS", 0)
 
 
 class Noise(torch.optim.Optimizer):

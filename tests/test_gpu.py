@@ -287,3 +287,15 @@ def test_a_state_that_was_loaded_to_the_device_is_one_on_the_cpu(model_type, dev
     before = recalled(model, rnf, "a", device)
     fit(model, fresh, "b", device)
     assert torch.equal(recalled(model, fresh, "a", device), before)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_report_compares_logits_where_the_task_has_ended(precision, device):
+    model, callback = Classifier(), RelevanceFreezing()
+    for task in ("a", "b"):
+        fit(model, callback, task, device, precision, max_epochs=1)
+    before = {name: (value.device, value.data_ptr()) for name, value in model.named_parameters()}
+    report = callback.report(model)
+    assert report.drift == {"a": 0.0, "b": 0.0}
+    assert report.is_sound
+    assert {name: (value.device, value.data_ptr()) for name, value in model.named_parameters()} == before

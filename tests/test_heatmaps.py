@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from training import Classifier, trainer
 
 from lightning_rnf import RelevanceFreezing, UnitMap
-from lightning_rnf.heatmaps import Drift, Gallery, draw, heatmaps, images_of
+from lightning_rnf.heatmaps import Drift, Gallery, compare, draw, heatmaps, images_of
 from lightning_rnf.streams import TaskDataModule
 
 
@@ -79,6 +79,31 @@ def test_images_are_found_in_any_batch():
     assert torch.equal(images_of({"mask": torch.zeros(2, 1, 4, 4).bool(), "x": [x]}), x.float())
 
 
+def test_images_of_bytes_are_found_where_no_floats_are():
+    x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(images_of({"mask": torch.zeros(2, 1, 4, 4).bool(), "x": x}), x.float())
+    assert images_of([x, torch.rand(2, 1, 4, 4)]).shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match="heatmaps need images"):
+        images_of([torch.zeros(2, 1, 4, 4).bool()])
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    y = torch.tensor([0, 1])
+
+    def predict(module, batch):
+        return module(batch[0].float() / 255), batch[1]
+
+    units = UnitMap.of(net, (x.float() / 255, y))
+    maps = heatmaps(net, units.layers, (x, y), predict)
+    assert torch.equal(maps, heatmaps(net, units.layers, (x.float() / 255, y)))
+
+
+def test_a_cosine_is_one_at_most():
+    for seed in range(20):
+        maps = torch.randn(3, 7, 7, generator=torch.Generator().manual_seed(seed))
+        assert Drift.between(maps, 3 * maps).cosine <= 1
+        assert Drift.between(maps, -maps).cosine >= -1
+
+
 def test_drift_of_maps_written_by_hand():
     one = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
     for factor, cosine, signs in ((3, 1, 1), (-1, -1, 0)):
@@ -99,6 +124,50 @@ def test_the_figure_has_a_row_for_each_image_and_a_column_for_each_map():
     assert len(figure.axes) == 6
     assert all(len(axes.images) == 1 for axes in figure.axes)
     draw(torch.rand(1, 1, 6, 6), {"then": torch.zeros(1, 6, 6)})  # grey, and a map without relevance
+
+
+def test_what_is_no_number_is_grey_and_the_rest_keeps_its_colours():
+    maps = torch.tensor([[[1.0, -1.0], [0.0, 0.5]]])
+    broken = torch.tensor([[[1.0, -1.0], [float("nan"), float("inf")]]])
+    sound, grey = (draw(torch.rand(1, 3, 2, 2), {"a": one}).axes[1].images[0].get_array() for one in (maps, broken))
+    assert (sound[0] == grey[0]).all()
+    assert grey[1].tolist() == [[128] * 3] * 2
+    assert (draw(torch.rand(1, 3, 2, 2), {"a": maps * float("nan")}).axes[1].images[0].get_array() == 128).all()
+
+
+def titles_of(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title() not in ("", "image")]
+
+
+def test_methods_are_compared_right_after_the_task_and_after_each_later_one():
+    maps = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
+    other = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    when = ("right after it", "1 task later", "2 tasks later")
+    methods = {"naive": dict(zip(when, (maps, other, -maps), strict=True)), "exact": dict.fromkeys(when, maps)}
+    figure = compare(torch.rand(1, 3, 2, 2), methods)
+    figure.draw_without_rendering()
+    assert titles_of(figure)[:3] == [
+        "right after it\ncosine 1.000\nsigns 100%",
+        "1 task later\ncosine 0.500\nsigns 33%",
+        "2 tasks later\ncosine -1.000\nsigns 0%",
+    ]
+    assert [title.splitlines()[1] for title in titles_of(figure)[3:]] == ["cosine 1.000"] * 3
+    assert [part.get_suptitle() for part in figure.subfigs] == ["naive", "exact"]
+    measured = {name: [Drift(0.25, 0.5)] * 3 for name in methods}
+    assert titles_of(compare(torch.rand(1, 3, 2, 2), methods, measured))[1] == "1 task later\ncosine 0.250\nsigns 50%"
+
+
+def test_the_heatmaps_of_many_tasks_fit_on_a_page():
+    gallery = Gallery()
+    for index in range(30):
+        gallery.add("first", f"a task with a long name: $t_{index}$", torch.rand(2, 3, 4, 4), torch.randn(2, 4, 4))
+    figure = gallery.draw("first")
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() < 15
+    shown = [title.splitlines()[0] for title in titles_of(figure)]
+    assert len(set(shown)) == 8
+    assert shown[0].endswith(r"\$t_0\$")
+    assert shown[-1].endswith(r"\$t_29\$")
 
 
 class Recorder:
@@ -125,8 +194,25 @@ def test_the_callback_logs_them_after_each_task_and_recall_does_not_drift():
     (numbers,) = [n for step, n in logger.numbers if step == 2 and "rnf/heatmap_cosine/a" in n]
     assert numbers["rnf/heatmap_cosine/a"] == pytest.approx(1)
     assert numbers["rnf/heatmap_signs/a"] == 1
-    first, last = rnf._witnesses.gallery.maps["a"].values()
+    first, last = rnf._gallery.maps["a"].values()
     assert torch.equal(first, last)
+
+
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
+def test_tasks_whose_samples_are_gone_are_named():
+    torch.manual_seed(0)
+    model, before = Images(), RelevanceFreezing(heatmaps=2)
+    model.heads.activate("a")
+    trainer(before, max_epochs=1).fit(model, datamodule=image_task("a"))
+    rnf = RelevanceFreezing(heatmaps=2)
+    rnf.load_state_dict(before.state_dict())
+    model.heads.activate("b")
+    with pytest.warns(UserWarning, match="no heatmaps of 'a': samples of a task are kept until the program ends"):
+        trainer(rnf, max_epochs=1).fit(model, datamodule=image_task("b"))
+    assert {task: list(maps) for task, maps in rnf._gallery.maps.items()} == {"b": ["b"]}
+    before.load_state_dict(before.state_dict())  # the same tasks: their samples stay
+    trainer(before, max_epochs=1).fit(model, datamodule=image_task("b"))
+    assert {task: list(maps) for task, maps in before._gallery.maps.items()} == {"a": ["a", "b"], "b": ["b"]}
 
 
 def test_a_task_without_images_is_refused_before_it_is_trained():

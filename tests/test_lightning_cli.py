@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,40 @@ def test_report_masks_and_export_read_a_checkpoint(ended, tmp_path, capsys):
     rnf.state = checkpoints.finished_tasks(checkpoints.read(ended))
     with rnf.recall("a", model), torch.no_grad():
         torch.testing.assert_close(torch.load(small, weights_only=False)(inputs()), model(inputs()))
+
+
+def test_report_compares_the_weights_in_a_checkpoint(ended, tmp_path, capsys):
+    def audited(path):
+        main(["report", str(path), "--json"])
+        (row,) = json.loads(capsys.readouterr().out)["audit"]
+        return row["frozen since its end"]
+
+    assert audited(ended) == "bit-equal"
+    content = torch.load(ended, weights_only=True)
+    relevant = content["callbacks"]["RelevanceFreezing"]["tasks"][0]["relevant"]["body.3"]
+    row = int(relevant.nonzero()[0])
+    content["state_dict"]["body.3.bias"][row : row + 1].view(torch.int32).bitwise_xor_(1)
+    torch.save(content, tmp_path / "other.ckpt")
+    assert audited(tmp_path / "other.ckpt") == "changed: body.3"
+    content["state_dict"]["body.3.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "small.ckpt")
+    said = refused(["report", str(tmp_path / "small.ckpt")], capsys)
+    assert "this model's 'body.3.bias' has shape (3,)" in said
+    del content["state_dict"]["body.3.bias"]
+    torch.save(content, tmp_path / "part.ckpt")
+    assert audited(tmp_path / "part.ckpt") == "not looked at: no weights"
+    rnf = RelevanceFreezing()
+    rnf.state = checkpoints.finished_tasks(checkpoints.read(ended))
+    rnf.save(tmp_path / "masks.safetensors")
+    assert audited(tmp_path / "masks.safetensors") == "not looked at: no weights"
+
+
+def test_a_missing_extra_is_a_sentence(ended, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = refused(["report", str(ended), "--html", str(tmp_path / "page.html")], capsys)
+    assert said == "rnf: matplotlib is missing: pip install 'lightning-rnf[plots]'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_diff_is_silent_for_the_same_and_exits_with_1_for_others(ended, tmp_path, capsys):

@@ -6,6 +6,8 @@ import json
 import pickle
 import random
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from lightning_rnf import RelevanceFreezing, UnitLayer, UnitMap, maskfiles
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.search import Evaluation
 from lightning_rnf.state import FreezeState
+
+NAN = float("nan")
 
 
 def two_tasks(net):
@@ -225,6 +229,154 @@ def test_a_file_of_somebody_elses_or_of_the_future_is_refused(tmp_path):
     assert "list of tasks" in refused(path, tmp_path)
     save_file({"weight": torch.zeros(2)}, path)
     assert "not written by lightning_rnf" in refused(path, tmp_path)
+
+
+def changed(path, tmp_path, part, number, model=None, **changes):
+    """The sentence for a file whose checksum is right, and in which one layer or task says something else."""
+    parts = json.loads(metadata(path)["lightning_rnf"])[part]
+    parts[number].update(changes)
+    rewrite(path, **{part: parts})
+    return refused(path, tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"axis": 0}, "'axis' of 'conv1' is 0"),
+        ({"axis": 10**400}, "'axis' of 'conv1' is 1000"),
+        ({"axis": -1}, "along dimension -1"),
+        ({"norm": "zzz"}, "those of the layer, its norm and its slopes"),
+        ({"norm": "heads"}, "those of the layer, its norm and its slopes"),
+        ({"slopes": "zzz"}, "had 'zzz' for its slopes when a task ended, in this model that is missing"),
+        ({"slopes": "bn1"}, "had 'bn1' for its slopes when a task ended, in this model that is of type BatchNorm2d"),
+        ({"parameters": []}, "those of the layer, its norm and its slopes"),
+        ({"parameters": ["conv1.weight", "conv2.weight"]}, "those of the layer, its norm and its slopes"),
+        ({"parameters": ["conv1.weight", "conv1.weight", "bn1.weight"]}, "'conv1.weight' belongs to two"),
+        ({"transposed": [4, 1]}, "was a transposed convolution"),
+        ({"transposed": [2, 10**300]}, "'transposed' should be"),
+        ({"name": "\x1b[2J", "parameters": ["\x1b[2J.weight"]}, "'name' should be a name"),
+    ],
+)
+def test_a_layer_that_this_model_can_not_have_is_refused(changes, said, tmp_path):
+    _, _, path = saved(tmp_path)
+    assert said in changed(path, tmp_path, "layers", 0, make(ConvNet), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head": "zzz", "head_parameters": []}, "lacks the module 'zzz', the head of task 'first'"),
+        ({"head": ""}, "'head' should be a name"),
+        ({"head_parameters": ["conv1.weight"]}, "which is not in its head"),
+        ({"rows": {"zzz": "00"}}, "has what it did not freeze"),
+        ({"cutoff": 10**400}, "'cutoff' should be a count"),
+        ({"cutoff": -1}, "'cutoff' should be a count"),
+        ({"samples": -3}, "'samples' should be a count"),
+        ({"recovery_epochs": -1}, "'recovery_epochs' should be a count"),
+        *(({"accuracy": value}, "'accuracy' should be a share") for value in (NAN, float("inf"), -5.0, 1.5)),
+        ({"subnetwork_accuracy": NAN}, "'subnetwork_accuracy' should be a share"),
+        ({"capacity": {"conv1": 3.0, "conv2": 0.5}}, "'conv1' should be a share"),
+        *(({"name": name}, "'name' should be a name") for name in ("", "\ud800", "\x1b[2J", "a\nb", "\u2028", "\x9b")),
+        ({"notes": ["\x07"]}, "'notes' should be names"),
+        ({"tests": {"\udfff": {"acc": 1.0}}}, "'tests' should be names"),
+    ],
+)
+def test_a_task_that_can_not_have_been_is_refused(changes, said, tmp_path):
+    _, _, path = saved(tmp_path)
+    assert said in changed(path, tmp_path, "tasks", 0, make(ConvNet), **changes)
+
+
+@pytest.mark.parametrize("key", ["accuracy", "cutoff", "free"])
+def test_a_score_that_can_not_have_been_measured_is_refused(key, tmp_path):
+    _, rnf, path = saved(tmp_path)
+    evaluations = rnf.state.to_plain()["tasks"][0]["evaluations"]
+    evaluations[1]["score"][key] = NAN if key == "accuracy" else 10**400
+    assert f"'{key}' should be" in changed(path, tmp_path, "tasks", 0, evaluations=evaluations)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("bn1.running_mean", lambda value: value * NAN, "has no statistics of relevant units in 'bn1.running_mean'"),
+        ("bn1.running_var", lambda value: -value, "has no statistics of relevant units in 'bn1.running_var'"),
+        ("bn1.running_mean", lambda value: value.to(torch.int8), "in this model, and was of torch.int8"),
+        ("bn1.running_mean", lambda value: value.to(torch.complex64), "in this model, and was of torch.complex64"),
+        ("bn1.num_batches_tracked", lambda value: value > 0, "in this model, and was of torch.bool"),
+        ("bn1.running_mean", lambda value: value[:2].clone(), "and had (2,)"),
+    ],
+)
+def test_statistics_that_are_none_of_this_model_s_are_refused(name, change, said, tmp_path):
+    _, _, path = saved(tmp_path)
+    tensors = load_file(path)
+    key = f"statistics.1.{name}"
+    rewrite(path, {**tensors, key: change(tensors[key])})
+    assert said in refused(path, tmp_path, make(ConvNet))
+
+
+def test_statistics_of_a_parameter_s_name_are_refused(tmp_path):
+    _, rnf, path = saved(tmp_path)
+    names = [*rnf.state.to_plain()["tasks"][0]["norm_statistics"], "conv1.weight"]
+    rewrite(path, {**load_file(path), "statistics.0.conv1.weight": torch.zeros(4, 1, 3, 3)})
+    said = changed(path, tmp_path, "tasks", 0, make(ConvNet), norm_statistics=names)
+    assert "lacks the buffer 'conv1.weight'" in said
+
+
+def test_irrelevant_units_may_have_diverged(tmp_path):
+    net, _, path = saved(tmp_path)
+    tensors = load_file(path)
+    tensors["statistics.0.bn1.running_mean"][1] = NAN  # relevant to the first task are 0 and 2
+    rewrite(path, tensors)
+    other = RelevanceFreezing()
+    other.load(path, net)
+    with other.recall("first", net), torch.no_grad():
+        assert net(torch.randn(3, *net.shape)).isfinite().all()
+
+
+def test_what_a_file_says_of_itself_reaches_no_terminal_as_it_is(tmp_path):
+    _, _, path = saved(tmp_path)
+    rewrite(path, {**load_file(path), "\x1b[2J": torch.zeros(1)})
+    assert "\x1b" not in refused(path, tmp_path)
+    text = json.dumps({"\x1b[2J": {"dtype": "\x1b[2J", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
+    assert "\x1b" not in refused(path, tmp_path)
+
+
+MEMORY = """
+import resource, sys
+from lightning_rnf import maskfiles
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+maskfiles.load(sys.argv[1])
+before = peak()
+maskfiles.load(sys.argv[2])
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes as Linux does")
+def test_a_unit_takes_a_byte_and_no_more(tmp_path):
+    _, _, small = saved(tmp_path, Mlp)
+    plain = json.loads(metadata(small)["lightning_rnf"])
+    units = 2**26
+    plain["layers"] = [{**plain["layers"][0], "units": units}]
+    for task in plain["tasks"]:
+        task["norm_statistics"] = []
+    large = tmp_path / "large.safetensors"
+    tensors = {"masks": torch.zeros(2, units // 8, dtype=torch.uint8)}
+    text = json.dumps(plain)
+    save_file(tensors, large, {"lightning_rnf": text, "sha256": maskfiles.checksum(text, tensors)})
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(small), str(large)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown < 10 * large.stat().st_size + units  # a byte a unit and task, the file, and one mask on the way
+
+
+def test_a_description_of_any_length_is_not_parsed(tmp_path, monkeypatch):
+    _, rnf, path = saved(tmp_path)
+    monkeypatch.setattr(maskfiles, "LONGEST_TEXT", 100)
+    assert "is longer than 100 characters" in refused(path, tmp_path)
+    with pytest.raises(ValueError, match="longer than 100 characters"):
+        rnf.save(tmp_path / "other.safetensors")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["masks.safetensors"]
 
 
 def test_another_model_is_refused(tmp_path):

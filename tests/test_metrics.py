@@ -77,6 +77,14 @@ def test_the_matrix_counts_over_batches_and_keeps_untested_entries_nan():
     assert computed.isnan().sum() == 3
 
 
+@pytest.mark.parametrize("entry", [(-1, 0), (0, -1), (2, 0), (0, 2)])
+def test_entries_that_are_not_there_are_refused(entry):
+    matrix = AccuracyMatrix(2)
+    with pytest.raises(IndexError, match="is not in a matrix of 2 tasks"):
+        answered(matrix, *entry, right=1, of=1)
+    assert not matrix.samples.any()
+
+
 def test_states_of_two_processes_add_up():
     logits, target = torch.randn(10, 3), torch.randint(3, (10,))
     whole, first, second = AccuracyMatrix(1), AccuracyMatrix(1), AccuracyMatrix(1)

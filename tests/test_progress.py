@@ -49,6 +49,23 @@ def test_recovery_in_the_middle_of_a_fit_leaves_the_training_bar_alone(capsys):
     assert printed.rindex("Epoch 2/2") > printed.index("search:")
 
 
+def test_rich_leaves_room_for_the_bars_on_a_terminal_of_80_columns(capsys):
+    fitted(RichProgressBar(console_kwargs={"force_terminal": True, "width": 80}))
+    printed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    lines = [line for line in re.split(r"[\r\n]", printed) if "━" in line and "0:0" in line]
+    assert any(line.startswith("search:") for line in lines)
+    assert all(line.count("━") >= 15 for line in lines if line.startswith(("relevance:", "search:")))
+    assert "…" not in "".join(line for line in lines if line.startswith("search:"))
+    assert re.search(r"search: cutoff \d+,.*\n.*accuracy 0\.\d{3}.*\n.*\(limit 0\.\d{3}\)", printed)
+
+
+def test_what_is_measured_after_a_recovery_has_its_limit_too(capsys):
+    record = fitted(TQDMProgressBar(), epochs=3, recovery_epochs=1)
+    settled = record.recovery[0].score
+    told = f"cutoff {settled.cutoff}, accuracy {settled.accuracy:.3f} (limit {settled.baseline - 0.02:.3f})"
+    assert told in capsys.readouterr().out
+
+
 def test_no_bar_no_output(capsys):
     fitted(shows=False)
     fitted(TQDMProgressBar(refresh_rate=0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +15,11 @@ import pytest
 import torch
 from records import ConvNet, Mlp, batch, every_second, make, record_of, state_of
 from rich.console import Console
-from training import TASKS, Classifier, task_data, train, trainer
+from torch.utils.data import DataLoader, IterableDataset
+from training import TASKS, Classifier, clusters, task_data, train, trainer
 
-from lightning_rnf import RelevanceFreezing, RetentionReport
-from lightning_rnf.audit import Probe
+from lightning_rnf import RelevanceFreezing, RetentionReport, masks
+from lightning_rnf.audit import Audit, Probe, fingerprints
 from lightning_rnf.figures import StreamResult
 from lightning_rnf.reference import ReferenceData
 from lightning_rnf.report import Forecast, accuracy_rows, curve, rich_table
@@ -59,10 +62,18 @@ def test_the_audit_finds_nothing_where_nothing_has_changed(trained):
     model, rnf = trained
     report = rnf.report(model)
     assert report.changed == dict.fromkeys(TASKS, ())
-    assert report.drift == {"a": 0.0, "b": 0.0}
+    assert report.drift == dict.fromkeys(TASKS, 0.0)
     assert report.is_sound
     assert report.numbers["forgetting"] == 0
-    assert {row["largest change of a row"] for row in report.to_dict()["audit"]} == {0.0}
+    assert report.to_dict()["audit"] == [
+        {
+            "task": task,
+            "frozen since its end": "bit-equal",
+            "largest drift of a logit": 0.0,
+            "logits compared": "now",
+        }
+        for task in TASKS
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,91 @@ def test_the_audit_sees_a_single_bit(trained, name):
     assert rnf.report(model).is_sound
 
 
+def recalled(rnf, model, task="a"):
+    model.heads.activate(task)
+    with rnf.recall(task, model), torch.no_grad():
+        return model(clusters(task, 320, 1).tensors[0])
+
+
+def test_the_logits_are_those_of_the_model_that_is_looked_at(trained):
+    model, rnf = trained
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.heads.tasks["c"].bias += torch.tensor([0.0, 0.25])
+    report = rnf.report(other)
+    assert report.drift == {"a": 0.0, "b": 0.0, "c": pytest.approx(0.25, abs=1e-6)}
+    assert rnf.report(model).drift["c"] == 0
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), rnf._model().parameters(), strict=True))
+
+
+def test_a_model_in_another_precision_is_another_one(trained):
+    model, rnf = trained
+    report = rnf.report(copy.deepcopy(model).double())
+    assert all(report.changed.values())
+    assert not report.audit.drift
+    assert report.is_sound is False
+
+
+@pytest.mark.parametrize("missing", [("body.0", "body.3", "heads.tasks.b"), ("body.3",)])
+def test_where_nothing_was_kept_to_compare_with_nothing_is_said(trained, missing):
+    model, rnf = trained
+    state = FreezeState.from_plain(rnf.state.to_plain())
+    rows = {name: value for name, value in state.task("b").rows.items() if name not in missing}
+    state.tasks["b"] = replace(state.task("b"), rows=rows)
+    other = RelevanceFreezing()
+    other.state = state
+    for one in (model, Classifier()):
+        report = other.report(one)
+        assert report.audit.unknown == {"a": (), "b": missing, "c": ()}
+        said = {row["task"]: row["frozen since its end"] for row in report.to_dict()["audit"]}
+        assert said["b"].endswith(f"not known: {', '.join(missing)}")
+        assert report.is_sound is (None if one is model else False)
+
+
+def test_a_shared_parameter_without_a_fingerprint_is_not_known_either():
+    net = make(Mlp)
+    state = state_of(net, record_of(net), record_of(net, "second"))
+    units = net.units()
+    first = state.task("first")
+    rows = fingerprints(net, units, first, FreezeState())
+    parameters = dict(net.named_parameters())
+    state.tasks["first"] = replace(first, rows=rows)
+    assert Audit.of(parameters, state).unknown == {"first": (), "second": ("fc1", "fc2", "heads.tasks.second")}
+    state.tasks["first"] = replace(first, rows={name: rows[name] for name in rows if name != "norm.bias"})
+    assert Audit.of(parameters, state).unknown["first"] == ("norm.bias",)
+
+
+def test_a_drift_that_one_task_did_not_measure_is_not_known():
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", "b", max_epochs=1)
+    before = recalled(rnf, model)
+    with pytest.warns(UserWarning, match="recall will not be exact"):
+        later = RelevanceFreezing(elasticity=1.0)
+    later.load_state_dict(rnf.state_dict())  # as after a restart: samples are in no checkpoint
+    train(model, later, "c", max_epochs=1)
+    assert not torch.equal(recalled(later, model), before)
+    report = later.report(model)
+    assert report.drift == {"c": 0.0}
+    assert report.to_dict()["audit"][0]["logits compared"] == "no: its samples are gone"
+    assert report.is_sound is False
+    assert RetentionReport.of(later.state).is_sound is None
+
+
+def test_what_was_kept_of_tasks_goes_with_them(tmp_path):
+    torch.manual_seed(0)
+    models = [Classifier(), Classifier()]
+    rnf, other = RelevanceFreezing(), RelevanceFreezing()
+    for model, callback in zip(models, (rnf, other), strict=True):
+        train(model, callback, "a", max_epochs=1)
+        callback.save(tmp_path / f"{models.index(model)}.safetensors")
+    rnf.load(tmp_path / "0.safetensors", models[0])
+    assert rnf.report(models[0]).drift == {"a": 0.0}
+    rnf.load(tmp_path / "1.safetensors", models[1])
+    assert rnf.report(models[1]).drift == {}
+    assert rnf.report(models[1]).changed == {"a": ()}
+
+
 def test_a_free_row_may_change(trained):
     model, rnf = trained
     free = (~rnf.state.frozen()["body.0"]).nonzero()
@@ -104,7 +200,7 @@ def test_units_that_go_on_learning_are_told_on():
         rnf = RelevanceFreezing(elasticity=1.0)
     train(model, rnf, "a", "b", max_epochs=1)
     report = rnf.report(model)
-    assert report.drift["a"] > 0
+    assert report.drift["a"] == rnf.state.task("b").drift["a"] > 0
     assert set(report.changed["a"]) == {"body.0", "body.3"}
     assert report.changed["b"] == ()
     assert not report.is_sound
@@ -149,6 +245,32 @@ def test_the_numbers_are_those_of_the_matrix():
     report = RetentionReport.of(two_tasks(make(Mlp)), matrix=matrix, baseline=torch.tensor([0.5, 0.3]))
     expected = {"average accuracy": 0.75, "forgetting": 0.2, "backward transfer": -0.2, "forward transfer": 0.1}
     assert report.numbers == pytest.approx({**expected, "free capacity": 0.0})
+
+
+def test_a_number_that_can_not_be_told_is_missing_for_a_reason():
+    state = two_tasks(make(Mlp))
+    untested = RetentionReport.of(state)
+    assert list(untested.numbers) == ["free capacity"]
+    assert set(untested.not_known) == {"average accuracy", "forgetting", "backward transfer"}
+    assert (
+        "not known: average accuracy, forgetting and backward transfer (no test has logged an accuracy)"
+        in untested.summary
+    )
+    once = RetentionReport.of(state, matrix=torch.tensor([[NAN, NAN], [0.7, 0.8]]), baseline=torch.zeros(2))
+    assert list(once.numbers) == ["average accuracy", "free capacity"]
+    assert once.not_known == {
+        "forgetting": "'first' was not tested after 'first'",
+        "backward transfer": "'first' was not tested after 'first'",
+        "forward transfer": "'second' was not tested after 'first'",
+    }
+    assert once.not_known == once.to_dict()["not known"]
+    last = RetentionReport.of(state, matrix=torch.tensor([[0.9, NAN], [NAN, NAN]]))
+    assert last.not_known["average accuracy"] == "'first' was not tested after 'second', and 1 more"
+    assert last.not_known["forgetting"] == "'first' was not tested after 'second'"
+    full = RetentionReport.of(state, matrix=torch.tensor([[0.9, NAN], [0.7, 0.8]]))
+    assert full.not_known == {}
+    assert "not known" not in full.summary
+    assert all("was not tested" in form for form in (str(once), once.to_markdown(), once.to_html()))
 
 
 def test_a_matrix_a_baseline_or_a_metric_that_do_not_fit_are_refused():
@@ -238,6 +360,97 @@ def test_it_prints_as_tables_with_and_without_rich(with_rich, trained, monkeypat
     assert not any(line.endswith(" ") for line in text.splitlines())
 
 
+def many(names, net=None):
+    """A report of tasks with these names, of which every earlier one was tested after each."""
+    net = net or make(ConvNet)
+    state = FreezeState()
+    for index, name in enumerate(names):
+        tests = {seen: {"acc": 0.9 - 0.0123 * place} for place, seen in enumerate(names[: index + 1])}
+        record = record_of(net, relevant=every_second(net.layers, index % 2))
+        state.add(replace(record, name=name, head=f"heads.{index}", tests=tests), net.units())
+    return RetentionReport.of(state)
+
+
+def printed(report, width):
+    text = StringIO()
+    Console(file=text, width=width, color_system=None).print(report)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("tasks", [1, 10, 30])
+@pytest.mark.parametrize("name", ["t-{:02d}", "a name of many words {:02d}", "{:02d}-" + "x" * 300])
+def test_no_number_is_cut_however_many_tasks_there_are(name, tasks, width):
+    report = many([name.format(index) for index in range(tasks)])
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    matrix = text.split("accuracy of each task (column)")[1].split("average accuracy")[0]
+    found = sorted(float(number) for number in re.findall(r"\b0\.\d{4}\b", matrix))
+    assert found == pytest.approx(sorted(report.matrix[~report.matrix.isnan()].tolist()), abs=1e-4)
+    for heading in ("sub-net", "evaluations", "samples", "shared"):
+        assert heading in text
+
+
+def test_without_rich_wide_tables_are_split_too(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = str(many([f"task-{index:02d}" for index in range(30)]))
+    assert max(map(len, text.splitlines())) <= 160
+    assert text.count("0.9000") >= 30
+
+
+@pytest.mark.parametrize("name", ["after", "task", "layer", "units", "shared", "free", "average"])
+def test_a_task_may_be_called_like_a_column(name):
+    report = many([name, "x", "y"])
+    tables = report.sections
+    matrix = tables["accuracy of each task (column) after each task (row)"]
+    assert [row["after"] for row in matrix] == [name, "x", "y"]
+    assert all(len(row) == 4 for row in matrix)
+    assert list(matrix[2].values())[1:] == pytest.approx(report.matrix[2].tolist())
+    layers = tables["layers: units frozen first by each task, serving several, free"]
+    assert [row["layer"] for row in layers] == ["conv1", "conv2"]
+    assert all(row["units"] == size and len(row) == 7 for row, size in zip(layers, (4, 5), strict=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ":smile:",
+        "[red]x",
+        "[/]",
+        "a|b",
+        "c\\|d",
+        "a\nb",
+        "c\r\nd",
+        "\x1b[31mred",
+        "\x9b31m",
+        "a\x00",
+        "**a**",
+        "`b`",
+        "_c_",
+    ],
+)
+def test_a_name_is_shown_letter_by_letter(name):
+    report = many([name, "other"])
+    shown = masks.printable(name)
+    text = str(report)
+    assert shown in text
+    assert not set(text) & {"\x1b", "\x9b", "\x00", "\r"}
+    lines = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == sum(len(rows) + 2 for rows in report.sections.values())
+    cells = [re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1] for line in lines]
+    for rows in report.sections.values():  # every line has its table's columns
+        assert [len(row) for row in cells[: len(rows) + 2]] == [len(rows[0])] * (len(rows) + 2)
+        del cells[: len(rows) + 2]
+    assert shown in [re.sub(r"\\([\W_])", r"\1", line).removeprefix("| ").split(" | ")[0] for line in lines]
+
+
+def test_a_lone_surrogate_can_be_written_to_a_file():
+    report = many(["\ud800", "other"])
+    for text in (str(report), report.to_markdown(), report.to_html()):
+        assert "\\ud800" in text
+        text.encode()
+
+
 def test_no_finished_task_is_a_report_too():
     report = RelevanceFreezing().report()
     assert str(report) == "no finished task"
@@ -270,6 +483,50 @@ def test_tests_of_several_loaders_are_told_apart():
     assert matrix[0].isnan().all()
 
 
+def matrix_entry(rnf, model, **options):
+    """What is in the matrix for the first task after the second, once it was tested."""
+    model.heads.activate("a")
+    trainer(rnf, **options).test(model, datamodule=task_data("a"), verbose=False)
+    return rnf.state.task("b").tests.get("a")
+
+
+def test_only_whole_tests_of_the_model_itself_are_in_the_matrix():
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", "b", max_epochs=1)
+    assert matrix_entry(rnf, model, fast_dev_run=True) is None
+    with pytest.warns(UserWarning, match="'a' was tested on 1 of 10 batches, so the test is left out"):
+        assert matrix_entry(rnf, model, limit_test_batches=1) is None
+    with pytest.warns(UserWarning, match="'a' was tested on 5 of 10 batches, so the test is left out"):
+        assert matrix_entry(rnf, model, limit_test_batches=0.5) is None
+    with pytest.warns(
+        UserWarning, match=r"not the one in which 'b' has ended \(body.0, body.3, heads.tasks.b differ\)"
+    ):
+        assert matrix_entry(rnf, Classifier()) is None
+    kept = matrix_entry(rnf, copy.deepcopy(model), limit_test_batches=10)
+    assert kept is not None
+    with pytest.warns(UserWarning, match="left out"):
+        assert matrix_entry(rnf, Classifier()) is kept
+
+
+def test_loaders_of_unknown_length_are_tested_whole_or_left_out():
+    class Stream(IterableDataset):
+        task = "a"
+
+        def __iter__(self):
+            return iter(clusters("a", 64))
+
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing()
+    train(model, rnf, "a", max_epochs=1)
+    loader = DataLoader(Stream(), 16)
+    with pytest.warns(UserWarning, match="'a' was tested on 2 batches, so the test is left out"):
+        trainer(rnf, limit_test_batches=2).test(model, loader, verbose=False)
+    assert rnf.report().matrix is None
+    (found,) = trainer(rnf).test(model, loader, verbose=False)
+    assert rnf.report().matrix.item() == pytest.approx(found["test_accuracy"])
+
+
 def test_an_untrained_task_that_is_tested_gives_forward_transfer():
     torch.manual_seed(0)
     model, rnf = Classifier(), RelevanceFreezing()
@@ -286,7 +543,8 @@ def test_what_tests_have_logged_survives_a_checkpoint(trained):
     other = RelevanceFreezing()
     other.load_state_dict(rnf.state_dict())
     assert torch.equal(other.report().matrix.nan_to_num(-1), rnf.report().matrix.nan_to_num(-1))
-    assert other.report().drift == rnf.report().drift
+    assert other.report().drift == {"a": 0.0, "b": 0.0}
+    assert [row["logits compared"] for row in other.report().to_dict()["audit"]] == ["when c ended"] * 2 + ["not yet"]
 
 
 def test_rows_of_a_stream():
@@ -300,12 +558,33 @@ def test_rows_of_a_stream():
     assert "75.0" in text.getvalue()
 
 
-@pytest.mark.parametrize("package", ["rich.table", "matplotlib.figure"])
-def test_a_missing_extra_is_an_import_error(package, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, package, None)
-    report = RetentionReport.of(two_tasks(make(Mlp)), matrix=torch.eye(2))
+def test_without_rich_there_is_no_table_of_its(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(ImportError):
-        rich_table("", [{"a": 1}]) if package.startswith("rich") else report.plot(tmp_path / "f.png")
+        rich_table("", [{"a": 1}])
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "said"),
+    [
+        ("matplotlib.figure", lambda rnf, report, path: report.plot(path), "matplotlib is missing.*rnf.plots"),
+        ("matplotlib.figure", lambda rnf, report, path: report.to_html(), "matplotlib is missing.*rnf.plots"),
+        ("pandas", lambda rnf, report, path: report.to_pandas(), "pandas is missing: pip install pandas"),
+        ("huggingface_hub", lambda rnf, report, path: rnf.push_to_hub("a/b"), "_hub is missing.*rnf.hub"),
+        (
+            "huggingface_hub",
+            lambda rnf, report, path: rnf.from_pretrained("a/b"),
+            "_hub is missing.*rnf.hub",
+        ),
+    ],
+)
+def test_a_missing_extra_is_an_import_error_that_names_it(module, work, said, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    rnf = RelevanceFreezing()
+    rnf.state = two_tasks(make(Mlp))
+    with pytest.raises(ImportError, match=said):
+        work(rnf, rnf.report(matrix=torch.eye(2)), tmp_path / "f.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_imports_without_what_only_extras_bring():

@@ -1,14 +1,19 @@
-"""Layers that compute some of their rows: the rows are right, the rest is zero, and the layer comes back."""
+"""Layers that compute or learn some of their rows: these are right, the rest is zero, and the layer comes back."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rnf.rows import FEWEST, LARGEST_SHARE, can_choose_rows, computed
+from lightning_rnf import rows
+from lightning_rnf.rows import FEWEST, LARGEST_SHARE, can_choose_rows, computed, learning
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 10), (40, 6)),
@@ -23,8 +28,6 @@ LAYERS = {
 
 def counted(module, x):
     """The output, and with how many rows torch was asked to multiply."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         found = module(x)
     return found, counter.get_total_flops()
@@ -134,3 +137,190 @@ def test_contexts_may_be_nested():
     with computed(layer, torch.arange(10) < 8), computed(layer, torch.arange(10) < 5), torch.no_grad():
         assert layer(x)[:, :8].any()
     assert "forward" not in vars(layer)
+
+
+LEARNING = {
+    "linear": (partial(nn.Linear, 6, 10), (40, 6)),
+    "linear without bias": (partial(nn.Linear, 6, 10, bias=False), (40, 6)),
+    "linear over positions": (partial(nn.Linear, 6, 10), (4, 5, 6)),
+    "conv1d": (partial(nn.Conv1d, 3, 10, 3, padding=1), (4, 3, 20)),
+    "conv2d": (partial(nn.Conv2d, 3, 10, 3, stride=2, dilation=2, bias=False), (4, 3, 9, 9)),
+    "conv3d": (partial(nn.Conv3d, 2, 10, 2, padding=(1, 0, 1)), (2, 2, 5, 5, 5)),
+}
+
+FROZEN = torch.tensor([True, False, True, True, False, True, False, True, True, True])
+
+
+@pytest.fixture
+def always_pays(monkeypatch):
+    """Small layers, too."""
+    monkeypatch.setattr(rows, "LARGEST_LEARNING_SHARE", {"linear": 1.0, "convolution": 1.0})
+    monkeypatch.setattr(rows, "FEWEST_PRODUCTS", 0)
+    monkeypatch.setattr(rows, "FEWEST_WEIGHTS", 0)
+
+
+def gradients(layer, x, context=nullcontext):
+    """The output, and what arrives at the input and at the parameters, behind an activation that works in place."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with context():
+        output = layer(x)
+        found = output.detach().clone()
+        loss = (nn.functional.relu_(output) ** 2).sum()
+    loss.backward()
+    return found, x.grad, *(parameter.grad for parameter in layer.parameters())
+
+
+@pytest.mark.usefixtures("always_pays")
+@pytest.mark.parametrize("kind", LEARNING)
+@pytest.mark.parametrize("context", [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_only_free_rows_of_the_weight_get_a_gradient_and_nothing_else_differs(kind, context):
+    torch.manual_seed(0)
+    make, shape = LEARNING[kind]
+    layer, x = make(), torch.randn(*shape)
+    output, at_x, at_weight, *at_bias = gradients(layer, x, context)
+    with learning(layer, FROZEN)[1]:
+        found = gradients(layer, x, context)
+    assert torch.equal(found[0], output)  # the forward is the layer's own
+    tolerance = {} if context is nullcontext else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found[1], at_x, **tolerance)
+    torch.testing.assert_close(found[2][~FROZEN], at_weight[~FROZEN], **tolerance)
+    assert at_weight[FROZEN].any()
+    assert not found[2][FROZEN].any()
+    assert found[2].dtype == layer.weight.dtype
+    torch.testing.assert_close(list(found[3:]), at_bias, **tolerance)
+    again = gradients(layer, x, context)
+    assert torch.equal(again[2], at_weight)  # the hook is gone
+
+
+@pytest.mark.usefixtures("always_pays")
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_frozen_rows_cost_nothing_in_the_weights_gradient(kind):
+    make, shape = LEARNING[kind]
+    layer, x = make(), torch.randn(*shape)
+    with FlopCounterMode(display=False) as forward:
+        layer(x)
+    with learning(layer, FROZEN)[1], FlopCounterMode(display=False) as all_of_it:
+        layer(x).sum().backward()  # x needs none
+    share = float((~FROZEN).double().mean())
+    assert all_of_it.get_total_flops() == pytest.approx((1 + share) * forward.get_total_flops())
+
+
+@pytest.mark.usefixtures("always_pays")
+@pytest.mark.parametrize("kind", ["linear", "linear over positions", "conv2d"])
+def test_gradients_of_gradients_are_right(kind):
+    make, shape = LEARNING[kind]
+    layer, x = make().double(), torch.randn(*shape).double().requires_grad_()
+
+    def penalty():
+        layer.zero_grad()
+        of_weight, of_x = torch.autograd.grad(layer(x).tanh().sum(), (layer.weight, x), create_graph=True)
+        (of_weight[~FROZEN].square().sum() + of_x.square().sum()).backward()
+        return layer.weight.grad
+
+    whole = penalty()
+    with learning(layer, FROZEN)[1]:
+        torch.testing.assert_close(penalty()[~FROZEN], whole[~FROZEN])
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_what_is_added_to_the_gradient_is_told_from_it():
+    layer, x = nn.Linear(6, 10), torch.randn(40, 6)
+    hook, handle = learning(layer, FROZEN)
+    with handle:
+        layer(x).sum().backward()
+        assert hook.has_made(layer.weight.grad)
+        assert not hook.has_made(layer.weight.grad)  # asked once
+        layer(x).sum().backward()  # accumulated
+        assert not hook.has_made(layer.weight.grad)
+        layer.zero_grad()
+        (layer(x).sum() + layer.weight.square().sum()).backward()
+        assert not hook.has_made(layer.weight.grad)
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_hooks_of_the_users_see_what_the_gradient_arrives_at():
+    layer, x, seen = nn.Linear(6, 10), torch.randn(40, 6), []
+    layer.register_forward_hook(lambda module, args, output: output.retain_grad() or seen.append(output))
+    layer.register_full_backward_hook(lambda module, into, outof: seen.append((into, outof)))
+    with learning(layer, FROZEN)[1]:
+        layer(x.requires_grad_()).sum().backward()
+    assert torch.equal(seen[0].grad, torch.ones(40, 10))
+    assert torch.equal(seen[1][0][0], x.grad)
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_copies_learn_by_their_own_weights():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 10), torch.randn(40, 6)
+    with learning(layer, FROZEN)[1]:
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            other.weight.data.mul_(2)
+            other(x).square().sum().backward()
+            assert layer.weight.grad is None
+            expected = 2 * ((2 * x @ layer.weight.T + layer.bias).T @ x)
+            torch.testing.assert_close(other.weight.grad[~FROZEN], expected[~FROZEN])
+
+
+def test_small_layers_many_rows_and_what_is_called_by_keyword_learn_as_ever():
+    big, x = nn.Linear(512, 512), torch.randn(128, 512)
+    frozen = torch.arange(512) < 200
+    for layer, own, share in ((nn.Linear(6, 10), torch.randn(40, 6), FROZEN), (big, x, torch.arange(512) < 10)):
+        expected = gradients(layer, own)[2]
+        with learning(layer, share)[1]:
+            assert torch.equal(gradients(layer, own)[2], expected)
+    with learning(big, frozen)[1]:
+        assert not gradients(big, x)[2][frozen].any()  # this one is large enough
+        big.zero_grad()
+        big(input=x).sum().backward()
+        assert big.weight.grad[frozen].any()
+        big.requires_grad_(False)
+        assert not big(x).requires_grad
+        with torch.no_grad():
+            assert not big(x).requires_grad
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_transforms_of_functions_see_the_layer_as_it_is():
+    layer, x = nn.Linear(6, 10), torch.randn(40, 6)
+    with learning(layer, FROZEN)[1]:
+        found = torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, x).sum())(layer.weight)
+    assert found[FROZEN].any()
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_a_compiled_layer_is_one_graph_and_has_all_gradients():
+    layer, x = nn.Linear(6, 10), torch.randn(40, 6)
+    with learning(layer, FROZEN)[1]:
+        torch.compile(layer, backend="eager", fullgraph=True)(x).sum().backward()
+    assert layer.weight.grad[FROZEN].any()
+
+
+@pytest.mark.usefixtures("always_pays")
+def test_one_vector_is_no_batch():
+    layer, x = nn.Linear(6, 10), torch.randn(6)
+    expected = gradients(layer, x)[2]
+    with learning(layer, FROZEN)[1]:
+        assert torch.equal(gradients(layer, x)[2], expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OwnLinear(6, 10),
+        patched,
+        parametrized,
+        lambda: nn.Conv2d(4, 10, 1, groups=2),
+        lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv2d(4, 10, 3, padding="same"),
+        lambda: nn.ConvTranspose2d(10, 4, 3),
+        lambda: nn.BatchNorm1d(10),
+    ],
+)
+def test_layers_of_which_less_is_known_learn_as_ever(make):
+    assert learning(make(), FROZEN) is None
+
+
+@pytest.mark.parametrize("frozen", [torch.zeros(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)])
+def test_where_all_or_none_learn_there_is_nothing_to_do(frozen):
+    assert learning(nn.Linear(6, 10), frozen) is None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from training import Classifier, task_data, train, trainer
 
-from lightning_rnf import RelevanceFreezing
+from lightning_rnf import RelevanceFreezing, checkpoints
 from lightning_rnf.tracking import scalars, takes_figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning")
@@ -143,3 +145,74 @@ def test_without_matplotlib_there_are_numbers_only(monkeypatch):
     one = trainer(rnf, max_epochs=1, logger=recorder)
     one.fit(model, datamodule=task_data("a"))
     assert [step for step, _ in recorder.numbers] == [1]
+
+
+def kept_although(tmp_path, logger, name="a"):
+    """The warnings of a fit whose logger fails, and the task in the checkpoint of its end."""
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing(task=name)
+    model.heads.activate("a")
+    loggers = [*logger] if isinstance(logger, list) else [logger]
+    options = {"max_epochs": 1, "logger": loggers, "enable_checkpointing": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(rnf, ModelCheckpoint(tmp_path / "kept"), **options).fit(model, datamodule=task_data("a"))
+    (path,) = (tmp_path / "kept").glob("*-ended.ckpt")
+    assert list(checkpoints.finished_tasks(checkpoints.read(path)).tasks) == list(rnf.state.tasks) == [name]
+    return [str(one.message) for one in caught if "is kept all the same" in str(one.message)]
+
+
+def test_a_logger_that_fails_costs_no_task_and_no_other_logger_anything(tmp_path):
+    class Fails(Recorder):
+        def log_metrics(self, metrics, step=None):
+            if any(name.startswith("rnf/") for name in metrics):
+                raise ConnectionError("the network is down")
+
+    other = Recorder()
+    (warned,) = kept_although(tmp_path, [Fails(), other])
+    assert warned.startswith("Fails did not take the numbers of the task: ConnectionError: the network is down")
+    assert [step for step, _ in other.numbers] == [1]
+
+
+def test_a_figure_that_a_logger_refuses_costs_no_other_figure(tmp_path):
+    class Experiment:
+        def add_figure(self, name, *args, **kwargs):
+            taken.append(name)
+            if name == "rnf/capacity":
+                raise OSError("the disk is full")
+
+    taken = []
+    (warned,) = kept_although(tmp_path, Recorder(Experiment()))
+    assert warned.startswith("Recorder did not take rnf/capacity: OSError: the disk is full")
+    assert taken == ["rnf/capacity", "rnf/search"]
+
+
+def test_a_logger_whose_experiment_can_not_be_had_gets_no_figures(tmp_path):
+    class Fails(Recorder):
+        @property
+        def experiment(self):
+            if self.numbers:  # Lightning asks for it, too, before
+                raise ConnectionError("log in first")
+
+    (warned,) = kept_although(tmp_path, Fails())
+    assert warned.startswith("Fails did not say whether it takes figures: ConnectionError: log in first")
+
+
+def test_a_figure_that_can_not_be_drawn_costs_nothing(tmp_path, monkeypatch):
+    def fails(state):
+        raise ValueError("expected a number")
+
+    monkeypatch.setattr("lightning_rnf.figures.capacity", fails)
+    recorder = Recorder(SimpleNamespace(add_figure=lambda name, *args, **kwargs: taken.append(name)))
+    taken = []
+    (warned,) = kept_although(tmp_path, recorder)
+    assert warned.startswith("rnf/capacity can't be drawn: ValueError: expected a number")
+    assert taken == ["rnf/search"]
+
+
+def test_a_name_that_no_file_can_have_is_kept_under_a_shorter_one(tmp_path):
+    kept_although(tmp_path, [], "ü" * 300)
+    (path,) = (tmp_path / "kept").glob("*-ended.ckpt")
+    assert path.name.startswith("ü" * 50)
+    assert path.name != checkpoints.file_name("ü" * 301)
+    assert checkpoints.file_name("digits-01") == "digits-01-ended.ckpt"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from records import bare_record
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rnf import MultiHead, RelevanceFreezing
+from lightning_rnf import MultiHead, RelevanceFreezing, UnitMap
 from lightning_rnf.streams import TaskDataModule
 
 TASKS = ("a", "b", "c")
@@ -91,6 +93,54 @@ def train(model: pl.LightningModule, callback: RelevanceFreezing | None, *tasks:
     for task in tasks:
         model.heads.activate(task)
         trainer(*([callback] if callback else []), **options).fit(model, datamodule=task_data(task))
+
+
+class Allocated(pl.Callback):
+    """After each step: names of the parameters that have a gradient, and of those that have an optimizer state."""
+
+    def __init__(self) -> None:
+        self.gradients: list[set[str]] = []
+        self.states: list[set[str]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        named = dict(pl_module.named_parameters())
+        states = [optimizer.state for optimizer in trainer.optimizers]
+        self.gradients.append({name for name, parameter in named.items() if parameter.grad is not None})
+        self.states.append({name for name, parameter in named.items() if any(parameter in one for one in states)})
+
+
+def allocated(
+    options: Callable[[], dict[str, Any]] = dict, *, learning_only: bool = False
+) -> tuple[Allocated, set[str], set[str]]:
+    """Two tasks, the first of which freezes the first layer whole and half of the second.
+
+    Args:
+        options: makes those of each Trainer.
+        learning_only: the optimizer is given what requires gradients.
+
+    Returns:
+        What was there in the second fit, and the names of parameters that should be and that should not.
+    """
+
+    class Two(RelevanceFreezing):
+        def on_train_end(self, trainer, pl_module):
+            if not self.state.tasks:
+                units = UnitMap.of(pl_module, clusters("a", 8).tensors)
+                relevant = {"body.0": torch.ones(40) > 0, "body.3": torch.arange(40) < 20}
+                self.state.add(bare_record(units, relevant, {}), units)
+
+    class Learning(Classifier):
+        def configure_optimizers(self):
+            chosen = [one for one in self.parameters() if one.requires_grad or not learning_only]
+            return torch.optim.Adam(chosen, weight_decay=0.1)
+
+    model, rnf, found = Learning(), Two(), Allocated()
+    for task, callbacks in (("a", [rnf]), ("b", [found, rnf])):
+        model.heads.activate(task)
+        trainer(*callbacks, **options()).fit(model, datamodule=task_data(task))
+    idle = {f"heads.tasks.{task}.{kind}" for task in ("a", "c") for kind in ("weight", "bias")}
+    frozen = {"body.0.weight", "body.0.bias", *idle}
+    return found, {name for name, _ in model.named_parameters()} - frozen, frozen
 
 
 def inputs(samples: int = 64) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""All benchmarks of this project by one command, into one JSON, one Markdown and a figure. No test: run it apart.
+
+    PYTHONPATH=tests:examples python tests/benchmarks/run.py --accelerator cpu --output tests/benchmarks/results
+    PYTHONPATH=tests:examples python tests/benchmarks/run.py --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed \
+        --parts step --output tests/benchmarks/results
+
+The files are ``suite_cpu.json``, ``suite_cpu.md`` and ``growth_cpu.png``, on a GPU ``suite_gpu…``, with the precision
+in the name if it is another than float32. What is written into the folder of results is put into this folder's README,
+too. Peers are measured by ``peers.py``, in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark import add_common, prepare, surroundings, write_json
+from growth import GROWTH
+from measured import NETWORKS
+from state import STATE
+from step import STEP
+from task_end import TASK_END
+
+PARTS = {part.name: part for part in (STEP, TASK_END, STATE, GROWTH)}
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+
+
+def report(content: dict[str, Any], figures: dict[str, str]) -> str:
+    """As Markdown.
+
+    Args:
+        content: of the JSON.
+        figures: file names by part.
+    """
+    versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
+    settings = ", ".join(f"{name}={value or 'not set'}" for name, value in content["malloc"].items())
+    lines = [
+        f"{content['device']}, {content['precision']}, threads: {content['threads']}; {versions}.",
+        "",
+        f"Environment: {settings}. {content['malloc_reason']}",
+    ]
+    if content["quick"]:
+        lines[:0] = ["A quick run, to see that it works: the numbers mean nothing.", ""]
+    for name, found in content["parts"].items():
+        part = PARTS[name]
+        lines += ["", f"### {part.title}", "", part.columns, "", part.table(found["rows"])]
+        if name in figures:
+            lines += ["", f"![{part.title}]({figures[name]})"]
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str, name: str, report: str) -> str:
+    """The text with the report in its marked block.
+
+    Raises:
+        ValueError: if there is no such block.
+    """
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"the README has no block from {start!r} to {end!r}: add it where the tables should stand")
+    return f"{before}{start}\n{report.strip()}\n\n{end}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="of steps and state (as those say)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder (%(default)s)")
+    options = parser.parse_args(arguments)
+    prepare(options)
+    common = ["--accelerator", options.accelerator, "--precision", options.precision]
+    if options.quick:
+        common.append("--quick")
+    networks = ["--networks", *options.networks] if options.networks else []
+    content = {**surroundings(options.accelerator), "precision": options.precision, "quick": options.quick, "parts": {}}
+    kind = "cpu" if content["device"].startswith("CPU") else "gpu"
+    suffix = kind if options.precision == "32-true" else f"{kind}_{options.precision}"
+    name, figures = f"suite_{suffix}", {}
+    options.output.mkdir(parents=True, exist_ok=True)
+    for part in (PARTS[part] for part in options.parts):
+        found = part.run(part.options([*common, *(networks if part in (STEP, STATE) else [])]))
+        content["parts"][part.name] = found
+        if part.draw is not None:
+            figures[part.name] = f"{part.name}_{suffix}.png"
+            part.draw(found["rows"], options.output / figures[part.name])
+        # After each part, so that a run that is stopped has not been for nothing.
+        write_json(options.output / f"{name}.json", content)
+        (options.output / f"{name}.md").write_text(report(content, figures), encoding="utf-8")
+        print(f"{part.title}: {found['seconds_in_all']:.0f} s\n{part.table(found['rows'])}\n", flush=True)
+    if not options.quick and options.output.resolve() == RESULTS.resolve():
+        in_readme = {part: f"{RESULTS.name}/{figure}" for part, figure in figures.items()}
+        text = filled(README.read_text(encoding="utf-8"), name, report(content, in_readme))
+        README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
