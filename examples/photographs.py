@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from images import Data, balanced, tiles
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 AGES = ((0, 2), (4, 6), (8, 13), (15, 20), (25, 32), (38, 43), (48, 53), (60, 200))
@@ -41,7 +41,7 @@ class Photographs(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.images[index]
         if not isinstance(image, Tensor):
-            image = decode_image(str(image), ImageReadMode.RGB)
+            image = v2.functional.pil_to_tensor(Image.open(image).convert("RGB"))
         return self.transform(image), int(self.targets[index])
 
     def shown(self, transform: Callable[[Tensor], Any]) -> Photographs:
