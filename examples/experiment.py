@@ -61,12 +61,14 @@ class Experiment:
         model: ``(*, …)`` to a new network with a `MultiHead`; heads for all tasks are added here.
         fit: trains the stream and tests it.
         freezing: arguments of the callback that YAML can't hold.
+        pretrained: ``(model, data)``: gives a new network weights that it starts from.
     """
 
     stream: Callable[..., list[TaskDataModule]]
     model: Callable[..., LightningModule]
     fit: Fit = fit_stream
     freezing: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: Callable[[Any, Data], object] = lambda model, data: None
 
     def main(self, script: str, description: str | None, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Run what is not in the JSON yet, and print the table.
@@ -171,7 +173,8 @@ class Experiment:
         """Train the stream with one method and seed, going on from the checkpoints in the folder."""
         is_resumed = begun(folder, made_with)
         seed_everything(seed, verbose=False)
-        stream = self.stream(Data(options.data, options.download, made_with["samples"]), seed, **made_with["stream"])
+        data = Data(options.data, options.download, made_with["samples"])
+        stream = self.stream(data, seed, **made_with["stream"])
         stream = stream[: made_with["tasks"]]
         for task in stream:
             task.batch_size = made_with["training"]["batch_size"]
@@ -179,6 +182,7 @@ class Experiment:
                 task.test = task.validation
         model = self.model(**_of_model(made_with))
         add_heads(model, stream)
+        self.pretrained(model, data)
         callback = yaml_settings.freezing(made_with, **self.freezing)
         trainer = partial(
             _trainer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_rnf.criteria import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.finished import FinishedTasks, Retention
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities, hold_in_copy
-from lightning_rnf.guard import recompiled
+from lightning_rnf.guard import borrowed, recompiled
 from lightning_rnf.heatmaps import Gallery, images_of
 from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
@@ -264,6 +264,69 @@ class RelevanceFreezing(FinishedTasks):
         self._pin_norms(module)
         return record
 
+    def protect(
+        self,
+        model: torch.nn.Module,
+        reference: pl.LightningDataModule | Iterable[Any],
+        *,
+        name: str,
+        criterion: CriterionOption | None = None,
+    ) -> TaskRecord:
+        """Keep what a model can do already, as a finished task that was never trained here: its pretraining, say.
+
+        Its units are attributed and searched as at a fit's end, and the next fit freezes them. No Trainer runs: the
+        model stays on its device, in its precision, and comes back as it was. ``recovery_epochs`` count for fits only;
+        no checkpoint is written and nothing is logged. The record is in the next fit's checkpoints.
+
+        Example::
+
+            net.fc = MultiHead(net.fc.in_features, {"imagenet": net.fc, "ages": 8})
+            rnf.protect(model, imagenet, name="imagenet", criterion=0.05)
+            net.fc.activate("ages")
+            Trainer(callbacks=[rnf]).fit(model, datamodule=ages)
+
+        Args:
+            model: that later fits train, with the head of this task active.
+            reference: labelled data of the task: a data module (its validation data), a loader or a list of batches.
+            name: of the task.
+            criterion: when pruning stops; None: the callback's.
+
+        Returns:
+            The record, which is in ``state.tasks``, too.
+
+        Raises:
+            RuntimeError: if a fit is under way.
+            TypeError: if the name is no text, or the reference of another kind.
+            ValueError: if the task has ended already, the model is sharded, or as the end of a fit.
+        """
+        if self._freezer is not None:
+            raise RuntimeError("a fit is under way: protect a task before it, or after its end")
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"name is {name!r}, expected the task's name")
+        self._check_new(name)
+        module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+        if sharding.is_sharded(module):
+            raise ValueError(
+                "a sharded model can't be measured without its Trainer: protect the task before the first fit"
+            )
+        self.state.check_module(module)
+        self.state.forget_unfinished()
+        asked = self.criterion if criterion is None else as_criterion(criterion)
+        with isolate_rng(), torch.inference_mode(False), torch.enable_grad(), borrowed(module):
+            if not module.training:
+                module.train()  # as a fit leaves it: norms that are in eval mode with all the rest are no exceptions
+            drawn = self._reference(reference).draw_alone(module)
+            asked.check_samples(drawn.samples)
+            units = self._trace(module, drawn.example)
+            record = self.selection.select(name, module, units, drawn, self.state, asked)
+            record = self._witnessed(record, module, units, drawn)
+        if self.reset_free and not self.state.tasks:
+            initial.remember(self.state, module, units)
+        self.state.add(record, units)
+        self._model = weakref.ref(module)
+        tracking.announce(self.state, record, self.selection.ration, trained=False)
+        return record
+
     def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a parameter the fit that is under way lets learn: see `communication.reduce_free_rows`.
 
@@ -282,6 +345,10 @@ class RelevanceFreezing(FinishedTasks):
             raise ValueError("the Trainer has more than one RelevanceFreezing: one keeps all tasks, remove the others")
         refuse_strategies(trainer)
         warn_of_averages(trainer, self)
+        # What was protected or loaded before the processes knew of each other: they go on with the same.
+        of_first = ranks_of(trainer).decided(lambda: self.state)
+        if of_first is not self.state:
+            self._take(of_first)
         self._task_name(trainer, pl_module)
         self._is_resumed = self._has_trained = False
         self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
@@ -296,7 +363,7 @@ class RelevanceFreezing(FinishedTasks):
         if self.state.recovering is None:
             check_epochs(trainer, self.recovery_epochs, resumed=self._is_resumed)
         check_sharding(trainer, pl_module)
-        reference = self._reference()
+        reference = self._reference(self.reference)
         with sharding.whole(pl_module):
             if self.reset_free:
                 initial.reset_free(self.state, pl_module)
@@ -465,11 +532,10 @@ class RelevanceFreezing(FinishedTasks):
                     show=show,
                 )
             record = self._witnessed(record, module, units, reference)
-        full_before = self._full_layers()
         self.state.add(record, units)
         self._steps_at_end = trainer.global_step
         path = checkpoints.keep(trainer, name)  # before anything that a logger or a warning could break off
-        self._report(record, full_before)
+        tracking.announce(self.state, record, self.selection.ration)
         if path:
             rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, self.state, record)
@@ -478,7 +544,7 @@ class RelevanceFreezing(FinishedTasks):
         return record
 
     def _witnessed(
-        self, record: TaskRecord, module: pl.LightningModule, units: UnitMap, reference: ReferenceData
+        self, record: TaskRecord, module: torch.nn.Module, units: UnitMap, reference: ReferenceData
     ) -> TaskRecord:
         """The record with what a later audit needs: fingerprints of what is frozen, the drift of earlier logits."""
         rows = audit.fingerprints(module, units, record, self.state)
@@ -487,7 +553,7 @@ class RelevanceFreezing(FinishedTasks):
         return replace(record, rows=rows, drift=drift)
 
     def _look(
-        self, record: TaskRecord, module: pl.LightningModule, units: UnitMap, reference: ReferenceData
+        self, record: TaskRecord, module: torch.nn.Module, units: UnitMap, reference: ReferenceData
     ) -> dict[str, float]:
         """The drift of earlier tasks' logits; keep samples of this one, and heatmaps of all."""
         masked = self.retention == "exact"
@@ -501,7 +567,7 @@ class RelevanceFreezing(FinishedTasks):
         return drift
 
     def _heatmaps(
-        self, module: pl.LightningModule, units: UnitMap, probe: audit.Probe, recall: AbstractContextManager[None]
+        self, module: torch.nn.Module, units: UnitMap, probe: audit.Probe, recall: AbstractContextManager[None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch = probe.on_device(module)
         with recall:
@@ -543,7 +609,7 @@ class RelevanceFreezing(FinishedTasks):
     @contextmanager
     def _observing(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[UnitMap, ReferenceData]]:
         with isolate_rng():
-            reference = self._reference().draw(trainer)
+            reference = self._reference(self.reference).draw(trainer)
             self._check_size(reference.samples)
             with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
                 yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
@@ -564,10 +630,10 @@ class RelevanceFreezing(FinishedTasks):
             and epochs_left(trainer) == self.recovery_epochs
         )
 
-    def _reference(self) -> Reference:
-        return Reference(self.reference, self.reference_samples, self.attribution_samples, self.predict, self.seed)
+    def _reference(self, source: ReferenceSource) -> Reference:
+        return Reference(source, self.reference_samples, self.attribution_samples, self.predict, self.seed)
 
-    def _trace(self, module: pl.LightningModule, batch: Any) -> UnitMap:
+    def _trace(self, module: torch.nn.Module, batch: Any) -> UnitMap:
         units = UnitMap.of(module, batch, self.predict, self.units, self.heads)
         self.state.check_units(units)
         for record in self.state.tasks.values():
@@ -586,35 +652,14 @@ class RelevanceFreezing(FinishedTasks):
     def _criteria(self) -> tuple[Criterion, ...]:
         return (self.criterion, self.recovery_criterion) if self.recovery_epochs else (self.criterion,)
 
-    def _full_layers(self) -> set[str]:
-        return {layer for layer, share in self.capacity().items() if share == 0}
-
-    def _report(self, record: TaskRecord, full_before: set[str]) -> None:
-        units = sum(layer.units for layer in self.state.layers)
-        epochs = f", recovered for {record.recovery_epochs} epochs" if record.recovery else ""
-        rank_zero_info(
-            f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
-            f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}{epochs}, "
-            f"{len(record.evaluations) + len(record.recovery)} evaluations on {record.samples} samples); "
-            f"{self.free_capacity:.1%} free"
-        )
-        if not record.accepted:
-            cause, way_out = f"the ration of {self.selection.ration}", "give it a larger ration, or recovery_epochs"
-            if record.recovery:
-                cause = "its recovery"
-                way_out = "give it more recovery_epochs, a milder recovery_criterion or ration, or recovery_search=True"
-            rank_zero_warn(
-                f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
-                f"network, {record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"
-            )
-        full = self._full_layers() - full_before
-        if full:
-            rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
-
     def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule, given: str | None = None) -> str:
         name = given or ranks_of(trainer).decided(lambda: given_name(self.task, trainer, module))
         if name is None:
             name = f"task-{len(self.state.tasks)}"
+        self._check_new(name)
+        return name
+
+    def _check_new(self, name: str) -> None:
         if not readable(name):
             raise ValueError(
                 f"task name {name!r} has control characters, line ends or halves of characters in it, which files, "
@@ -625,7 +670,6 @@ class RelevanceFreezing(FinishedTasks):
                 f"task {name!r} has ended already; name the new one: datamodule.task, or "
                 f"RelevanceFreezing(task=...). Finished tasks: {list(self.state.tasks)}"
             )
-        return name
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -40,7 +40,7 @@ class FinishedTasks(Callback):
         self.retention = retention
         self.task = task
         self.state = FreezeState()
-        self._model: Callable[[], pl.LightningModule | None] = lambda: None
+        self._model: Callable[[], Any] = lambda: None  # of the last fit, or of what was protected since
         self._recalled = ExitStack()
         self._probes: dict[str, audit.Probe] = {}
         self._tested: list[str | None] = []
@@ -58,7 +58,7 @@ class FinishedTasks(Callback):
 
         Args:
             task: name of the task.
-            model: None: the model of the last fit.
+            model: None: the model of the last fit, or of a `RelevanceFreezing.protect` since.
 
         Raises:
             KeyError: if there is no such finished task.
@@ -129,7 +129,7 @@ class FinishedTasks(Callback):
 
         Args:
             model: that is audited: its frozen rows, and the logits of a few samples of each task that has ended since
-                the program was started; None: that of the last fit, if it is still there.
+                the program was started; None: the same as for `recall`, if it is still there.
             matrix: accuracy ``(tasks, tasks)`` as `metrics` says; None: what ``trainer.test`` has logged.
             metric: which of the logged metrics the matrix is of; None: the first that has "acc" in its name.
             baseline: accuracy of each task before any training, ``(tasks,)``: for the forward transfer.

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from torchmetrics import Metric
 
 from lightning_rnf.evaluation import Predict, measure, supervised
+from lightning_rnf.guard import evaluating
 from lightning_rnf.no_trainer import alone, transferred
 from lightning_rnf.ranks import ALONE, Ranks, joined
 from lightning_rnf.runs import data_module, ranks_of
@@ -196,7 +197,7 @@ class Reference:
             raise TypeError(
                 "reference is a function (trainer, module), and no Trainer is running: give what it returns"
             )
-        with alone(module, source):
+        with alone(module, source), evaluating(module):
             data = source.val_dataloader() if isinstance(source, LightningDataModule) else source
             loader = _single(data, "reference" if data is source else "reference.val_dataloader()")
             return self._drawn(loader, ALONE, lambda batch: transferred(batch, module, source))
@@ -403,10 +404,11 @@ def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[
 
 @contextmanager
 def _validating(trainer: Trainer) -> Iterator[None]:
-    """Transfer hooks of the user's ask the Trainer whether to augment."""
+    """Transfer hooks of the user's ask the Trainer, or the module, whether to augment."""
     stage = trainer.state.stage
     trainer.validating = True
     try:
-        yield
+        with evaluating(trainer.lightning_module):
+            yield
     finally:
         trainer.state.stage = stage

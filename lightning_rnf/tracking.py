@@ -1,21 +1,54 @@
-"""What a finished task has come to, in whatever loggers the Trainer has."""
+"""What a finished task has come to: said in a line, and sent to whatever loggers the Trainer has."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_rnf import figures, masks
 from lightning_rnf.state import FreezeState, TaskRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, trained: bool = True) -> None:
+    """Say what the task that has ended last needs and has left; warn if it falls short, or has filled a layer.
+
+    Args:
+        state: the finished tasks.
+        record: of the last one.
+        ration: what it could claim of each layer at most; None: all.
+        trained: whether a fit has ended it, which could have gone on with a recovery.
+    """
+    units = sum(layer.units for layer in state.layers)
+    epochs = f", recovered for {record.recovery_epochs} epochs" if record.recovery else ""
+    rank_zero_info(
+        f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
+        f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}{epochs}, "
+        f"{len(record.evaluations) + len(record.recovery)} evaluations on {record.samples} samples); "
+        f"{masks.free_capacity_over_tasks(state)[-1]:.1%} free"
+    )
+    if not record.accepted:
+        cause, way_out = f"the ration of {ration}", "give it a larger ration" + ", or recovery_epochs" * trained
+        if record.recovery:
+            cause = "its recovery"
+            way_out = "give it more recovery_epochs, a milder recovery_criterion or ration, or recovery_search=True"
+        rank_zero_warn(
+            f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
+            f"network, {record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"
+        )
+    before = replace(state, tasks={name: one for name, one in state.tasks.items() if one is not record}).frozen()
+    full = [name for name, frozen in state.frozen().items() if frozen.all() and not before[name].all()]
+    if full:
+        rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
 
 
 def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:

@@ -172,6 +172,29 @@ def sequence():
     }
 
 
+def protected():
+    """A task that each process has kept by itself, from other samples than the others, before they train together."""
+    model = trained()
+    rnf = RelevanceFreezing(criterion=0.1, reference_samples=32, attribution_samples=8, seed=RANK)
+    own = rnf.protect(model, task_data("a").val_dataloader(), name="a").relevant
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model.options["lr"] = 0.1
+    fit(model, rnf, "b")
+    relevant = rnf.state.tasks["a"].relevant
+    after = dict(model.named_parameters())
+    held = all(
+        torch.equal(after[name][relevant[layer.name]], before[name][relevant[layer.name]])
+        for layer in rnf.state.layers
+        for name in layer.parameters
+    )
+    return {
+        "own": own,
+        "relevant": relevant,
+        "held": held,
+        "moved": not torch.equal(after["body.1.weight"], before["body.1.weight"]),
+    }
+
+
 def pictured():
     """Two tasks whose samples rank 0 keeps: drift of the logits, what is kept here, and drift of the heatmaps."""
     seed_everything(1, verbose=False)
@@ -301,6 +324,7 @@ if __name__ == "__main__":
         "unreadable": unreadable(),
         "synchronised": synchronised(),
         "dealt": dealt(),
+        "protected": protected(),
         "seconds": time.monotonic() - started,
     }
     torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")

@@ -122,6 +122,15 @@ def test_frozen_rows_are_bit_equal_on_all_ranks_through_recovery_and_pinned_norm
             assert torch.equal(rank["sequence"]["weights"][name], value)
 
 
+def test_a_task_that_each_process_has_protected_by_itself_is_the_first_ones_for_all(run):
+    first = run.ranks[0]["protected"]
+    for rank in run.ranks[1:]:
+        found = rank["protected"]
+        assert any(not torch.equal(mask, first["own"][layer]) for layer, mask in found["own"].items())
+        assert all(torch.equal(mask, first["own"][layer]) for layer, mask in found["relevant"].items())
+    assert all(rank["protected"]["held"] and rank["protected"]["moved"] for rank in run.ranks)
+
+
 def test_logits_and_heatmaps_are_compared_by_the_first_process(run):
     for number, rank in enumerate(run.ranks):
         found = rank["pictured"]

@@ -130,7 +130,7 @@ def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back():
 
     class Augmenting(Classifier):
         def on_after_batch_transfer(self, batch, dataloader_idx):
-            stages.append(self.trainer.validating)
+            stages.append((self.trainer.validating, self.training))
             return batch
 
     class Draw(pl.Callback):
@@ -138,9 +138,10 @@ def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back():
             stages.clear()
             Reference(loader("a", 64)).draw(trainer)
             assert trainer.training
+            assert pl_module.training
 
     trainer(Draw(), max_epochs=1).fit(Augmenting(), loader("a", 64), loader("a", 64))
-    assert stages == [True, True]
+    assert stages == [(True, False)] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*overridden `on_before_batch_transfer` in `LightningModule`:UserWarning")
