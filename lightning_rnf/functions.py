@@ -210,6 +210,10 @@ def _of_graph(args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
+class _Operand:
+    """Stands for a tensor of the graph among arguments."""
+
+
 def _apply(
     split: _Split, function: Callable[..., Any], tensors: list[Tensor], args: Sequence[Any], options: dict[str, Any]
 ) -> Tensor:
@@ -218,11 +222,13 @@ def _apply(
     if _RULES[function] is _activation:  # a flag of theirs, by name or by position
         in_place = in_place or bool(options.get("inplace")) or any(argument is True for argument in args[1:])
 
+    # What is written to in place gets a graph that leads here: with the tensor itself the graph would hold itself, and
+    # nobody could free it.
+    form = apply_to_collection((list(args), options), Tensor, lambda x: _Operand() if x.requires_grad else x)
+
     def call(*given: Tensor) -> Tensor:
         following = iter(given)
-        own_args, own_options = apply_to_collection(
-            (list(args), options), Tensor, lambda x: next(following) if x.requires_grad else x
-        )
+        own_args, own_options = apply_to_collection(form, _Operand, lambda _: next(following))
         if in_place:
             own_args[0] = own_args[0].clone()
         result: Tensor = function(*own_args, **own_options)

@@ -27,7 +27,7 @@ LARGEST_LEARNING_SHARE = {"linear": 0.75, "convolution": 0.5}
 FEWEST_PRODUCTS = 2**22
 """The same for a linear layer with fewer multiplications in its weight's gradient."""
 
-FEWEST_WEIGHTS = 144
+FEWEST_WEIGHTS = 288
 """The same for a convolution with fewer weights a row."""
 
 

@@ -57,6 +57,11 @@ class Ranking:
         remaining[self.order[:cutoff]] = False
         return dict(zip(self.sizes, remaining.split(list(self.sizes.values())), strict=True))
 
+    def untouched(self) -> list[str]:
+        """The layers that no cutoff takes a unit from."""
+        taken = _layer_of(self.sizes)[self.order].bincount(minlength=len(self.sizes))
+        return [name for name, candidates in zip(self.sizes, taken.tolist(), strict=True) if not candidates]
+
     def free(self, cutoff: int) -> int:
         """How many units are relevant to no task when the ``cutoff`` least relevant candidates are pruned."""
         return int((~self.frozen[self.order[:cutoff]]).sum())
@@ -157,13 +162,18 @@ def rank(
 
 def _beyond_ration(order: Tensor, sizes: Mapping[str, int], frozen: Tensor, ration: float) -> Tensor:
     """Which candidates the ration takes away: bool ``(candidates,)``, in the order of the candidates."""
-    layer_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values())))[order]
+    layer_of = _layer_of(sizes)[order]
     beyond = torch.zeros(len(order), dtype=torch.bool)
     for layer in range(len(sizes)):
         free = ((layer_of == layer) & ~frozen[order]).nonzero().view(-1)
         claims = max(1, math.floor(ration * len(free) + 1e-9))  # 0.07 × 100 is 7.000000000000001
         beyond[free[: max(len(free) - claims, 0)]] = True
     return beyond
+
+
+def _layer_of(sizes: Mapping[str, int]) -> Tensor:
+    """The number of each unit's layer: int64 ``(units,)``."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values())))
 
 
 def search_cutoff(

@@ -26,6 +26,7 @@ from lightning_rnf.criteria import Criterion, SubnetworkScore
 from lightning_rnf.guard import borrowed, evaluating
 from lightning_rnf.importance import IMPORTANCES, SUMMED, Importance, ImportanceName, check_scores, random
 from lightning_rnf.norms import NormStatistics
+from lightning_rnf.prefix import Prefix
 from lightning_rnf.progress import Show, silent
 from lightning_rnf.reference import ReferenceData, gathered
 from lightning_rnf.search import (
@@ -279,6 +280,7 @@ class _Candidates:
         self.show = show
         self.expected = expected
         self.made = 0
+        self.prefix = Prefix(module, ranking.untouched())
         self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
         # What the ration takes away is taken whatever the verdict.
         self.measured_whole = {0, ranking.beyond_ration}
@@ -297,7 +299,8 @@ class _Candidates:
         with self._speaking(cutoff):
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
             lowest = None if cutoff in self.measured_whole else self.limit
-            measured = self.reference.measure(self.module, self.metrics, finite=cutoff == 0, lowest=lowest)
+            with self.prefix.spared("accuracy"):
+                measured = self.reference.measure(self.module, self.metrics, finite=cutoff == 0, lowest=lowest)
         if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
             raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
         if self.counts_flops:
@@ -332,9 +335,12 @@ class _Candidates:
         with ExitStack() as stack:
             stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
             if self.recalibrated and cutoff > 0:
-                run = partial(self.reference.run, self.module)
-                stack.enter_context(norms.recalibrated(self.recalibrated, run, self.ranks))
+                stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
             yield
+
+    def _run(self) -> None:
+        with self.prefix.spared("statistics"):
+            self.reference.run(self.module)
 
 
 def _flops_counter(module: nn.Module, units: UnitMap, reference: ReferenceData) -> SubnetworkFlops:

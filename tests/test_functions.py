@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from networks import CLASSES, Built, labelled
@@ -323,3 +326,40 @@ def test_relevance_is_conserved_through_residual_sums(how):
     logits = net(x).gather(1, y[:, None]).sum()
     relevance = attribute(net, UnitMap.of(net, (x, y)).layers, [(x, y)]).relevance
     assert relevance["stem"].sum().item() == pytest.approx(logits.item(), rel=1e-3)
+
+
+class WrittenInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        out = self.body(x)
+        out += x
+        out *= torch.sigmoid(out)
+        return self.head(nn.functional.silu(out, inplace=True).mean((2, 3)))
+
+
+def test_the_graph_of_what_is_written_in_place_is_freed():
+    """It held itself, where Python's collector can't see it: every batch stayed in memory."""
+
+    class Mark:
+        pass
+
+    marks = []
+
+    def mark(module, args, output):
+        found = Mark()
+        output.grad_fn.metadata["mark"] = found  # lives as long as the node
+        marks.append(weakref.ref(found))
+
+    module = WrittenInPlace().eval()
+    batches = [(torch.randn(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)) for _ in range(3)]
+    units = UnitMap.of(module, batches[0])
+    with module.body.register_forward_hook(mark):
+        attribute(module, units.layers, batches)
+    gc.collect()
+    assert len(marks) == len(batches)
+    assert not any(found() for found in marks)
