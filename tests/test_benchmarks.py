@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -30,6 +31,17 @@ def run(*command: str, **environment: str) -> str:
     )
     assert ended.returncode == 0, ended.stderr[-5000:]
     return ended.stdout
+
+
+def test_what_the_peers_script_takes_from_here_is_there():
+    """Avalanche has an environment of its own, so the script itself can't run here."""
+    names = {path.stem for folder in (BENCHMARKS, TESTS.parent / "examples") for path in folder.glob("*.py")}
+    script = ast.parse((BENCHMARKS / "peers.py").read_text())
+    imports = [node for node in script.body if isinstance(node, ast.ImportFrom)]
+    own = [node for node in imports if str(node.module).partition(".")[0] in {*names, "lightning_rnf"}]
+    taken = [f"from {node.module} import {', '.join(one.name for one in node.names)}" for node in own]
+    assert len(taken) > 5
+    run("-c", "\n".join(taken))
 
 
 def test_the_suite_writes_one_json_one_markdown_and_a_figure(tmp_path):

@@ -3,7 +3,8 @@
 Avalanche is no dependency of this project, so the peers get an environment of their own, outside of the repository:
 
     python -m venv ../peers && ../peers/bin/pip install -r tests/benchmarks/peers_requirements.txt -e .
-    PYTHONPATH=tests:examples ../peers/bin/python tests/benchmarks/peers.py --data FOLDER --output peers.json
+    PYTHONPATH=tests:examples ../peers/bin/python tests/benchmarks/peers.py --data FOLDER \
+        --output tests/benchmarks/results/peers_cpu.json
 
 All systems learn the same tasks in the same order from the same samples (a tenth of each task's is held out:
 `RelevanceFreezing` has its reference data from there, nobody trains on it), with the same network and initial weights,
@@ -54,10 +55,13 @@ from avalanche.models import MultiHeadClassifier, MultiTaskModule
 from avalanche.models.packnet import PackNetModel, PackNetPlugin
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, SupervisedPlugin, SynapticIntelligencePlugin
 from avalanche.training.supervised import Naive
-from experiment import environment, mean_and_deviation
+from experiment import environment
+from images import Data
 from lightning.pytorch import Callback, Trainer, seed_everything
-from split_mnist import model as mlp
-from split_mnist import stream as split_mnist
+from mnist_split import model as mlp
+from mnist_split import stream as mnist_split
+from results import mean_and_deviation
+from run import README, RESULTS, filled
 from torch import Tensor, nn
 
 from lightning_rnf import RelevanceFreezing
@@ -374,8 +378,8 @@ SYSTEMS: dict[str, tuple[type[System], str]] = {  # and whose step is its framew
 def run(options: Namespace, seed: int) -> list[dict]:
     """All systems learn the stream in turns."""
     seed_everything(seed, verbose=False)
-    stream = split_mnist(options, seed)
-    initial = mlp(options)
+    stream = mnist_split(Data(options.data, samples=FAST_SAMPLES if options.fast else None), seed)
+    initial = mlp(width=400, learning_rate=1e-3)
     for task in stream:
         initial.heads.add(task.task, task.classes)
     epochs = {name: max(options.epochs, kind.least_epochs) for name, (kind, _) in SYSTEMS.items()}
@@ -468,7 +472,6 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help=f"only {FAST_SAMPLES:,} samples: to see that it runs")
     parser.add_argument("--output", type=Path, help="JSON; the table comes beside it, as Markdown")
     options = parser.parse_args()
-    options.samples, options.download = FAST_SAMPLES if options.fast else None, False
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -484,6 +487,8 @@ def main() -> None:
         if options.output:
             options.output.write_text(json.dumps(content, indent=1) + "\n")
             options.output.with_suffix(".md").write_text(table(content) + "\n")
+    if options.output and options.output.resolve() == RESULTS.resolve() / "peers_cpu.json":
+        README.write_text(filled(README.read_text(encoding="utf-8"), "peers_cpu", table(content)), encoding="utf-8")
     print(table(content))
 
 
