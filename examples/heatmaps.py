@@ -26,7 +26,7 @@ from lightning_rnf import MultiHead, RelevanceFreezing, UnitMap
 from lightning_rnf.heatmaps import Drift, heatmaps
 from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream, split_by_class
 
-SHOWN = 4
+SHOWN = 2
 
 
 class Network(LightningModule):
@@ -90,20 +90,19 @@ def fit(
     *,
     folder: Path,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The matrix, how far relevance drifts after each task, and a few images with their first and last heatmaps."""
+    """The matrix, how far relevance drifts after each task, and a few images with their heatmaps after each."""
     watch = Watch(stream[0], callback)
 
     def watched(*, callbacks: list[Callback]) -> Trainer:
         return trainer_factory(callbacks=[*callbacks, watch])
 
     matrix = fit_stream(model, stream, callback, watched, folder=folder)
-    maps = watch.maps
-    shown = {"after its task": maps[0], f"after {len(maps) - 1} more": maps[-1]}
+    maps = {task.task: of_images for task, of_images in zip(stream, watch.maps, strict=True)}
     return matrix, {
-        "images compared": len(maps[0]),
-        "drift": [vars(Drift.between(maps[0], later)) for later in maps],
+        "images compared": len(watch.maps[0]),
+        "drift": [vars(Drift.between(watch.maps[0], later)) for later in watch.maps],
         "images": as_text(watch.batch[0][:SHOWN]),
-        "heatmaps": {name: as_text(of_images[:SHOWN]) for name, of_images in shown.items()},
+        "heatmaps": {f"after {task}": as_text(of_images[:SHOWN]) for task, of_images in maps.items()},
     }
 
 

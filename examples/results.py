@@ -23,7 +23,7 @@ from images import from_text
 from torch import Tensor
 
 from lightning_rnf.figures import StreamResult, retention
-from lightning_rnf.heatmaps import draw
+from lightning_rnf.heatmaps import Drift, compare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,11 +153,14 @@ def _retention(summary: Mapping[str, Any]) -> Figure:
 def _heatmaps(summary: Mapping[str, Any]) -> Figure:
     """The images of one seed with what was relevant in them, by each method."""
     first = {name: method["runs"][0] for name, method in summary["methods"].items() if "heatmaps" in method["runs"][0]}
-    columns = {
-        f"{name}\n{when}": from_text(maps) for name, run in first.items() for when, maps in run["heatmaps"].items()
+    maps = {
+        name: {when: from_text(of_images) for when, of_images in run["heatmaps"].items()} for name, run in first.items()
     }
-    images = next(iter(first.values()))["images"]
-    return draw(from_text(images), columns, f"{caption(summary)}; 1 seed")
+    drifts = {name: [Drift(**drift) for drift in run["drift"]] for name, run in first.items()}
+    run = next(iter(first.values()))
+    figure = compare(from_text(run["images"]), maps, drifts)
+    figure.suptitle(f"{caption(summary)}; 1 seed, drift over {run['images compared']} images", fontsize=9)
+    return figure
 
 
 def _overview(methods: Mapping[str, Any]) -> str:
