@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from lightning_rnf.evaluation import Predict, supervised
 from lightning_rnf.finished import FinishedTasks, Retention
 from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, check_globs, elasticities, hold_in_copy
 from lightning_rnf.guard import borrowed, recompiled
-from lightning_rnf.heatmaps import Gallery, images_of
 from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.norms import NormStatistics
@@ -199,7 +198,6 @@ class RelevanceFreezing(FinishedTasks):
             )
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
-        self._gallery = Gallery()
         self._freezer: Freezer | None = None
         self._silenced = ExitStack()
         self._pinned = ExitStack()
@@ -508,10 +506,6 @@ class RelevanceFreezing(FinishedTasks):
         self._freezer = Freezer(module, self._elasticities())
         self._freezer.stop_gradients()
 
-    def _take(self, state: FreezeState) -> None:
-        super()._take(state)
-        self._gallery = self._gallery.of(self._probes)
-
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> TaskRecord:
         self._silenced.close()
         recovered = self.state.recovering
@@ -539,8 +533,8 @@ class RelevanceFreezing(FinishedTasks):
         if path:
             rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, self.state, record)
-        if self._gallery.maps:
-            self._gallery.log(trainer, len(self.state.tasks))
+        if self._witnesses.gallery.maps:
+            self._witnesses.gallery.log(trainer, len(self.state.tasks))
         return record
 
     def _witnessed(
@@ -549,30 +543,19 @@ class RelevanceFreezing(FinishedTasks):
         """The record with what a later audit needs: fingerprints of what is frozen, the drift of earlier logits."""
         rows = audit.fingerprints(module, units, record, self.state)
         # Rank 0 has a batch for sure, and it alone keeps some of it; all get the record.
-        drift = reference.ranks.decided(lambda: self._look(record, module, units, reference))
+        drift = reference.ranks.decided(
+            lambda: self._witnesses.look(
+                record,
+                module,
+                units,
+                reference,
+                self.state,
+                masked=self.retention == "exact",
+                images=self.heatmaps,
+                composite=self.selection.composite,
+            )
+        )
         return replace(record, rows=rows, drift=drift)
-
-    def _look(
-        self, record: TaskRecord, module: torch.nn.Module, units: UnitMap, reference: ReferenceData
-    ) -> dict[str, float]:
-        """The drift of earlier tasks' logits; keep samples of this one, and heatmaps of all."""
-        masked = self.retention == "exact"
-        drift = audit.drifts(module, self.state, self._probes, masked=masked)
-        self._probes[record.name] = audit.Probe.of(module, units.layers, record, reference, masked=masked)
-        known = {**self.state.tasks, record.name: record}
-        for name, probe in self._probes.items() if self.heatmaps else ():
-            if name in known:
-                recall = subnetwork.recall(module, units.layers, known[name], masked=masked)
-                self._gallery.add(name, record.name, *self._heatmaps(module, units, probe, recall))
-        return drift
-
-    def _heatmaps(
-        self, module: torch.nn.Module, units: UnitMap, probe: audit.Probe, recall: AbstractContextManager[None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = probe.on_device(module)
-        with recall:
-            maps = heatmaps_of(module, units.layers, batch, self.predict, self.selection.composite)
-        return images_of(batch)[: self.heatmaps], maps[: self.heatmaps]
 
     def _pin_norms(self, module: pl.LightningModule) -> None:
         self._pinned.close()
@@ -615,7 +598,7 @@ class RelevanceFreezing(FinishedTasks):
                 yield reference.ranks.decided(lambda: self._trace(module, reference.example)), reference
 
     def _warn_of_lost_samples(self) -> None:
-        lost = [name for name in self.state.tasks if name not in self._probes]
+        lost = [name for name in self.state.tasks if name not in self._witnesses.probes]
         if self.heatmaps and lost:
             rank_zero_warn(
                 f"no heatmaps of {', '.join(map(repr, lost))}: samples of a task are kept until the program ends, and "
@@ -675,7 +658,6 @@ class RelevanceFreezing(FinishedTasks):
         return {
             **super().__getstate__(),
             "_freezer": None,
-            "_gallery": Gallery(),
             **dict.fromkeys(_CONTEXTS),
         }
 

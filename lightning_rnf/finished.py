@@ -20,6 +20,7 @@ from lightning_rnf.export import export
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
 from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.witnesses import Witnesses
 
 Retention = Literal["exact", "paper"]
 
@@ -42,7 +43,7 @@ class FinishedTasks(Callback):
         self.state = FreezeState()
         self._model: Callable[[], Any] = lambda: None  # of the last fit, or of what was protected since
         self._recalled = ExitStack()
-        self._probes: dict[str, audit.Probe] = {}
+        self._witnesses = Witnesses()
         self._tested: list[str | None] = []
         self._has_older_weights = False
 
@@ -141,7 +142,7 @@ class FinishedTasks(Callback):
         looked_at = None
         if module is not None and not sharding.is_sharded(module):
             self.state.check_module(module)
-            drift = audit.drifts(module, self.state, self._probes, masked=self.retention == "exact")
+            drift = audit.drifts(module, self.state, self._witnesses.probes, masked=self.retention == "exact")
             looked_at = audit.Audit.of(dict(module.named_parameters(remove_duplicate=False)), self.state, drift)
         return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, audit=looked_at)
 
@@ -286,7 +287,7 @@ class FinishedTasks(Callback):
         """Go on with other finished tasks; what was kept beside the old ones goes, but for those that are the same."""
         rows = {name: record.rows for name, record in self.state.tasks.items()}
         same = [name for name, record in state.tasks.items() if record.rows and record.rows == rows.get(name)]
-        self._probes = {name: self._probes[name] for name in same if name in self._probes}
+        self._witnesses = self._witnesses.of(same)
         self.state = state
 
     def _end_run(self) -> None:
@@ -330,7 +331,7 @@ class FinishedTasks(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.
         kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
-        return {**kept, "_model": None, "_recalled": None, "_probes": {}}
+        return {**kept, "_model": None, "_recalled": None, "_witnesses": Witnesses()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())

@@ -209,8 +209,8 @@ def pictured():
         trainer(rnf, max_epochs=1, **strategy).fit(model, datamodule=data)
     return {
         "drift": [record.drift for record in rnf.state.tasks.values()],
-        "maps": {task: list(maps) for task, maps in rnf._gallery.maps.items()},
-        "cosine": [rnf._gallery.drift(task).cosine for task in rnf._gallery.maps],
+        "maps": {task: list(maps) for task, maps in rnf._witnesses.gallery.maps.items()},
+        "cosine": [rnf._witnesses.gallery.drift(task).cosine for task in rnf._witnesses.gallery.maps],
         "report": rnf.report(model).drift,
     }
 

@@ -194,7 +194,7 @@ def test_the_callback_logs_them_after_each_task_and_recall_does_not_drift():
     (numbers,) = [n for step, n in logger.numbers if step == 2 and "rnf/heatmap_cosine/a" in n]
     assert numbers["rnf/heatmap_cosine/a"] == pytest.approx(1)
     assert numbers["rnf/heatmap_signs/a"] == 1
-    first, last = rnf._gallery.maps["a"].values()
+    first, last = rnf._witnesses.gallery.maps["a"].values()
     assert torch.equal(first, last)
 
 
@@ -209,10 +209,10 @@ def test_tasks_whose_samples_are_gone_are_named():
     model.heads.activate("b")
     with pytest.warns(UserWarning, match="no heatmaps of 'a': samples of a task are kept until the program ends"):
         trainer(rnf, max_epochs=1).fit(model, datamodule=image_task("b"))
-    assert {task: list(maps) for task, maps in rnf._gallery.maps.items()} == {"b": ["b"]}
+    assert {task: list(maps) for task, maps in rnf._witnesses.gallery.maps.items()} == {"b": ["b"]}
     before.load_state_dict(before.state_dict())  # the same tasks: their samples stay
     trainer(before, max_epochs=1).fit(model, datamodule=image_task("b"))
-    assert {task: list(maps) for task, maps in before._gallery.maps.items()} == {"a": ["a", "b"], "b": ["b"]}
+    assert {task: list(maps) for task, maps in before._witnesses.gallery.maps.items()} == {"a": ["a", "b"], "b": ["b"]}
 
 
 def test_a_task_without_images_is_refused_before_it_is_trained():

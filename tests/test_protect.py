@@ -379,7 +379,7 @@ def test_heatmaps_of_a_protected_task_are_made_again_after_later_ones():
     rnf.protect(model, images("a"), name="a", criterion=0.3)
     model.heads.activate("b")
     trainer(rnf).fit(model, images("b"), images("b"))
-    first, second = rnf._gallery.maps["a"].values()
+    first, second = rnf._witnesses.gallery.maps["a"].values()
     assert torch.equal(first, second)
 
 
