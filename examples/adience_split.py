@@ -11,7 +11,8 @@ weights are torchvision's, as ``FOLDER/weights/vgg16-397923af.pth``. The stand-i
 
 In training images are cropped at random and mirrored, and classes are drawn with equal probability. Relevance and the
 search see centre crops of a tenth of the training data, which is held out. A test image is answered by the mean softmax
-of ten crops; test data is only for the report.
+of ten crops; test data is only for the report. What is held out may show persons who are trained on, too; those of the
+test fold are others.
 """
 
 from __future__ import annotations

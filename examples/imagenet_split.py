@@ -63,6 +63,8 @@ class ResNet18OfPhotographs(ResNet18):
 
 
 def stream(data: Data, seed: int, *, source: str, classes: int, workers: int = 0) -> list[TaskDataModule]:
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}, expected one of {', '.join(SOURCES)}")
     photographs, in_training, elsewhere = SOURCES[source]
     train, test = (photographs(data, is_train).shown(elsewhere) for is_train in (True, False))
     order = torch.randperm(int(train.targets.max()) + 1, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from adience_split import ages
 from experiment import Experiment
-from images import Data
+from images import Data, balanced
 from photographs import Photographs, imagenet_sample, normalised, tiny_imagenet
 from photographs import imagenet as imagenet_in_folders
 from pretrained import Pretrained, averaged, load
@@ -56,11 +56,12 @@ class Known(TaskDataModule):
 def known(data: Data, source: str, size: int) -> Known:
     """ImageNet's validation images, or one of each class; in centre crops of ``size`` pixels."""
     if source == "imagenet":
-        images = imagenet_in_folders(data, is_train=False)
+        images = imagenet_in_folders(replace(data, samples=None), is_train=False)
         images = images.shown(normalised(v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)))
         rank = torch.cat([torch.arange(int(number)) for number in images.targets.bincount()])  # they are in class order
-        reference, test = (rank < 5).nonzero().view(-1), (rank >= 5).nonzero().view(-1)
-        return Known(IMAGENET, 1000, Subset(images, []), images.chosen(reference), images.chosen(test))
+        parts = [images.chosen(kept.nonzero().view(-1)) for kept in (rank < 5, rank >= 5)]
+        reference, test = (part.chosen(balanced(part.targets, data.samples)) for part in parts)
+        return Known(IMAGENET, 1000, Subset(images, []), reference, test)
     if source != "one of each class":
         raise ValueError(f"imagenet is {source!r}, expected 'imagenet' or 'one of each class'")
     scaled = normalised(v2.Resize(size, antialias=True))

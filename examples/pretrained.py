@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -100,5 +101,5 @@ def averaged(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     x, y = batch
     if x.ndim == 4:
         return module(x), y
-    of_crops = module(x.flatten(0, 1)).softmax(dim=1)
-    return of_crops.unflatten(0, x.shape[:2]).mean(dim=1).log(), y
+    of_crops = module(x.flatten(0, 1)).log_softmax(dim=1).unflatten(0, x.shape[:2])
+    return of_crops.logsumexp(dim=1) - math.log(x.shape[1]), y  # finite even where all crops are sure of another class

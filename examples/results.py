@@ -52,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             after = filled(before, summaries, options.folder.resolve().relative_to(readme.parent.resolve()).as_posix())
         except ValueError as error:
             sys.exit(f"{readme}: {error}")
+    drawn = {file: make() for file, make in pictures.items()}
     if options.check:
         missing = [file for file in pictures if not (options.folder / file).exists()]
         if missing or (readme is not None and before != after):
             what = f"{', '.join(missing)} missing" if missing else f"{readme} does not show what the files hold"
             sys.exit(f"{options.folder}: {what}: run examples/results.py")
         return
-    for file, make in pictures.items():
-        make().savefig(options.folder / file, dpi=110)
+    for file, figure in drawn.items():
+        figure.savefig(options.folder / file, dpi=110)
     if readme is not None:
         readme.write_text(after, encoding="utf-8")
     else:
@@ -107,6 +108,8 @@ def table(summary: Mapping[str, Any]) -> str:
     parts = [f"**{caption(summary)}**", _overview(methods), _at_the_end(methods)]
     if _has("drift", methods):
         parts.append(_drift(methods))
+    if _has("held_out", methods):
+        parts.append(_held_out(methods))
     parts.append("\n".join(f"- {line}" for line in _made_with(summary)))
     return "\n\n".join(parts)
 
@@ -198,6 +201,15 @@ def _drift(methods: Mapping[str, Any]) -> str:
         signs = mean_and_deviation([100 * drift["signs"] for drift in last], 1)
         rows.append(f"| {name} | {cosine} | {signs} |")
     return _ruled("| relevance of the first task's pixels, then and at the end | cosine | same sign, % |", rows)
+
+
+def _held_out(methods: Mapping[str, Any]) -> str:
+    rows = []
+    for name, method in methods.items():
+        found = [run["held_out"] for run in method["runs"]]
+        cells = [mean_and_deviation([100 * shares[at] for shares in found]) for at in (0, -1)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return _ruled("| first task on images that nothing was chosen by, % | at its end | at the end |", rows)
 
 
 def _made_with(summary: Mapping[str, Any]) -> list[str]:

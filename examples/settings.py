@@ -51,6 +51,8 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
     settings = _with_base(path)
     fast_changes = settings.pop("fast", None) or {}
     _only(OWN_KEYS, fast_changes, f"{path.name}: fast")
+    if fast and not fast_changes:
+        raise ValueError(f"{path.name} does not say what --fast changes: it has no 'fast'")
     if fast:
         settings = merge(settings, fast_changes)
     for change in changes:

@@ -23,6 +23,7 @@ from lightning_rnf.freezing import ElasticityOption, Freezer, check_elasticity, 
 from lightning_rnf.guard import borrowed, recompiled
 from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
+from lightning_rnf.no_trainer import alone
 from lightning_rnf.norms import NormStatistics
 from lightning_rnf.progress import shown
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
@@ -284,7 +285,7 @@ class RelevanceFreezing(FinishedTasks):
             Trainer(callbacks=[rnf]).fit(model, datamodule=ages)
 
         Args:
-            model: that later fits train, with the head of this task active.
+            model: the very module that later fits train, not a part of it, with the head of this task active.
             reference: labelled data of the task: a data module (its validation data), a loader or a list of batches.
             name: of the task.
             criterion: when pruning stops; None: the callback's.
@@ -294,13 +295,19 @@ class RelevanceFreezing(FinishedTasks):
 
         Raises:
             RuntimeError: if a fit is under way.
-            TypeError: if the name is no text, or the reference of another kind.
+            TypeError: if the name is no text, the model no module, or the reference of another kind.
             ValueError: if the task has ended already, the model is sharded, or as the end of a fit.
         """
         if self._freezer is not None:
             raise RuntimeError("a fit is under way: protect a task before it, or after its end")
         if not isinstance(name, str) or not name:
             raise TypeError(f"name is {name!r}, expected the task's name")
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}, expected the module that later fits train")
+        if reference is None:
+            raise TypeError(
+                "reference is None, expected labelled data of the task: a data module, a loader or a list of batches"
+            )
         self._check_new(name)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if sharding.is_sharded(module):
@@ -310,7 +317,8 @@ class RelevanceFreezing(FinishedTasks):
         self.state.check_module(module)
         self.state.forget_unfinished()
         asked = self.criterion if criterion is None else as_criterion(criterion)
-        with isolate_rng(), torch.inference_mode(False), torch.enable_grad(), borrowed(module):
+        # Forwards may ask their Trainer, too, not only hooks that bring data.
+        with isolate_rng(), torch.inference_mode(False), torch.enable_grad(), borrowed(module), alone(module, None):
             if not module.training:
                 module.train()  # as a fit leaves it: norms that are in eval mode with all the rest are no exceptions
             drawn = self._reference(reference).draw_alone(module)
@@ -344,8 +352,9 @@ class RelevanceFreezing(FinishedTasks):
         refuse_strategies(trainer)
         warn_of_averages(trainer, self)
         # What was protected or loaded before the processes knew of each other: they go on with the same.
-        of_first = ranks_of(trainer).decided(lambda: self.state)
-        if of_first is not self.state:
+        ranks = ranks_of(trainer)
+        of_first = ranks.decided(lambda: self.state)
+        if ranks.rank > 0:
             self._take(of_first)
         self._task_name(trainer, pl_module)
         self._is_resumed = self._has_trained = False

@@ -30,8 +30,8 @@ class NoTrainer:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"a hook has asked the Trainer for {name!r}, but none is running: use batches that need no such hook as "
-            "reference"
+            f"the Trainer was asked for {name!r}, but none is running: use a model and batches that need no Trainer, "
+            "or end the task in a fit"
         )
 
 

@@ -23,7 +23,8 @@ class Prefix:
     """Outputs of the layers that no candidate touches, as long as their inputs are the same bits.
 
     No graph has to be known: whatever lies before a layer, if nothing of it has changed then its input is the same.
-    A layer whose input goes on changing lies behind one that candidates do touch, and is given up.
+    A layer whose input goes on changing lies behind one that candidates do touch, and is given up. Zeros of either sign
+    count as the same.
 
     Args:
         module: the model, whose weights stay as they are meanwhile.
@@ -59,23 +60,25 @@ class Prefix:
         compute = layer.forward
         calls = 0
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(input: Tensor) -> Tensor:
             nonlocal calls
             key, calls = (name, walk, calls), calls + 1
-            if torch.is_grad_enabled() or x.is_inference():
-                return compute(x)  # type: ignore[no-any-return]
+            if torch.is_grad_enabled() or input.is_inference():
+                return compute(input)  # type: ignore[no-any-return]
             known = self._known.pop(key, None)
             if known is not None:
-                if _same(known[0], x):
+                if _same(known[0], input):
                     self._known[key] = known
                     self.hits[name] += 1
                     return known[1].clone()  # what follows may write to it
                 self._room += _size(known)
                 self._misses[key] += 1
-            output: Tensor = compute(x)
-            if self._misses[key] <= MOST_MISSES and self._room >= _size((x, output)):
-                self._known[key] = x.clone(), output.clone()
-                self._room -= _size(self._known[key])
+            output: Tensor = compute(input)
+            if self._misses[key] <= MOST_MISSES and self._room >= _size((input, output)):
+                copies = input.clone(), output.clone()
+                if copies[0].stride() == input.stride():  # not of a part of something larger
+                    self._known[key] = copies
+                    self._room -= _size(copies)
             return output
 
         return forward

@@ -30,7 +30,7 @@ ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, Light
 returns one of them, for a source per task, and is called several times in a fit; or None: the fit's validation data."""
 
 
-_EMPTY = "reference data is empty: give the task validation data, or set reference="
+_EMPTY = "reference data is empty: give labelled samples of the task as reference, or a fit some validation data"
 
 
 @dataclass(frozen=True)

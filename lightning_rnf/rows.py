@@ -49,19 +49,19 @@ def computed(layer: Any, relevant: Tensor) -> Iterator[None]:
     whole = layer.forward
     chosen = relevant.nonzero().view(-1)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:
         nonlocal chosen
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if torch.is_grad_enabled() or type(weight) is not nn.Parameter or not _pays(layer, x):
-            result: Tensor = whole(x)
+        if torch.is_grad_enabled() or type(weight) is not nn.Parameter or not _pays(layer, input):
+            result: Tensor = whole(input)
             return result
         chosen = chosen.to(weight.device)
         rows = weight.index_select(0, chosen)
         of_bias = None if bias is None else bias.index_select(0, chosen)
         if isinstance(layer, nn.Linear):
-            some = nn.functional.linear(x, rows, of_bias)
+            some = nn.functional.linear(input, rows, of_bias)
             return some.new_zeros(*some.shape[:-1], len(weight)).index_copy_(-1, chosen, some)
-        some = layer._conv_forward(x, rows, of_bias)
+        some = layer._conv_forward(input, rows, of_bias)
         return _like(some, len(weight)).index_copy_(1, chosen, some)
 
     layer.forward = forward

@@ -280,7 +280,7 @@ class _Candidates:
         self.show = show
         self.expected = expected
         self.made = 0
-        self.prefix = Prefix(module, ranking.untouched())
+        self.prefix = Prefix(module, ranking.untouched() if ranking.candidates and expected > 1 else ())
         self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
         # What the ration takes away is taken whatever the verdict.
         self.measured_whole = {0, ranking.beyond_ration}

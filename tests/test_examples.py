@@ -409,6 +409,9 @@ def test_settings_stand_on_others_and_are_changed_by_fast_and_by_the_command_lin
     assert fast["network"] == {"width": 9}
     with pytest.raises(ValueError, match=r"'width' is no change of a setting: write key\.key=value"):
         settings.read(tmp_path / "b.yaml", changes=["width"])
+    (tmp_path / "c.yaml").write_text(SOUND)
+    with pytest.raises(ValueError, match="does not say what --fast changes"):
+        settings.read(tmp_path / "c.yaml", fast=True)
 
 
 def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for_all(tmp_path):

@@ -142,6 +142,8 @@ def test_imagenet_is_read_from_folders_as_torchvision_has_them(tmp_path):
     assert tasks[0].train[0][0].shape == tasks[0].test[0][0].shape == (3, 224, 224)
     assert [*tasks[0].train.labels] != [*stream(Data(tmp_path), 4, source="imagenet", classes=2)[0].train.labels]
 
+    task = known(Data(tmp_path, samples=2), "imagenet", 64)
+    assert (len(task.validation), len(task.test)) == (2, 2)
     task = known(Data(tmp_path), "imagenet", 64)
     assert (len(task.validation), len(task.test)) == (12 * 5, 12 * 2)
     assert not set(task.validation.images) & set(task.test.images)
@@ -193,6 +195,8 @@ def test_a_test_image_is_answered_by_the_mean_softmax_of_ten_crops():
     assert same is y
     centre = crops[4].unsqueeze(0)
     assert torch.equal(averaged(net, (centre, y))[0], net(centre))
+    sure, _ = averaged(nn.Flatten(), (torch.tensor([500.0, 0, 0]).view(1, 1, 3, 1, 1).expand(1, 10, 3, 1, 1), y))
+    assert sure.isfinite().all()
 
 
 @has(NETWORK, SAMPLE)

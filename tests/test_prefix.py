@@ -115,6 +115,17 @@ def test_no_more_is_kept_than_allowed(net, batches):
         assert sum(x.nbytes + y.nbytes for x, y in prefix._known.values()) <= limit
 
 
+def test_a_part_of_something_larger_is_computed_and_not_kept():
+    net = nn.Linear(300, 4)
+    prefix, tokens = Prefix(nn.Sequential(net), ["0"]), torch.randn(8, 5, 300)
+    with torch.no_grad():
+        expected = net(tokens[:, 0])
+        for _ in range(3):
+            with prefix.spared("accuracy"):
+                assert torch.equal(net(input=tokens[:, 0]), expected)
+    assert not prefix._known
+
+
 def test_cheap_layers_are_not_kept():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     prefix = Prefix(net, ["0", "2"])

@@ -340,7 +340,7 @@ def test_the_modules_hooks_count_and_what_they_ask_the_trainer_is_answered():
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return self.trainer.strategy.broadcast(batch)
 
-    with pytest.raises(AttributeError, match="asked the Trainer for 'strategy', but none is running"):
+    with pytest.raises(AttributeError, match="Trainer was asked for 'strategy', but none is running"):
         RelevanceFreezing().protect(Curious(), same_data, name="a")
 
 
@@ -459,6 +459,20 @@ def test_a_squeezenet_keeps_its_head_and_gets_another_beside_it():
         torch.testing.assert_close(small(x), model(x))
 
 
+class AskingInForward(Classifier):
+    def forward(self, x):
+        assert not self.trainer.training
+        return super().forward(x + self.trainer.global_rank)
+
+
+def test_a_forward_may_ask_its_trainer():
+    model, rnf = AskingInForward(), RelevanceFreezing()
+    rnf.protect(model, validation(), name="a")
+    with pytest.raises(RuntimeError, match="not attached"):
+        _ = model.trainer
+    assert list(rnf.state.tasks) == ["a"]
+
+
 class Headless(Classifier):
     def forward(self, x):
         return super().forward(x) * 2
@@ -476,7 +490,7 @@ REFUSED = {
     "labels": (Classifier, {}, [(inputs(), torch.full((64,), 7))], ValueError, "but the head has 2 outputs"),
     "no labels": (Classifier, {}, [inputs()], TypeError, r"not \(x, y\)"),
     "empty": (Classifier, {}, [], ValueError, "reference data is empty"),
-    "nothing": (Classifier, {}, None, ValueError, "no reference data"),
+    "nothing": (Classifier, {}, None, TypeError, "reference is None"),
     "a generator": (Classifier, {}, (batch for batch in loader("a")), TypeError, "walked twice"),
     "a function": (Classifier, {}, lambda trainer, module: loader("a"), TypeError, "no Trainer is running"),
     "two loaders": (Classifier, {}, [loader("a"), loader("b")], ValueError, "has 2 loaders"),
@@ -511,6 +525,8 @@ def test_names_and_models_that_do_not_go_with_the_finished_tasks_are_refused():
             rnf.protect(model, validation(), name=name)
     with pytest.raises(TypeError, match="criterion"):
         rnf.protect(model, validation(), name="b", criterion="strict")
+    with pytest.raises(TypeError, match="model is of type int"):
+        rnf.protect(3, validation(), name="b")
     assert list(rnf.state.tasks) == ["a"]
 
 
