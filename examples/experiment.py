@@ -290,10 +290,11 @@ class Results:
         return any(run["seed"] == seed for run in self.read()["methods"].get(method, {"runs": []})["runs"])
 
     def add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Add a run."""
+        """Add a run, or put it in the place of the same seed's: another process may have been faster."""
         summary = self.read()
         of_method = summary["methods"].setdefault(method, {"settings": dict(made_with), "runs": []})
-        of_method["runs"] = sorted([*of_method["runs"], dict(run)], key=lambda one: one["seed"])
+        others = [one for one in of_method["runs"] if one["seed"] != run["seed"]]
+        of_method["runs"] = sorted([*others, dict(run)], key=lambda one: one["seed"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.with_suffix(f".{os.getpid()}")
         written.write_text(as_text(summary), encoding="utf-8")

@@ -430,6 +430,16 @@ def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for
     assert settings.freezing(naive) is None
 
 
+def test_a_seed_is_there_once_though_two_processes_add_it(tmp_path):
+    from experiment import Results
+
+    for seed, average in ((1, 0.5), (0, 0.6), (1, 0.7)):
+        results = Results(tmp_path / "a.json", {"run_with": None})
+        results.add("naive", {}, {"seed": seed, "average": average})
+    runs = results.read()["methods"]["naive"]["runs"]
+    assert [(run["seed"], run["average"]) for run in runs] == [(0, 0.6), (1, 0.7)]
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
