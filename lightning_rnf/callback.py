@@ -25,6 +25,7 @@ from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.no_trainer import alone
 from lightning_rnf.norms import NormStatistics
+from lightning_rnf.plain import readable
 from lightning_rnf.progress import shown
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.runs import (
@@ -39,7 +40,7 @@ from lightning_rnf.runs import (
 )
 from lightning_rnf.search import Candidates, Method, Normalize
 from lightning_rnf.selection import Selection
-from lightning_rnf.state import FreezeState, TaskRecord, readable
+from lightning_rnf.state import FreezeState, TaskRecord
 from lightning_rnf.units import UnitMap
 
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]

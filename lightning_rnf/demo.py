@@ -20,8 +20,9 @@ from lightning_rnf.figures import StreamResult, plot_retention
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.masks import free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, forgetting
-from lightning_rnf.report import accuracy_rows, rich_table
+from lightning_rnf.report import accuracy_rows
 from lightning_rnf.streams import TaskDataModule, fit_stream, split_by_class
+from lightning_rnf.tables import rich_table
 
 
 class MLP(LightningModule):

@@ -6,6 +6,8 @@ diagonal (tasks not yet trained) is not used and may be NaN.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -152,8 +154,9 @@ class _OfMatrix(AccuracyMatrix):
         trained = int((self.samples.diagonal() > 0).cumprod(dim=0).sum())
         return self._number(matrix[:trained, :trained]) if trained else matrix.new_tensor(float("nan"))
 
+    @abstractmethod
     def _number(self, matrix: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of the tasks trained so far, at least one."""
 
 
 class AverageAccuracy(_OfMatrix):

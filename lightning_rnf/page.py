@@ -81,7 +81,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> str:
-    from lightning_rnf.report import shown
+    from lightning_rnf.tables import shown
 
     head = "".join(f"<th>{escape(masks.printable(name))}</th>" for name in rows[0])
     body = "".join(

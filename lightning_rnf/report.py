@@ -6,8 +6,7 @@ import importlib.util
 import io
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
@@ -20,59 +19,14 @@ from torch import Tensor
 from lightning_rnf import extras, masks
 from lightning_rnf.audit import Audit
 from lightning_rnf.figures import StreamResult
+from lightning_rnf.forecast import Forecast
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
 from lightning_rnf.state import FreezeState, TaskRecord
+from lightning_rnf.tables import Rows, aligned, markdown, rich_tables, shown, side_by_side
 
 if TYPE_CHECKING:
     import pandas
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """About how many more tasks of this kind fit, if each claims as many units as those before did on average.
-
-    The first task is left out of the average if there are others: it claims what they can reuse.
-
-    Attributes:
-        tasks: until no unit is free anywhere; infinite if nothing is claimed any more.
-        units_per_task: the average.
-        layer: the one that is full first; None: no layer is filling.
-        tasks_until_full: until that layer has no free unit.
-    """
-
-    tasks: float
-    units_per_task: float
-    layer: str | None
-    tasks_until_full: float
-
-    @classmethod
-    def of(cls, state: FreezeState) -> Forecast | None:
-        """The forecast after the last finished task; None: there is none."""
-        if not state.tasks:
-            return None
-        claims = masks.claims(state)
-        counted = range(1, len(state.tasks)) if len(state.tasks) > 1 else range(1)
-        rate = {
-            name: sum(int((units == index).sum()) for index in counted) / len(counted) for name, units in claims.items()
-        }
-        free = {name: int((units < 0).sum()) for name, units in claims.items()}
-        left = {name: free[name] / rate[name] for name in rate if rate[name] > 0}
-        first = min(left, key=lambda name: left[name]) if left else None
-        per_task = sum(rate.values())
-        tasks = sum(free.values()) / per_task if per_task else math.inf
-        return cls(tasks, per_task, first, math.inf if first is None else left[first])
-
-    def __str__(self) -> str:
-        if self.layer is None:
-            return "the last tasks have claimed no new unit: as many more as can reuse what is there"
-        return (
-            f"about {self.tasks:.1f} more tasks that claim {self.units_per_task:.0f} new units each; "
-            f"{self.layer} is full after about {self.tasks_until_full:.1f}, and later tasks can only reuse it"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,9 +224,9 @@ class RetentionReport:
         if importlib.util.find_spec("rich") is None:
             parts = []
             for title, rows in self.sections.items():
-                cells = _aligned(rows)
+                cells = aligned(rows)
                 widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in rows[0]}
-                parts += [title, *map(masks.as_text, _side_by_side(cells, widths, 2, _WIDTH)), ""]
+                parts += [title, *map(masks.as_text, side_by_side(cells, widths, 2, _WIDTH)), ""]
             return "\n".join([*parts, self.summary])
         from rich.console import Console
 
@@ -322,8 +276,8 @@ class RetentionReport:
         """The tables as GitHub shows them."""
         parts = []
         for title, rows in self.sections.items():
-            lines = [[_markdown(masks.printable(name)) for name in rows[0]], ["---"] * len(rows[0])]
-            lines += [[_markdown(shown(value)) for value in row.values()] for row in rows]
+            lines = [[markdown(masks.printable(name)) for name in rows[0]], ["---"] * len(rows[0])]
+            lines += [[markdown(shown(value)) for value in row.values()] for row in rows]
             table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             parts.append(f"### {title.capitalize()}\n\n{table}")
         return "\n\n".join([*parts, self.summary.replace("\n", "\n\n")]) + "\n"
@@ -396,89 +350,8 @@ def accuracy_rows(result: StreamResult) -> Rows:
     return rows
 
 
-def rich_table(title: str, rows: Sequence[Mapping[str, Any]], widths: Mapping[str, int] | None = None) -> Table:
-    """Rows under their keys, as a table for rich to print; ``widths``: of the columns by name, in characters.
-
-    Raises:
-        ImportError: if rich is not installed (extra ``demo``).
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    first = next(iter(rows[0]))
-    for name, value in rows[0].items():
-        table.add_column(
-            Text(masks.printable(name)),
-            justify="left" if isinstance(value, str) else "right",
-            width=None if widths is None else widths[name],
-            no_wrap=widths is None and name == first,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(shown(value)) for value in row.values()))  # as strings, ":a:" and "[b]" would be markup
-    return table
-
-
-def rich_tables(rows: Rows, width: int) -> Iterator[Table]:
-    """The same in as many tables as it takes, one under the other, for no number to be cut.
-
-    The first column is in each of them, names in it that need more than two lines are cut in their middle. Headings are
-    wrapped if that is enough to go without a second table.
-
-    Raises:
-        ImportError: as `rich_table`.
-    """
-    from rich.cells import cell_len
-
-    names = masks.shortened(list(rows[0]), most=_HEADING)
-    of_rows = masks.shortened([shown(next(iter(row.values()))) for row in rows], most=2 * max(width // 3, 8))
-    cells = [
-        dict(zip(names, [name, *list(row.values())[1:]], strict=True)) for name, row in zip(of_rows, rows, strict=True)
-    ]
-    whole, widths = {}, {}
-    for name, value in cells[0].items():
-        values = max(cell_len(shown(row[name])) for row in cells)
-        longest_word = max(map(cell_len, name.split()), default=0)
-        whole[name] = max(values, cell_len(name))
-        widths[name] = max(min(values, width // 3) if isinstance(value, str) else values, longest_word)
-    spare = width - 1 - sum(widths.values()) - _GAP * len(widths)
-    for name in widths:
-        more = min(max(spare, 0), whole[name] - widths[name])
-        widths[name] += more
-        spare -= more
-    for part in _side_by_side(cells, widths, _GAP, width - 1):
-        yield rich_table("", part, widths)
-
-
-def _side_by_side(rows: Rows, widths: Mapping[str, int], gap: int, most: int) -> list[Rows]:
-    """Tables of the columns that fit side by side, each with the first column of all."""
-    first, *names = rows[0]
-    parts: list[list[str]] = []
-    left = 0
-    for name in names:
-        if not parts or left < widths[name] + gap:
-            parts.append([first])
-            left = most - widths[first] - gap
-        parts[-1].append(name)
-        left -= widths[name] + gap
-    return [[{name: row[name] for name in part} for row in rows] for part in parts or [[first]]]
-
-
-def _markdown(text: str) -> str:
-    """Text that Markdown shows letter by letter, in a cell of a table."""
-    return re.sub(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)|:(?=[\w+-]+:)", r"\\\g<0>", text)
-
-
 _WIDTH = 160
 """Of a report as plain text, in characters."""
-
-_HEADING = 24
-"""Characters of a column's name that a table on a screen has room for."""
-
-_GAP = 3
-"""Between two columns of rich's table."""
 
 _COLUMNS = {
     "of the sub-network": "sub-net",
@@ -536,28 +409,6 @@ def _said(audit: Audit | None, task: str) -> str:
         return "not looked at: no weights"
     parts = {"changed": audit.changed[task], "not known": audit.unknown[task]}
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names) or "bit-equal"
-
-
-def shown(value: Any) -> str:
-    """A cell as text; what is not known is empty."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return (
-            "not known"
-            if math.isnan(value)
-            else "0"
-            if value == 0
-            else f"{value:.4g}"
-            if value < 1e-3
-            else f"{value:.4f}"
-        )
-    return masks.shown(value)
-
-
-def _aligned(rows: Rows) -> Rows:
-    """Numbers and gaps as text: so that a column's first row says what the others are, too."""
-    return [{name: shown(value) for name, value in row.items()} for row in rows]
 
 
 def _without_nan(value: Any) -> Any:

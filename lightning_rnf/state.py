@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rnf.criteria import SubnetworkScore
 from lightning_rnf.layers import OUTPUT_AXIS, check_kinds
+from lightning_rnf.plain import (
+    COUNTS,
+    check_names,
+    get,
+    get_count,
+    get_name,
+    get_names,
+    get_numbers,
+    get_share,
+    get_tensors,
+    get_texts,
+)
 from lightning_rnf.search import Evaluation
 from lightning_rnf.units import UnitLayer, UnitMap
 
 VERSION = 1
-
-_COUNTS = range(2**53 + 1)  # what a float holds exactly: figures are drawn of them
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,22 +263,22 @@ class FreezeState:
         Raises:
             ValueError: if the form is newer than this version, or not such a state, naming what is wrong.
         """
-        version = _get(plain, "version", int)
+        version = get(plain, "version", int)
         if version > VERSION:
             raise ValueError(f"the state has version {version}, this lightning_rnf reads up to {VERSION}: update it")
         if version < 1:
             raise ValueError(f"not a state of lightning_rnf: 'version' is {version}, expected 1 to {VERSION}")
-        layers = tuple(_layer_from_plain(layer) for layer in _get(plain, "layers", list))
+        layers = tuple(_layer_from_plain(layer) for layer in get(plain, "layers", list))
         tasks: dict[str, TaskRecord] = {}
-        for record in (_record_from_plain(record, layers) for record in _get(plain, "tasks", list)):
+        for record in (_record_from_plain(record, layers) for record in get(plain, "tasks", list)):
             if record.name in tasks:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
-        names = _get_names(plain, "shared")
+        names = get_names(plain, "shared")
         _check_owners(layers, names, tasks.values())
-        training: str | None = _get(plain, "training", (str, type(None)))
-        recovering: dict[str, Any] | None = _get(plain, "recovering", (dict, type(None)))
-        initial, resets = _get_tensors(plain, "initial"), _get(plain, "resets", int)
+        training: str | None = get(plain, "training", (str, type(None)))
+        recovering: dict[str, Any] | None = get(plain, "recovering", (dict, type(None)))
+        initial, resets = get_tensors(plain, "initial"), get(plain, "resets", int)
         if not 0 <= resets <= len(tasks):
             raise ValueError(f"not a state of lightning_rnf: {resets} resets after {len(tasks)} tasks")
         allowed = {name for layer in layers for name in layer.parameters}
@@ -282,15 +289,6 @@ class FreezeState:
         if unfinished is not None and not unfinished.evaluations:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
         return cls(layers, names, tasks, training, unfinished, initial, resets)
-
-
-def readable(text: str) -> bool:
-    r"""Whether a terminal, a page and a file take a text as it is: no control characters, line ends or surrogates.
-
-    >>> readable("digits 0–1"), readable("\x1b[2J")
-    (True, False)
-    """
-    return text.isprintable() or not any(unicodedata.category(one) in {"Cc", "Cs", "Zl", "Zp"} for one in text)
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
@@ -306,11 +304,11 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
 
 
 def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
-    units = _get(plain, "units", int)
-    transposed: Any = _get(plain, "transposed", (list, tuple, type(None)))
+    units = get(plain, "units", int)
+    transposed: Any = get(plain, "transposed", (list, tuple, type(None)))
     if transposed is not None and not (
         len(transposed) == 2
-        and all(type(size) is int and size > 0 and size in _COUNTS for size in transposed)
+        and all(type(size) is int and size > 0 and size in COUNTS for size in transposed)
         and units % transposed[0] == 0
     ):
         raise ValueError(
@@ -318,12 +316,12 @@ def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
             f"of inputs per group, it is {transposed!r:.80}"
         )
     layer = UnitLayer(
-        name=_get_name(plain, "name"),
+        name=get_name(plain, "name"),
         units=units,
-        axis=_get(plain, "axis", int),
-        parameters=_get_names(plain, "parameters"),
-        norm=_get(plain, "norm", (str, type(None))),
-        slopes=_get(plain, "slopes", (str, type(None))),
+        axis=get(plain, "axis", int),
+        parameters=get_names(plain, "parameters"),
+        norm=get(plain, "norm", (str, type(None))),
+        slopes=get(plain, "slopes", (str, type(None))),
         transposed=None if transposed is None else (transposed[0], transposed[1]),
     )
     if layer.axis not in OUTPUT_AXIS.values():
@@ -357,9 +355,9 @@ def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], record
 
 
 def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -> TaskRecord:
-    name = _get_name(plain, "name")
-    relevant = _get(plain, "relevant", dict)
-    relevance = _get(plain, "relevance", dict)
+    name = get_name(plain, "name")
+    relevant = get(plain, "relevant", dict)
+    relevance = get(plain, "relevance", dict)
     for masks, dtype in ((relevant, torch.bool), (relevance, torch.float32)):
         strangers = set(masks) - {layer.name for layer in layers}
         if strangers:
@@ -372,7 +370,7 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
                 raise ValueError(
                     f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
                 )
-    statistics = _get_tensors(plain, "norm_statistics")
+    statistics = get_tensors(plain, "norm_statistics")
     for layer in layers:
         for key in (f"{layer.norm}.running_mean", f"{layer.norm}.running_var"):
             known = statistics.get(key)
@@ -385,34 +383,34 @@ def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) 
                     )
     return TaskRecord(
         name=name,
-        head=_get_name(plain, "head"),
-        head_parameters=_get_names(plain, "head_parameters"),
+        head=get_name(plain, "head"),
+        head_parameters=get_names(plain, "head_parameters"),
         relevant={layer: mask.cpu() for layer, mask in relevant.items()},  # whatever map_location it was loaded with
         relevance={layer: values.cpu() for layer, values in relevance.items()},
         norm_statistics=statistics,
-        cutoff=_get_count(plain, "cutoff"),
-        accuracy=_get_share(plain, "accuracy"),
-        subnetwork_accuracy=_get_share(plain, "subnetwork_accuracy"),
-        accepted=_get(plain, "accepted", bool),
-        samples=_get_count(plain, "samples"),
+        cutoff=get_count(plain, "cutoff"),
+        accuracy=get_share(plain, "accuracy"),
+        subnetwork_accuracy=get_share(plain, "subnetwork_accuracy"),
+        accepted=get(plain, "accepted", bool),
+        samples=get_count(plain, "samples"),
         evaluations=_get_evaluations(plain, "evaluations"),
-        capacity={layer.name: _get_share(_get(plain, "capacity", dict), layer.name) for layer in layers},
-        seconds=_get_numbers(plain, "seconds"),
+        capacity={layer.name: get_share(get(plain, "capacity", dict), layer.name) for layer in layers},
+        seconds=get_numbers(plain, "seconds"),
         recovery=_get_evaluations(plain, "recovery"),
-        recovery_epochs=_get_count(plain, "recovery_epochs"),
-        conservation=_get_numbers(plain, "conservation"),
-        cuts=_get_names(plain, "cuts"),
-        notes=_get_names(plain, "notes"),
-        rows=_get_texts(plain, "rows"),
-        drift=_get_numbers(plain, "drift"),
+        recovery_epochs=get_count(plain, "recovery_epochs"),
+        conservation=get_numbers(plain, "conservation"),
+        cuts=get_names(plain, "cuts"),
+        notes=get_names(plain, "notes"),
+        rows=get_texts(plain, "rows"),
+        drift=get_numbers(plain, "drift"),
         tests=_get_tests(plain),
     )
 
 
 def _get_evaluations(plain: object, key: str) -> tuple[Evaluation, ...]:
     return tuple(
-        Evaluation(_score_from_plain(_get(evaluation, "score", dict)), _get(evaluation, "accepted", bool))
-        for evaluation in _get(plain, key, list)
+        Evaluation(_score_from_plain(get(evaluation, "score", dict)), get(evaluation, "accepted", bool))
+        for evaluation in get(plain, key, list)
     )
 
 
@@ -420,83 +418,19 @@ def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:
     values: dict[str, Any] = {}
     for score in fields(SubnetworkScore):
         if score.name in {"values", "baseline_values"}:
-            values[score.name] = _get_numbers(plain, score.name)
+            values[score.name] = get_numbers(plain, score.name)
         else:
-            read = _get_share if score.name in {"accuracy", "baseline"} else _get_count
+            read = get_share if score.name in {"accuracy", "baseline"} else get_count
             values[score.name] = read(plain, score.name)
     return SubnetworkScore(**values)
 
 
-def _get_tensors(plain: object, key: str) -> dict[str, Tensor]:
-    tensors: dict[Any, Any] = _get(plain, key, dict)
-    _check_names(key, list(tensors))
-    return {name: _get(tensors, name, Tensor).cpu() for name in tensors}
-
-
-def _get_numbers(plain: object, key: str) -> dict[str, float]:
-    numbers: dict[Any, Any] = _get(plain, key, dict)
-    _check_names(key, list(numbers))
-    return {name: _get(numbers, name, float) for name in numbers}
-
-
-def _get_texts(plain: object, key: str) -> dict[str, str]:
-    texts: dict[Any, Any] = _get(plain, key, dict)
-    _check_names(key, [*texts, *texts.values()])
-    return texts
-
-
 def _get_tests(plain: object) -> dict[str, dict[str, float]]:
-    tests: dict[Any, Any] = _get(plain, "tests", dict)
-    _check_names("tests", list(tests))
-    return {task: _get_numbers(tests, task) for task in tests}
-
-
-def _get_names(plain: object, key: str) -> tuple[str, ...]:
-    names: list[Any] = _get(plain, key, (list, tuple))
-    _check_names(key, names)
-    return tuple(names)
-
-
-def _check_names(key: str, names: list[Any]) -> None:
-    if not all(isinstance(name, str) and readable(name) for name in names):
-        raise ValueError(f"not a state of lightning_rnf: {key!r} should be names, it is {names!r:.80}")
-
-
-def _get_name(plain: object, key: str) -> str:
-    name = _get(plain, key, str)
-    if not name or not readable(name):
-        raise ValueError(f"not a state of lightning_rnf: {key!r} should be a name, it is {name!r:.80}")
-    return name
-
-
-def _get_share(plain: object, key: str) -> float:
-    share = _get(plain, key, float)
-    if not 0 <= share <= 1:  # NaN isn't, either
-        raise ValueError(f"not a state of lightning_rnf: {key!r} should be a share in [0, 1], it is {share}")
-    return share
-
-
-def _get_count(plain: object, key: str) -> int:
-    count = _get(plain, key, int)
-    if count not in _COUNTS:
-        raise ValueError(f"not a state of lightning_rnf: {key!r} should be a count, it is {count!s:.80}")
-    return count
+    tests: dict[Any, Any] = get(plain, "tests", dict)
+    check_names("tests", list(tests))
+    return {task: get_numbers(tests, task) for task in tests}
 
 
 def _kind(tensor: Tensor) -> tuple[bool, ...]:
     """What a conversion of the whole model leaves as it is."""
     return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
-
-
-def _get(plain: object, key: str, kind: type[T] | tuple[type, ...]) -> T:
-    # A bool is an int to Python, but not to us.
-    if (
-        not isinstance(plain, Mapping)
-        or key not in plain
-        or not isinstance(plain[key], kind)
-        or (kind is int and isinstance(plain[key], bool))
-    ):
-        expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-        raise ValueError(f"not a state of lightning_rnf: {key!r} should be there and be a {expected}")
-    value: T = plain[key]
-    return value

@@ -21,9 +21,11 @@ from training import TASKS, Classifier, clusters, task_data, train, trainer
 from lightning_rnf import RelevanceFreezing, RetentionReport, masks
 from lightning_rnf.audit import Audit, Probe, fingerprints
 from lightning_rnf.figures import StreamResult
+from lightning_rnf.forecast import Forecast
 from lightning_rnf.reference import ReferenceData
-from lightning_rnf.report import Forecast, accuracy_rows, curve, rich_table
+from lightning_rnf.report import accuracy_rows, curve
 from lightning_rnf.state import FreezeState
+from lightning_rnf.tables import rich_table
 
 NAN = float("nan")
 RESULT = StreamResult("freezing", ["t-1", "t-2"], torch.tensor([[0.9, NAN], [0.8, 0.7]]), [0.6, 0.25])
