@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from experiment import Experiment
-from images import Data, cifar
+from images import Data, cifar, crop_and_flip
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -26,11 +26,16 @@ from lightning_rnf.streams import TaskDataModule, split_by_class
 
 
 class Zenke(LightningModule):
-    """Four convolutions and a linear layer, with dropout; Adam."""
+    """Four convolutions and a linear layer, with dropout; Adam.
 
-    def __init__(self, *, learning_rate: float) -> None:
+    Args:
+        learning_rate: of Adam.
+        augment: crop and mirror training images at random, which Zenke et al. did not.
+    """
+
+    def __init__(self, *, learning_rate: float, augment: bool = False) -> None:
         super().__init__()
-        self.learning_rate = learning_rate
+        self.learning_rate, self.augment = learning_rate, augment
         layers: list[nn.Module] = []
         for before, channels in ((3, 32), (32, 64)):
             layers += [
@@ -46,9 +51,14 @@ class Zenke(LightningModule):
             if isinstance(module, (nn.Conv2d, nn.Linear)):  # as in Keras, which the authors used
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.heads(self.body(x))
+        return self.heads(self.body(x.contiguous(memory_format=torch.channels_last)))
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return (crop_and_flip(x) if self.augment and self.trainer.training else x), y
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])

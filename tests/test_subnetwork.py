@@ -172,6 +172,26 @@ def test_silence_ends_with_the_context(kind):
     assert torch.equal(net(x), logits)
 
 
+def test_silence_keeps_the_memory_format():
+    """In channels_last pooling is ten times as fast on a CPU; what follows a silenced layer must not lose that."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)).to(memory_format=torch.channels_last)
+    layer = UnitLayer("0", 8, -3, ("0.weight", "0.bias"))
+    x = torch.randn(2, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    gradients: list[Tensor] = []
+
+    def keep_gradient(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(gradients.append)
+
+    net[0].register_forward_hook(keep_gradient)
+    with silence(net, (layer,), {"0": torch.arange(8) < 5}):
+        said = net[0](x)
+        said.backward(torch.randn_like(said))
+    assert said.is_contiguous(memory_format=torch.channels_last)
+    assert not said[:, 5:].any()
+    assert said[:, :5].any()
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def interrupted(net: Network, context: Callable[[], object]) -> None:
     with pytest.raises(KeyboardInterrupt), context():
         raise KeyboardInterrupt
