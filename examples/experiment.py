@@ -10,9 +10,11 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +23,7 @@ from typing import Any, Protocol
 
 import settings as yaml_settings
 import torch
+from filelock import FileLock, Timeout
 from images import Data
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -123,8 +126,9 @@ class Experiment:
                 if results.has(method, seed):
                     continue
                 folder = options.output / f"{name}-unfinished" / f"{method}-{seed}"
-                run = self.run(made_with[method], seed, options, folder)
-                results.add(method, made_with[method], run)
+                with alone(folder):
+                    run = self.run(made_with[method], seed, options, folder)
+                    results.add(method, made_with[method], run)
                 shutil.rmtree(folder)
                 if not any(folder.parent.iterdir()):
                     folder.parent.rmdir()
@@ -299,6 +303,21 @@ class Results:
         written = self.path.with_suffix(f".{os.getpid()}")
         written.write_text(as_text(summary), encoding="utf-8")
         os.replace(written, self.path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside the context no other process goes on with the run in this folder; a killed one leaves it free.
+
+    Raises:
+        SystemExit: if another process is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        sys.exit(f"{folder}: another process is at this run: let it end, or take other methods or seeds here")
 
 
 def begun(folder: Path, made_with: Mapping[str, Any]) -> bool:

@@ -321,6 +321,19 @@ def test_on_validation_the_test_data_are_not_looked_at(run, monkeypatch, tmp_pat
     assert of(tested, "naive")["matrix"] != of(seen, "naive")["matrix"]
 
 
+def test_two_processes_are_not_at_one_run(tmp_path):
+    from experiment import alone
+
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from experiment import alone\n"
+    code += "with alone(Path(sys.argv[2])): print('begun')"
+    command = [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "best-0")]
+    with alone(tmp_path / "best-0"):
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (second.returncode, second.stdout) == (1, "")
+        assert "another process is at this run" in second.stderr
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout == "begun\n"
+
+
 def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
     from experiment import begun
 
