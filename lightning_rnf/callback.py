@@ -590,6 +590,7 @@ class RelevanceFreezing(FinishedTasks):
         self._freezer.change(self._elasticities(record.relevant))
         self._silenced.enter_context(recompiled())
         self._silenced.enter_context(subnetwork.silence(module, self.state.layers, record.relevant))
+        self._silenced.enter_context(norms.held(module, self.state.layers, record.relevant))
 
     def _rehearse(self, module: pl.LightningModule, batch: ReferenceData, samples: int | None) -> UnitMap:
         units = self._trace(module, batch.example)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_rnf.layers import UnitLayer
 from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.state import FreezeState
 
@@ -150,10 +151,36 @@ def pinned(module: nn.Module, statistics: Mapping[str, Stored]) -> Iterator[None
         yield
 
 
-class _Pinned:
-    """A forward hook that puts back a norm's statistics, and its output with them, for some channels."""
+@contextmanager
+def held(module: nn.Module, layers: Iterable[UnitLayer], speaking: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context statistics of silent units stay as they are, in training mode, too.
 
-    def __init__(self, norm: nn.Module, own: Stored) -> None:
+    A silent unit's norm gets zeros. Its variance would fall to 0, and when the unit speaks again its norm would
+    multiply by ``eps ** -0.5``: layer upon layer that overflows.
+
+    Args:
+        module: the model, on its device.
+        layers: its unit layers.
+        speaking: bool ``(units,)`` by layer: the units that are not silent.
+    """
+    with ExitStack() as hooks:
+        for layer in layers:
+            norm = module.get_submodule(layer.norm) if layer.norm else None
+            if isinstance(norm, _NormBase) and norm.running_mean is not None and not speaking[layer.name].all():
+                mean, var = norm.running_mean.clone(), norm.get_buffer("running_var").clone()
+                pin = _Pinned(norm, Stored(~speaking[layer.name], mean, var), is_silent=True)
+                hooks.callback(norm.register_forward_hook(pin, prepend=True).remove)
+        yield
+
+
+class _Pinned:
+    """A forward hook that puts back a norm's statistics, and its output with them, for some channels.
+
+    If they are silent, nobody reads their output, and it stays.
+    """
+
+    def __init__(self, norm: nn.Module, own: Stored, *, is_silent: bool = False) -> None:
+        self.is_silent = is_silent
         like = norm.get_buffer("running_mean")
         self.channels = own.channels.to(like.device)
         self.mean, self.var = own.mean.to(like), own.var.to(like)
@@ -167,6 +194,8 @@ class _Pinned:
         if not norm.training:
             return None
         self.put_back(norm)
+        if self.is_silent:
+            return None
         as_stored = nn.functional.batch_norm(
             args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
         )

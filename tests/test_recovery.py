@@ -113,6 +113,23 @@ def test_everything_speaks_and_learns_again_in_the_next_task_and_old_ones_stay_e
             assert torch.equal(model(inputs()), logits)
 
 
+def test_norms_of_silent_units_keep_their_statistics():
+    """Else their variance falls to 0, and a deep network of them overflows as soon as they speak again."""
+    model, rnf = seeded(ConvClassifier), RelevanceFreezing(**{**HALF, "recovery_epochs": 3})
+    norm, variances = model.body[4], []
+
+    class Variances(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            variances.append(norm.running_var.clone())
+
+    fit(model, rnf, "a", Variances(), max_epochs=5)
+    silent = ~rnf.state.tasks["a"].relevant["body.3"]
+    before, after = variances[1], variances[-1]
+    assert silent.any()
+    assert torch.equal(after[silent], before[silent])
+    assert not torch.isclose(after[~silent], before[~silent]).all()
+
+
 def test_hooks_of_a_recovery_are_gone_after_it():
     model, rnf = seeded(), RelevanceFreezing(**HALF)
     fit(model, rnf, "a")
