@@ -168,19 +168,15 @@ def held(module: nn.Module, layers: Iterable[UnitLayer], speaking: Mapping[str, 
             norm = module.get_submodule(layer.norm) if layer.norm else None
             if isinstance(norm, _NormBase) and norm.running_mean is not None and not speaking[layer.name].all():
                 mean, var = norm.running_mean.clone(), norm.get_buffer("running_var").clone()
-                pin = _Pinned(norm, Stored(~speaking[layer.name], mean, var), is_silent=True)
-                hooks.callback(norm.register_forward_hook(pin, prepend=True).remove)
+                hold = _Held(norm, Stored(~speaking[layer.name], mean, var))
+                hooks.callback(norm.register_forward_hook(hold, prepend=True).remove)
         yield
 
 
-class _Pinned:
-    """A forward hook that puts back a norm's statistics, and its output with them, for some channels.
+class _Held:
+    """A forward hook that puts back a norm's statistics for some channels."""
 
-    If they are silent, nobody reads their output, and it stays.
-    """
-
-    def __init__(self, norm: nn.Module, own: Stored, *, is_silent: bool = False) -> None:
-        self.is_silent = is_silent
+    def __init__(self, norm: nn.Module, own: Stored) -> None:
         like = norm.get_buffer("running_mean")
         self.channels = own.channels.to(like.device)
         self.mean, self.var = own.mean.to(like), own.var.to(like)
@@ -191,10 +187,17 @@ class _Pinned:
             buffer.data.copy_(torch.where(self.channels, value, buffer.data))
 
     def __call__(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if norm.training:
+            self.put_back(norm)
+        return None
+
+
+class _Pinned(_Held):
+    """Puts back the output of these channels as well: it is as with those statistics in training mode, too."""
+
+    def __call__(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        super().__call__(norm, args, output)
         if not norm.training:
-            return None
-        self.put_back(norm)
-        if self.is_silent:
             return None
         as_stored = nn.functional.batch_norm(
             args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
