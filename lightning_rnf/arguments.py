@@ -28,15 +28,18 @@ def at_least(name: str, value: int, least: int) -> int:
     return value
 
 
-def share(name: str, value: float | None) -> float | None:
-    """Return ``value`` if it is None or in (0, 1].
+def shares(name: str, value: Any) -> tuple[float, ...] | None:
+    """Return ``value`` if it is None, a number in (0, 1], or several, then as a tuple.
 
     Raises:
         ValueError: if it is not.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1):
-        raise ValueError(f"{name} is {value!r}, expected a share above 0 and up to 1")
-    return value
+    if value is None:
+        return None
+    several = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not several or not all(_is_share(one) for one in several):
+        raise ValueError(f"{name} is {value!r}, expected a share above 0 and up to 1, or one for each task")
+    return several
 
 
 def globs(name: str, value: Any) -> Any:
@@ -61,3 +64,7 @@ def of_type(name: str, value: Any, kind: Any, expected: str) -> Any:
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{name} is {value!r}, expected {expected}")
     return value
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1

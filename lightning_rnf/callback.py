@@ -90,7 +90,8 @@ class RelevanceFreezing(FinishedTasks):
             None: 0.1.
         recovery_search: if the recovery falls short of ``criterion``, take a milder cutoff of those that were measured.
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
-            beyond it are pruned too. None: no limit.
+            beyond it are pruned too. Several: one for each task in the order of their ends, the last for all after it.
+            None: no limit.
         reset_free: give free units their initial values back before each new task.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
@@ -134,7 +135,7 @@ class RelevanceFreezing(FinishedTasks):
         recovery_epochs: int = 0,
         recovery_criterion: CriterionOption | None = None,
         recovery_search: bool = False,
-        ration: float | None = None,
+        ration: float | Sequence[float] | None = None,
         reset_free: bool = False,
         importance: ImportanceName | Importance = "lrp",
         composite: Composite | None = None,
@@ -173,7 +174,7 @@ class RelevanceFreezing(FinishedTasks):
             arguments.of_type("composite", composite, Composite, "a composite of Zennit"),
             arguments.one_of("normalize", normalize, Normalize),
             arguments.one_of("candidates", candidates, Candidates),
-            arguments.share("ration", ration),
+            arguments.shares("ration", ration),
             arguments.one_of("search", search, Method),
             arguments.at_least("resolution", resolution, 1),
             arguments.one_of("norm_statistics", norm_statistics, NormStatistics),
@@ -331,7 +332,7 @@ class RelevanceFreezing(FinishedTasks):
             initial.remember(self.state, module, units)
         self.state.add(record, units)
         self._model = weakref.ref(module)
-        tracking.announce(self.state, record, self.selection.ration, trained=False)
+        tracking.announce(self.state, record, self.selection.ration(len(self.state.tasks) - 1), trained=False)
         return record
 
     def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -539,7 +540,7 @@ class RelevanceFreezing(FinishedTasks):
         self.state.add(record, units)
         self._steps_at_end = trainer.global_step
         path = checkpoints.keep(trainer, name)  # before anything that a logger or a warning could break off
-        tracking.announce(self.state, record, self.selection.ration)
+        tracking.announce(self.state, record, self.selection.ration(len(self.state.tasks) - 1))
         if path:
             rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, self.state, record)

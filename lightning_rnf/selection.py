@@ -57,11 +57,15 @@ class Selection:
     composite: Composite | None = None
     normalize: Normalize = "layer"
     candidates: Candidates = "free"
-    ration: float | None = None
+    rations: tuple[float, ...] | None = None
     search: Method = "bisect"
     resolution: int = 1
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True
+
+    def ration(self, task: int) -> float | None:
+        """What a task may claim of each layer's free units; ``task`` counts the finished ones. None: all."""
+        return self.rations[min(task, len(self.rations) - 1)] if self.rations else None
 
     def attribute(
         self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0, show: Show = silent
@@ -252,7 +256,8 @@ class Selection:
 
     def _rank(self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...]) -> Ranking:
         normalize = "layer" if _PER_LAYER in notes else self.normalize
-        return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=self.ration)
+        ration = self.ration(len(state.tasks))
+        return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=ration)
 
 
 class _Candidates:

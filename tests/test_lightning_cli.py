@@ -45,7 +45,7 @@ EVERY_PARAMETER = {  # what the YAML says, and what the callback then has
     "recovery_epochs": (1, lambda rnf: rnf.recovery_epochs == 1),
     "recovery_criterion": (0.2, lambda rnf: rnf.recovery_criterion.tolerance == 0.2),
     "recovery_search": (True, lambda rnf: rnf.recovery_search is True),
-    "ration": (0.5, lambda rnf: rnf.selection.ration == 0.5),
+    "ration": ([0.5, 0.25], lambda rnf: rnf.selection.rations == (0.5, 0.25)),
     "reset_free": (True, lambda rnf: rnf.reset_free is True),
     "importance": ("lrp", lambda rnf: rnf.selection.importance == "lrp"),
     "composite": (

@@ -242,6 +242,10 @@ def test_a_fit_too_short_or_endless_is_refused(options, sentence):
         ({"recovery_criterion": 0.3}, "of use with recovery_epochs only"),
         ({"ration": 0}, "ration is 0, expected a share"),
         ({"ration": 1.5}, "ration is 1.5, expected a share"),
+        ({"ration": True}, "ration is True, expected a share"),
+        ({"ration": [0.5, 0]}, r"ration is \[0.5, 0\], expected a share .* or one for each task"),
+        ({"ration": ()}, r"ration is \(\), expected a share"),
+        ({"ration": "0.5"}, "ration is '0.5', expected a share"),
         ({"reset_free": "yes"}, "reset_free is 'yes'"),
     ],
 )
@@ -372,18 +376,29 @@ def test_a_recovery_that_was_given_up_is_forgotten_by_the_next_fit():
 # -- ration and reset -------------------------------------------------------------------------------------------------
 
 
-def test_no_task_claims_more_than_the_ration_of_each_layer():
-    model, rnf = seeded(), RelevanceFreezing(ration=0.25, criterion=1.0)
-    free = dict.fromkeys(("body.0", "body.3"), 40)
+@pytest.mark.filterwarnings("ignore:.* falls short of the criterion:UserWarning")
+@pytest.mark.parametrize("recovery_epochs", [0, 1])
+@pytest.mark.parametrize(
+    ("ration", "claims"),
+    [(0.25, [10, 7, 5]), ((0.5, 0.3), [20, 6, 4]), ([0.1, 0.5, 1.0], [4, 18, 18]), (1.0, [40, 0, 0])],
+)
+def test_each_task_claims_its_ration_of_each_layer_at_most(ration, claims, recovery_epochs):
+    def nothing_may_be_pruned(score):
+        return False
+
+    rnf = RelevanceFreezing(
+        ration=ration,
+        criterion=nothing_may_be_pruned,
+        recovery_epochs=recovery_epochs,
+        recovery_criterion=nothing_may_be_pruned if recovery_epochs else None,
+    )
+    model, free = seeded(), 40
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for task in "abc":
-            fit(model, rnf, task)
-            record = rnf.state.tasks[task]
-            for layer, share in record.capacity.items():
-                left = round(share * 40)
-                assert free[layer] - left <= max(1, int(0.25 * free[layer]))
-                free[layer] = left
+        warnings.filterwarnings("ignore", "no free units are left", UserWarning)
+        for task, claimed in zip("abc", claims, strict=True):
+            fit(model, rnf, task, max_epochs=1 + recovery_epochs)
+            free -= claimed
+            assert [round(40 * share) for share in rnf.state.tasks[task].capacity.values()] == [free, free]
 
 
 def test_a_ration_that_costs_more_than_the_tolerance_is_said():
