@@ -235,6 +235,7 @@ def test_zenkes_network_is_the_one_of_the_paper():
 
 # -- runs -------------------------------------------------------------------------------------------------------------
 
+
 def test_a_learning_rate_that_is_annealed_falls_to_zero_in_each_task():
     torch.manual_seed(0)
     batch = torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
