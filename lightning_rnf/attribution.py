@@ -21,6 +21,9 @@ from lightning_rnf.layers import BATCH_NORMS
 from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.units import UnitLayer
 
+_LOST_IN_ONE = torch.finfo(torch.float32).tiny
+"""An epsilon for norms of variance 1: added to it nothing changes, and it is not 0, which torch 2.11 refuses."""
+
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
@@ -152,7 +155,7 @@ def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
                 submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
             norm._parameters.update(weight=None, bias=None)
             norm._buffers.update(running_mean=torch.zeros_like(scale), running_var=torch.ones_like(scale))
-            norm.eps = 0.0
+            norm.eps = _LOST_IN_ONE
 
 
 def propagate(

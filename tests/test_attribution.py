@@ -280,6 +280,22 @@ def test_norms_merge_into_the_layers_that_they_follow_in_the_forward(bias, affin
     assert difference({"0": found["first"], "3": found["second"]}, expected) < 1e-5
 
 
+def test_norms_merge_where_torch_takes_no_epsilon_of_zero(monkeypatch):
+    """As torch 2.11 does, in evaluation, too."""
+    parts, batch = normed(), labelled(9, *IMAGES)
+    expected, plain = unit_relevance(OtherOrder(parts), batch), nn.functional.batch_norm
+
+    def batch_norm(*args, eps=1e-5, **options):
+        eps = args[-1] if len(args) == 8 else eps
+        if eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+        return plain(*args, **({} if len(args) == 8 else {"eps": eps}), **options)
+
+    monkeypatch.setattr(nn.functional, "batch_norm", batch_norm)
+    found = unit_relevance(OtherOrder(parts), batch)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_norm_after_a_linear_layer_merges_too():
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
     with torch.no_grad():

@@ -93,10 +93,10 @@ def fit(options: argparse.Namespace, network: str, frozen: float | str | None) -
         use_distributed_sampler=False,  # each process makes all of the steps
     )
     device = one.strategy.root_device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     # There already, so that no copy from the host is measured, which would hide a part of what a step costs.
     batch = batch[0].to(device), batch[1].to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # refused before the first tensor is on the device
     one.fit(model, DataLoader([batch] * (options.warm_up + options.steps + 1), batch_size=None))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return Fit(median(clock.seconds(options.warm_up)), peak, *bytes_of_gradients(model, clock.trained, rnf.state))
