@@ -20,7 +20,6 @@ from experiment import Experiment
 from images import Data, cifar, crop_and_flip
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_rnf import MultiHead
 from lightning_rnf.streams import TaskDataModule, split_by_class
@@ -32,12 +31,11 @@ class Zenke(LightningModule):
     Args:
         learning_rate: of Adam.
         augment: crop and mirror training images at random, which Zenke et al. did not.
-        anneal: let each task's learning rate fall to 0, by half a cosine; theirs stayed.
     """
 
-    def __init__(self, *, learning_rate: float, augment: bool = False, anneal: bool = False) -> None:
+    def __init__(self, *, learning_rate: float, augment: bool = False) -> None:
         super().__init__()
-        self.learning_rate, self.augment, self.anneal = learning_rate, augment, anneal
+        self.learning_rate, self.augment = learning_rate, augment
         layers: list[nn.Module] = []
         for before, channels in ((3, 32), (32, 64)):
             layers += [
@@ -65,11 +63,8 @@ class Zenke(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        if not self.anneal:
-            return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, self.trainer.max_epochs)}
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
 def cifar10_first(data: Data, groups: Sequence[Sequence[int]], names: Sequence[str], seed: int) -> list[TaskDataModule]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from experiment import Experiment
-from images import Data, cifar, crop_and_flip, erase, normalised
+from images import Data, cifar, crop_and_flip, normalised
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -27,18 +27,11 @@ from lightning_rnf.streams import TaskDataModule, split_by_class
 
 
 class ResNet18(LightningModule):
-    """The ResNet-18 for small images: a 3 × 3 stem without pooling; SGD with Nesterov momentum, one cycle a task.
+    """The ResNet-18 for small images: a 3 × 3 stem without pooling; SGD with Nesterov momentum, one cycle a task."""
 
-    Args:
-        width: channels of the first stage; 64 in ResNet-18.
-        stem_stride: of the first convolution.
-        learning_rate: the cycle's highest.
-        erase: side of the square that is erased from each training image; 0: none.
-    """
-
-    def __init__(self, *, width: int, stem_stride: int, learning_rate: float, erase: int = 0) -> None:
+    def __init__(self, *, width: int, stem_stride: int, learning_rate: float) -> None:
         super().__init__()
-        self.learning_rate, self.erase = learning_rate, erase
+        self.learning_rate = learning_rate
         blocks: list[nn.Module] = []
         before = width
         for stage, channels in enumerate((width, 2 * width, 4 * width, 8 * width)):
@@ -64,10 +57,7 @@ class ResNet18(LightningModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         x, y = batch
-        if self.trainer.training:
-            x = crop_and_flip(x)
-            x = erase(x, self.erase) if self.erase else x
-        return x, y
+        return (crop_and_flip(x) if self.trainer.training else x), y
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])

@@ -103,21 +103,6 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     return padded[torch.arange(n, device=images.device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
 
 
-def erase(images: Tensor, size: int) -> Tensor:
-    """A square of zeros at random in each image of ``(N, channels, height, width)``; it may stand out over the edges.
-
-    Cutout (DeVries and Taylor 2017), where zero is about the mean: of normalised images.
-    """
-    n, _, *sides = images.shape
-    inside = []
-    for side in sides:
-        first = torch.randint(side, (n, 1), device=images.device) - size // 2
-        place = torch.arange(side, device=images.device)
-        inside.append((place >= first) & (place < first + size))
-    rows, columns = inside
-    return images.masked_fill((rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1), 0.0)
-
-
 def as_text(images: Tensor) -> dict[str, Any]:
     """Images or heatmaps in a form that JSON takes: each scaled to its largest value, in 255 steps."""
     largest = images.flatten(1).abs().amax(dim=1).clamp(min=torch.finfo(images.dtype).tiny)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -12,13 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LambdaCallback
-from torch.utils.data import DataLoader
-from training import trainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DATA = Path(os.environ.get("RNF_DATA", "no data"))
@@ -234,45 +229,6 @@ def test_zenkes_network_is_the_one_of_the_paper():
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_learning_rate_that_is_annealed_falls_to_zero_in_each_task():
-    torch.manual_seed(0)
-    batch = torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
-    rates = {False: [0.01] * 4, True: [0.01 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]}
-    for anneal, expected in rates.items():
-        model, seen = importlib.import_module("cifar_random").Zenke(learning_rate=0.01, anneal=anneal), []
-        model.heads.add("a", 2)
-        model.heads.activate("a")
-
-        def note(trainer, module, seen=seen):
-            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-        for _ in range(2):
-            trainer(LambdaCallback(on_train_epoch_start=note), max_epochs=4).fit(model, DataLoader([batch], None))
-        assert seen == pytest.approx(expected * 2)
-
-
-def test_a_square_is_erased_from_each_training_image_and_from_no_other():
-    torch.manual_seed(0)
-    images = torch.ones(500, 3, 32, 32)
-    erased = importlib.import_module("images").erase(images, 8) == 0
-    assert (erased.all(dim=1) == erased.any(dim=1)).all()  # the same in all channels
-    for one in erased[:, 0]:
-        rows, columns = one.any(dim=1), one.any(dim=0)
-        assert torch.equal(one, rows.view(-1, 1) & columns)
-        for side in (rows, columns):
-            inside = side.nonzero().view(-1)
-            assert 1 <= len(inside) <= 8
-            assert inside[-1] - inside[0] + 1 == len(inside)
-            assert len(inside) == 8 or side[0] or side[-1]  # smaller only where it stands out
-    assert (erased[:, 0].float().mean(dim=0) > 0).all()  # every pixel's turn comes
-    model = importlib.import_module("cifar_resnet").ResNet18(width=2, stem_stride=2, learning_rate=0.1, erase=32)
-    for training in (True, False):
-        model._trainer = SimpleNamespace(training=training)
-        x, _ = model.on_after_batch_transfer((images, torch.zeros(500)), 0)
-        assert bool((x == 0).any()) == training
-
 
 QUICK = ["--fast", "--samples", "1000", "--tasks", "2"]
 
