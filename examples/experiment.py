@@ -127,9 +127,11 @@ class Experiment:
                     continue
                 folder = options.output / f"{name}-unfinished" / f"{method}-{seed}"
                 with alone(folder):
+                    if results.has(method, seed):  # another process has just ended it
+                        continue
                     run = self.run(made_with[method], seed, options, folder)
                     results.add(method, made_with[method], run)
-                shutil.rmtree(folder)
+                    shutil.rmtree(folder)
                 if not any(folder.parent.iterdir()):
                     folder.parent.rmdir()
                 gc.collect()  # Trainer, model and data refer to each other; several runs' data are too much
@@ -256,7 +258,7 @@ class SeedEpochs(Callback):
 class Results:
     """The JSON of an experiment: what it is about, and for each method its settings and runs.
 
-    The file is read again before each run is added, and replaced in one step.
+    The file is read again before each run is added, and replaced in one step, by one process at a time.
 
     Args:
         path: of the file; it need not be there.
@@ -295,11 +297,15 @@ class Results:
 
     def add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Add a run, or put it in the place of the same seed's: another process may have been faster."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            self._add(method, made_with, run)
+
+    def _add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         summary = self.read()
         of_method = summary["methods"].setdefault(method, {"settings": dict(made_with), "runs": []})
         others = [one for one in of_method["runs"] if one["seed"] != run["seed"]]
         of_method["runs"] = sorted([*others, dict(run)], key=lambda one: one["seed"])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.with_suffix(f".{os.getpid()}")
         written.write_text(as_text(summary), encoding="utf-8")
         os.replace(written, self.path)

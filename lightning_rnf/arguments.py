@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 
@@ -29,17 +30,17 @@ def at_least(name: str, value: int, least: int) -> int:
 
 
 def shares(name: str, value: Any) -> tuple[float, ...] | None:
-    """Return ``value`` if it is None, a number in (0, 1], or several, then as a tuple.
+    """Return None if ``value`` is that, else the number in (0, 1] or the list of them, as a tuple.
 
     Raises:
         ValueError: if it is not.
     """
     if value is None:
         return None
-    several = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    several = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not several or not all(_is_share(one) for one in several):
-        raise ValueError(f"{name} is {value!r}, expected a share above 0 and up to 1, or one for each task")
-    return several
+        raise ValueError(f"{name} is {value!r}, expected a share above 0 and up to 1, or a list of them")
+    return tuple(float(one) for one in several)
 
 
 def globs(name: str, value: Any) -> Any:
@@ -67,4 +68,4 @@ def of_type(name: str, value: Any, kind: Any, expected: str) -> Any:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1

@@ -90,8 +90,8 @@ class RelevanceFreezing(FinishedTasks):
             None: 0.1.
         recovery_search: if the recovery falls short of ``criterion``, take a milder cutoff of those that were measured.
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
-            beyond it are pruned too. Several: one for each task in the order of their ends, the last for all after it.
-            None: no limit.
+            beyond it are pruned too. Several: one for each task in the order of their ends, protected and loaded ones
+            counted, the last for all after it. None: no limit.
         reset_free: give free units their initial values back before each new task.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
@@ -392,6 +392,7 @@ class RelevanceFreezing(FinishedTasks):
         self._freezer.attach(trainer.optimizers)
         self._pin_norms(pl_module)
         if self.state.recovering is not None:
+            self.selection.check_goes_on(self.state.recovering, self.state)
             self._stay_inside(pl_module, self.state.recovering)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -591,7 +592,7 @@ class RelevanceFreezing(FinishedTasks):
         self._freezer.change(self._elasticities(record.relevant))
         self._silenced.enter_context(recompiled())
         self._silenced.enter_context(subnetwork.silence(module, self.state.layers, record.relevant))
-        self._silenced.enter_context(norms.held(module, self.state.layers, record.relevant))
+        self._silenced.enter_context(norms.held(module))
 
     def _rehearse(self, module: pl.LightningModule, batch: ReferenceData, samples: int | None) -> UnitMap:
         units = self._trace(module, batch.example)

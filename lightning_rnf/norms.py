@@ -1,4 +1,4 @@
-"""Running statistics of norms: estimated anew for a sub-network, held for frozen channels."""
+"""Running statistics of norms: estimated anew for a sub-network, held for silent channels, pinned for frozen ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_rnf.layers import UnitLayer
 from lightning_rnf.ranks import ALONE, Ranks
 from lightning_rnf.state import FreezeState
 
@@ -152,29 +151,39 @@ def pinned(module: nn.Module, statistics: Mapping[str, Stored]) -> Iterator[None
 
 
 @contextmanager
-def held(module: nn.Module, layers: Iterable[UnitLayer], speaking: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the context statistics of silent units stay as they are, in training mode, too.
+def held(module: nn.Module) -> Iterator[None]:
+    """Inside the context a channel that is the same in a whole batch leaves its statistics as they are.
 
-    A silent unit's norm gets zeros. Its variance would fall to 0, and when the unit speaks again its norm would
-    multiply by ``eps ** -0.5``: layer upon layer that overflows.
+    Silent units are such channels, and so is what is made of them alone. Their variance would fall to 0, and when the
+    units speak again their norm would multiply by ``eps ** -0.5``: layer upon layer that overflows.
 
     Args:
         module: the model, on its device.
-        layers: its unit layers.
-        speaking: bool ``(units,)`` by layer: the units that are not silent.
     """
     with ExitStack() as hooks:
-        for layer in layers:
-            norm = module.get_submodule(layer.norm) if layer.norm else None
-            if isinstance(norm, _NormBase) and norm.running_mean is not None and not speaking[layer.name].all():
-                mean, var = norm.running_mean.clone(), norm.get_buffer("running_var").clone()
-                hold = _Held(norm, Stored(~speaking[layer.name], mean, var))
-                hooks.callback(norm.register_forward_hook(hold, prepend=True).remove)
+        for norm in module.modules():
+            if isinstance(norm, _NormBase) and norm.running_mean is not None:
+                hold = _Held()
+                hooks.callback(norm.register_forward_pre_hook(hold.note).remove)
+                hooks.callback(norm.register_forward_hook(hold, prepend=True, with_kwargs=True).remove)
         yield
 
 
 class _Held:
-    """A forward hook that puts back a norm's statistics for some channels."""
+    """Two hooks around a norm's forward: note its statistics, and put those of constant channels back."""
+
+    def note(self, norm: Any, args: tuple[Tensor, ...]) -> None:
+        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+
+    def __call__(self, norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        (x,) = (*args, *kwargs.values())
+        if norm.training and x.ndim > 1 and x.shape[1] == len(self.mean):  # instance norms take a single sample, too
+            others = [axis for axis in range(x.ndim) if axis != 1]
+            _put_back(norm, x.detach().amax(others) == x.detach().amin(others), self.mean, self.var)
+
+
+class _Pinned:
+    """A forward hook that puts back a norm's statistics for some channels, and their output as it is with those."""
 
     def __init__(self, norm: nn.Module, own: Stored) -> None:
         like = norm.get_buffer("running_mean")
@@ -182,24 +191,19 @@ class _Held:
         self.mean, self.var = own.mean.to(like), own.var.to(like)
 
     def put_back(self, norm: Any) -> None:
-        for buffer, value in ((norm.running_mean, self.mean), (norm.running_var, self.var)):
-            # Through .data: backward counts writes to the buffers, though in training mode it doesn't read them.
-            buffer.data.copy_(torch.where(self.channels, value, buffer.data))
+        _put_back(norm, self.channels, self.mean, self.var)
 
     def __call__(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if norm.training:
-            self.put_back(norm)
-        return None
-
-
-class _Pinned(_Held):
-    """Puts back the output of these channels as well: it is as with those statistics in training mode, too."""
-
-    def __call__(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        super().__call__(norm, args, output)
         if not norm.training:
             return None
+        self.put_back(norm)
         as_stored = nn.functional.batch_norm(
             args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
         )
         return torch.where(self.channels.view(-1, *[1] * (output.ndim - 2)), as_stored, output)
+
+
+def _put_back(norm: Any, channels: Tensor, mean: Tensor, var: Tensor) -> None:
+    for buffer, value in ((norm.running_mean, mean), (norm.running_var, var)):
+        # Through .data: backward counts writes to the buffers, though in training mode it doesn't read them.
+        buffer.data.copy_(torch.where(channels, value, buffer.data))

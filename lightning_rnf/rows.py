@@ -227,7 +227,7 @@ def _pays(layer: Any, x: Tensor) -> bool:
 def _like(some: Tensor, channels: int) -> Tensor:
     """Zeros of the same form and memory format with so many channels."""
     shape = (some.shape[0], channels, *some.shape[2:])
-    memory = torch.contiguous_format
-    if some.ndim == 4 and some.is_contiguous(memory_format=torch.channels_last) and not some.is_contiguous():
-        memory = torch.channels_last
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(some.ndim, torch.contiguous_format)
+    is_last = some.is_contiguous(memory_format=last) and not some.is_contiguous()
+    memory = last if is_last else torch.contiguous_format
     return torch.empty(shape, dtype=some.dtype, device=some.device, memory_format=memory).zero_()

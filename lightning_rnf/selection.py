@@ -165,6 +165,21 @@ class Selection:
         )
         return reference.ranks.decided(lambda: record)
 
+    def check_goes_on(self, record: TaskRecord, state: FreezeState) -> None:
+        """Check that a recovery that was begun, maybe by another program, is of the sub-network that would be settled.
+
+        Raises:
+            ValueError: if not.
+        """
+        ranking = self._rank(record.relevance, state, record.notes)
+        found = ranking.relevant(record.cutoff) if record.cutoff <= ranking.candidates else {}
+        if not all(name in found and torch.equal(found[name], mask) for name, mask in record.relevant.items()):
+            raise ValueError(
+                f"{record.name}: its recovery was begun inside another sub-network than normalize={self.normalize!r}, "
+                f"candidates={self.candidates!r} and a ration of {self.ration(len(state.tasks))} give: go on with the "
+                "options that it was begun with, or train the task from its start"
+            )
+
     def settle(
         self,
         record: TaskRecord,

@@ -439,7 +439,7 @@ def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for
     assert (naive["training"]["epochs"], naive["network"]) == (1, {"width": 8})
     for method in ("best", "naive"):
         assert EXPERIMENT.made_with(read, method, options(epochs=3), "a.yaml")["training"]["epochs"] == 3
-    assert settings.freezing(best).selection.ration == 0.5
+    assert settings.freezing(best).selection.rations == (0.5,)
     assert settings.freezing(naive) is None
 
 

@@ -429,6 +429,6 @@ def test_masks_go_to_the_hub_and_come_back(tmp_path, monkeypatch):
     assert there["me/masks"]["private"] is True
     found = RelevanceFreezing.from_pretrained("me/masks", revision="v1", model=net, ration=0.5)
     assert list(found.state.tasks) == ["first", "second"]
-    assert found.selection.ration == 0.5
+    assert found.selection.rations == (0.5,)
     with pytest.raises(ValueError, match="conv1"):
         RelevanceFreezing.from_pretrained("me/masks", model=make(Mlp))

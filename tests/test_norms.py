@@ -9,7 +9,7 @@ from training import ConvClassifier, clusters, inputs, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.criteria import FreeCapacity
-from lightning_rnf.norms import Stored, pinned, recalibrated, stored, with_statistics
+from lightning_rnf.norms import Stored, held, pinned, recalibrated, stored, with_statistics
 from lightning_rnf.subnetwork import silence
 
 BATCHES = [torch.randn(n, 1, 5, 5, generator=torch.Generator().manual_seed(n)) for n in (7, 5, 6)]
@@ -193,6 +193,79 @@ def test_norms_that_the_user_keeps_in_eval_mode_keep_their_statistics():
     model.body[4].running_mean.fill_(0.3)
     train(model, rnf, "a")
     assert (rnf.state.tasks["a"].norm_statistics["body.4.running_mean"] == 0.3).all()
+
+
+# -- held in recovery -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("kind", "sides"),
+    [(nn.BatchNorm1d, ()), (nn.BatchNorm1d, (5,)), (nn.BatchNorm2d, (4, 3)), (nn.InstanceNorm2d, (4, 3))],
+)
+def test_channels_that_are_constant_in_a_batch_keep_their_statistics_and_others_move_as_ever(kind, sides, momentum):
+    torch.manual_seed(0)
+    norm, plain = (kind(6, momentum=momentum, track_running_stats=True) for _ in range(2))
+    for batch in range(3):
+        x = torch.randn(8, 6, *sides)
+        x[:, batch] = 0.0
+        x[:, 5] = 2.5
+        before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        identities = {name: id(buffer) for name, buffer in norm.named_buffers()}
+        with held(nn.Sequential(norm)):
+            output = norm(input=x) if batch else norm(x)
+        assert torch.equal(output, plain(x))
+        for name in ("running_mean", "running_var"):
+            after, expected = norm.get_buffer(name), plain.get_buffer(name)
+            for channel in range(6):
+                if channel in (batch, 5):
+                    assert torch.equal(after[channel], before[name][channel])
+                elif channel > batch:  # those before were held when the plain norm's moved
+                    assert torch.equal(after[channel], expected[channel])
+        assert identities == {name: id(buffer) for name, buffer in norm.named_buffers()}
+    norm.eval()
+    before = norm.running_mean.clone()
+    with held(norm):
+        norm(x)
+    assert torch.equal(norm.running_mean, before)
+    assert not norm._forward_hooks
+    assert not norm._forward_pre_hooks
+
+
+class AfterActivation(ConvClassifier):
+    """Its norms belong to no unit layer: what a silent unit says reaches them as a constant."""
+
+    def __init__(self, depth: int = 6, **options):
+        super().__init__(**options)
+        blocks = [nn.Unflatten(1, (1, 1, 6)), nn.Conv2d(1, 16, (1, 3), padding=(0, 1))]
+        for _ in range(depth):
+            blocks += [nn.ReLU(), nn.BatchNorm2d(16), nn.Conv2d(16, 16, (1, 3), padding=(0, 1))]
+        self.body = nn.Sequential(*blocks, nn.ReLU(), nn.Flatten(), nn.Linear(96, 40), nn.ReLU())
+
+
+class Depthwise(AfterActivation):
+    """A depthwise convolution speaks of its channel alone, and that may be silent."""
+
+    def __init__(self, **options):
+        super().__init__(0, **options)
+        blocks = list(self.body[:2])
+        for _ in range(3):
+            blocks += [nn.Conv2d(16, 16, (1, 3), padding=(0, 1), groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+            blocks += [nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        self.body = nn.Sequential(*blocks, *self.body[3:])
+
+
+@pytest.mark.parametrize("kind", [AfterActivation, Depthwise])
+def test_no_norm_s_variance_falls_to_zero_in_a_recovery_and_the_whole_network_still_speaks(kind):
+    torch.manual_seed(0)
+    model = kind()
+    rnf = RelevanceFreezing(criterion=1.0, ration=0.35, recovery_epochs=8, recovery_criterion=FreeCapacity(0.6))
+    train(model, rnf, "a", max_epochs=10)
+    smallest = min(float(buffer.min()) for name, buffer in model.named_buffers() if name.endswith("running_var"))
+    assert smallest > 1e-3
+    model.eval()
+    with torch.no_grad():
+        assert model(inputs()).abs().max() < 1000
 
 
 # -- per task, shared -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -272,6 +273,16 @@ def test_a_recovery_belongs_to_fits_only():
     rationed = RelevanceFreezing(ration=0.02, criterion=0.0)
     with pytest.warns(UserWarning, match=r"ration of 0.02 falls short .* give it a larger ration$"):
         rationed.protect(model, validation(), name="a")
+
+
+def test_a_protected_task_takes_the_first_ration_and_the_next_fit_the_second():
+    model, rnf = pretrained(), RelevanceFreezing(ration=[0.5, 0.25], criterion=lambda score: False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* falls short of the criterion", UserWarning)
+        rnf.protect(model, validation(), name="a")
+        assert rnf.capacity() == {"body.0": 0.5, "body.3": 0.5}
+        train(model, rnf, "b")
+    assert rnf.capacity() == {"body.0": 0.375, "body.3": 0.375}
 
 
 class Life(pl.LightningDataModule):

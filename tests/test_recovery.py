@@ -6,6 +6,7 @@ import copy
 import warnings
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MulticlassF1Score
@@ -243,9 +244,11 @@ def test_a_fit_too_short_or_endless_is_refused(options, sentence):
         ({"ration": 0}, "ration is 0, expected a share"),
         ({"ration": 1.5}, "ration is 1.5, expected a share"),
         ({"ration": True}, "ration is True, expected a share"),
-        ({"ration": [0.5, 0]}, r"ration is \[0.5, 0\], expected a share .* or one for each task"),
+        ({"ration": [0.5, 0]}, r"ration is \[0.5, 0\], expected a share .* or a list of them"),
         ({"ration": ()}, r"ration is \(\), expected a share"),
         ({"ration": "0.5"}, "ration is '0.5', expected a share"),
+        ({"ration": b"\x01"}, "expected a share above 0 and up to 1, or a list of them"),
+        ({"ration": [0.5, None]}, "expected a share above 0 and up to 1, or a list of them"),
         ({"reset_free": "yes"}, "reset_free is 'yes'"),
     ],
 )
@@ -298,6 +301,26 @@ def test_a_fit_stopped_before_or_within_its_recovery_and_resumed_equals_one_that
     assert earlier.state.tasks[task].recovery == uninterrupted.state.tasks[task].recovery
     for name, value in uninterrupted.state.initial.items():
         assert torch.equal(earlier.state.initial[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("begun", "resumed"),
+    [({"ration": [0.5, 0.25]}, {"ration": 0.25}), ({"ration": 0.5}, {}), ({}, {"normalize": "none"})],
+)
+def test_a_recovery_is_not_resumed_with_options_that_give_another_sub_network(tmp_path, begun, resumed):
+    model = seeded(ConvClassifier)
+    model.heads.activate("a")
+    saving = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+    with pytest.raises(KeyError, match="stopped"):
+        trainer(RelevanceFreezing(**HALF, **begun), Stop(3), max_epochs=4, **saving).fit(
+            model, datamodule=task_data("a")
+        )
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    other = seeded(ConvClassifier)
+    other.heads.activate("a")
+    again = trainer(RelevanceFreezing(**HALF, **resumed), max_epochs=4, **saving)
+    with pytest.raises(ValueError, match="a: its recovery was begun inside another sub-network"):
+        again.fit(other, datamodule=task_data("a"), ckpt_path=checkpoint)
 
 
 def test_a_recovery_that_was_stopped_early_says_how_many_epochs_it_had():
@@ -380,7 +403,7 @@ def test_a_recovery_that_was_given_up_is_forgotten_by_the_next_fit():
 @pytest.mark.parametrize("recovery_epochs", [0, 1])
 @pytest.mark.parametrize(
     ("ration", "claims"),
-    [(0.25, [10, 7, 5]), ((0.5, 0.3), [20, 6, 4]), ([0.1, 0.5, 1.0], [4, 18, 18]), (1.0, [40, 0, 0])],
+    [(0.25, [10, 7, 5]), ((np.float32(0.5), 0.3), [20, 6, 4]), ([0.1, 0.5, 1.0], [4, 18, 18]), (1.0, [40, 0, 0])],
 )
 def test_each_task_claims_its_ration_of_each_layer_at_most(ration, claims, recovery_epochs):
     def nothing_may_be_pruned(score):
@@ -407,6 +430,15 @@ def test_a_ration_that_costs_more_than_the_tolerance_is_said():
         fit(seeded(), rnf, "a")
     assert not rnf.state.tasks["a"].accepted
     assert [int(mask.sum()) for mask in rnf.state.tasks["a"].relevant.values()] == [2, 2]
+
+
+def test_the_ration_that_is_said_is_the_task_s_own():
+    model, rnf = seeded(), RelevanceFreezing(ration=[0.4, 0.04], criterion=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        fit(model, rnf, "a")
+    with pytest.warns(UserWarning, match=r"b: the ration of 0\.04 falls short of the criterion"):
+        fit(model, rnf, "b")
 
 
 def test_free_units_start_each_task_from_where_they_were_at_first():
