@@ -6,9 +6,9 @@
     python examples/cifar_random.py --data FOLDER --settings examples/cifar_random_short.yaml         # for a CPU
 
 Network and training are those of Zenke et al. 2017 ("Continual Learning Through Synaptic Intelligence"), which the
-paper takes over: Adam 1e-3, batch 256, 60 epochs a task, no augmentation; `best` has its own. Classes are assigned to tasks at random by
-the seed. A tenth of each task's training data is held out: reference data comes from there, the test set is only for
-the report.
+paper takes over: Adam 1e-3, batch 256, 60 epochs a task, no augmentation; `best` has its own. Classes are assigned to
+tasks at random by the seed. A tenth of each task's training data is held out: reference data comes from there, the test
+set is only for the report.
 """
 
 from __future__ import annotations
