@@ -1,20 +1,16 @@
-"""What the experiments have in common: methods and seeds, runs that go on where they were stopped, results as JSON."""
+"""What the experiments have in common: methods and seeds, and runs that go on where they were stopped."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
-import os
 import platform
-import re
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -23,11 +19,11 @@ from typing import Any, Protocol
 
 import settings as yaml_settings
 import torch
-from filelock import FileLock, Timeout
 from images import Data
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from numpy.random import SeedSequence
+from result_files import Results, alone, begun
 from results import table
 from torch import Tensor
 
@@ -90,15 +86,15 @@ class Experiment:
         parser.add_argument("--settings", type=Path, help="another YAML file than the script's own")
         parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as in network.width=100")
         parser.add_argument("--method", nargs="+", help="those to run, of the settings'; none named: all")
-        parser.add_argument("--seeds", type=int, help="how many; none given: as the settings say")
-        parser.add_argument("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
+        parser.add_argument("--seeds", type=counted, help="how many; none given: as the settings say")
+        parser.add_argument("--first-seed", type=int, help="the first of them; none given: as the settings say, else 0")
         parser.add_argument("--fast", action="store_true", help="a reduced schedule on a slice of the data")
-        parser.add_argument("--epochs", type=int, help="per task, for all methods")
-        parser.add_argument("--tasks", type=int, help="only so many of the tasks")
-        parser.add_argument("--samples", type=int, help="only so many training and test samples")
+        parser.add_argument("--epochs", type=counted, help="per task, for all methods")
+        parser.add_argument("--tasks", type=counted, help="only so many of the tasks")
+        parser.add_argument("--samples", type=counted, help="only so many training and test samples")
         parser.add_argument("--on-validation", action="store_true", help="test on validation data: to choose by")
         parser.add_argument("--accelerator", default="auto", help="of the Trainer: cpu, gpu (%(default)s)")
-        parser.add_argument("--precision", default="32-true", help="of the Trainer: bf16-mixed, … (%(default)s)")
+        parser.add_argument("--precision", help="of the Trainer: bf16-mixed, …; none given: as the settings say")
         parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the JSON (%(default)s)")
         parser.add_argument("--pages", action="store_true", help="write the report of each run as a page, too")
         options = parser.parse_args(arguments)
@@ -120,8 +116,8 @@ class Experiment:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
-        seeds = settings.get("seeds", 1) if options.seeds is None else options.seeds
-        for seed in range(options.first_seed, options.first_seed + seeds):
+        first = settings.get("first_seed", 0) if options.first_seed is None else options.first_seed
+        for seed in range(first, first + (options.seeds or settings.get("seeds", 1))):
             for method in methods:
                 if results.has(method, seed):
                     continue
@@ -132,7 +128,7 @@ class Experiment:
                     run = self.run(made_with[method], seed, options, folder)
                     results.add(method, made_with[method], run)
                     shutil.rmtree(folder)
-                if not any(folder.parent.iterdir()):
+                with suppress(OSError):  # other runs are in there
                     folder.parent.rmdir()
                 gc.collect()  # Trainer, model and data refer to each other; several runs' data are too much
                 print(
@@ -165,19 +161,17 @@ class Experiment:
         if options.epochs is not None:
             training["epochs"] = options.epochs
         for key in ("epochs", "batch_size"):
-            if not isinstance(training.get(key), int) or training[key] < 1:
-                raise ValueError(f"{where}: training.{key} is {training.get(key)!r}, expected a number of at least 1")
+            yaml_settings.check_count(training.get(key), f"{where}: training.{key}")
         yaml_settings.check_arguments(self.stream, made_with["stream"], f"{where}: stream")
         yaml_settings.check_arguments(self.model, _of_model(made_with), f"{where}: network with training")
         try:
             yaml_settings.freezing(made_with, **self.freezing)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: methods.{method}: {error}") from error
-        return {**made_with, "precision": options.precision}
+        return {**made_with, "precision": options.precision or settings.get("precision") or "32-true"}
 
     def run(self, made_with: Mapping[str, Any], seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         """Train the stream with one method and seed, going on from the checkpoints in the folder."""
-        is_resumed = begun(folder, made_with)
         seed_everything(seed, verbose=False)
         data = Data(options.data, options.download, made_with["samples"])
         stream = self.stream(data, seed, **made_with["stream"])
@@ -186,6 +180,7 @@ class Experiment:
             task.batch_size = made_with["training"]["batch_size"]
             if options.on_validation:
                 task.test = task.validation
+                task.held_out = None
         model = self.model(**_of_model(made_with))
         add_heads(model, stream)
         self.pretrained(model, data)
@@ -196,13 +191,14 @@ class Experiment:
             {task.task: index for index, task in enumerate(stream)},
             accelerator=options.accelerator,
             devices=1,
-            precision=options.precision,
+            precision=made_with["precision"],
             max_epochs=made_with["training"]["epochs"],
             num_sanity_val_steps=0,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        is_resumed = begun(folder, made_with)
         started = time.perf_counter()
         found = self.fit(model, stream, callback, trainer, folder=folder)
         seconds = time.perf_counter() - started
@@ -218,6 +214,7 @@ class Experiment:
             "seed": seed,
             "device": device(options.accelerator),
             "versions": versions(),
+            "data": dict(sorted(data.altered.items())),
             "tasks": [task.task for task in stream],
             "matrix": [[None if entry != entry else round(entry, 6) for entry in row] for row in matrix.tolist()],
             "average": round(float(average_accuracy(matrix)[-1]), 6),
@@ -245,6 +242,10 @@ class SeedEpochs(Callback):
     def __init__(self, seed: int, tasks: Mapping[str, int]) -> None:
         self.seed = seed
         self.tasks = tasks
+        self.is_first = False  # epoch of the fit
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_first = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = self.tasks[trainer.datamodule.task]
@@ -253,93 +254,9 @@ class SeedEpochs(Callback):
         # A loader draws before or after this, as the fit was resumed or not: it must not draw from the same source.
         loader = trainer.train_dataloader
         loader.generator, loader.sampler.generator = (torch.Generator().manual_seed(seed) for seed in seeds[1:])
-
-
-class Results:
-    """The JSON of an experiment: what it is about, and for each method its settings and runs.
-
-    The file is read again before each run is added, and replaced in one step, by one process at a time.
-
-    Args:
-        path: of the file; it need not be there.
-        about: what the experiment is, and in which way it is not the paper's.
-    """
-
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path = path
-        self.about = dict(about)
-
-    def read(self) -> dict[str, Any]:
-        """What is there, with this experiment's description; no methods if there is no file."""
-        there = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"methods": {}}
-        return {**self.about, "methods": there["methods"]}
-
-    def check(self, method: str, made_with: Mapping[str, Any]) -> None:
-        """Check that runs of a method that are there were made with these settings.
-
-        Raises:
-            ValueError: if not, naming what differs.
-        """
-        if not self.path.exists():
-            return
-        there = json.loads(self.path.read_text(encoding="utf-8"))
-        old = {**there["methods"].get(method, {}).get("settings", made_with), "run_with": there["run_with"]}
-        new = {**made_with, "run_with": self.about["run_with"]}
-        differing = [f"{key} {old.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
-        if differing:
-            raise ValueError(
-                f"{self.path} has runs of {method} that were made with {', '.join(differing)}: name another --output"
-            )
-
-    def has(self, method: str, seed: int) -> bool:
-        """Whether a run is there."""
-        return any(run["seed"] == seed for run in self.read()["methods"].get(method, {"runs": []})["runs"])
-
-    def add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Add a run, or put it in the place of the same seed's: another process may have been faster."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")):
-            self._add(method, made_with, run)
-
-    def _add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        summary = self.read()
-        of_method = summary["methods"].setdefault(method, {"settings": dict(made_with), "runs": []})
-        others = [one for one in of_method["runs"] if one["seed"] != run["seed"]]
-        of_method["runs"] = sorted([*others, dict(run)], key=lambda one: one["seed"])
-        written = self.path.with_suffix(f".{os.getpid()}")
-        written.write_text(as_text(summary), encoding="utf-8")
-        os.replace(written, self.path)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside the context no other process goes on with the run in this folder; a killed one leaves it free.
-
-    Raises:
-        SystemExit: if another process is at it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        sys.exit(f"{folder}: another process is at this run: let it end, or take other methods or seeds here")
-
-
-def begun(folder: Path, made_with: Mapping[str, Any]) -> bool:
-    """Whether a run has begun in a folder that can be gone on with; if not, it begins now.
-
-    Raises:
-        SystemExit: if it was begun with other settings.
-    """
-    kept = folder / "settings.json"
-    if kept.exists():
-        if json.loads(kept.read_text(encoding="utf-8")) != made_with:
-            raise SystemExit(f"{folder} holds a run that was begun with other settings: delete it, or go on with those")
-        return True
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(made_with), encoding="utf-8")
-    return False
+        if self.is_first:  # its iterator is older than this hook, and workers have had seeds and indices already
+            iter(trainer.fit_loop._data_fetcher)
+        self.is_first = False
 
 
 def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -355,6 +272,8 @@ def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str,
         "run_with": " ".join(given) or None,
         "tested_on": "validation data" if options.on_validation else "test data",
         "tuning": settings.get("tuning"),
+        "goal": settings.get("goal"),
+        "published": settings.get("published"),
     }
 
 
@@ -365,21 +284,6 @@ def add_heads(model: LightningModule, stream: Sequence[TaskDataModule]) -> None:
             for task in stream:
                 if task.task not in module.tasks:
                     module.add(task.task, task.classes)
-
-
-def as_text(summary: Mapping[str, Any]) -> str:
-    """JSON with every list and mapping of plain values on one line.
-
-    >>> print(as_text({"runs": [{"seed": 0}], "shares": [0.5, 0.25]}), end="")
-    {
-     "runs": [
-      { "seed": 0 }
-     ],
-     "shares": [ 0.5, 0.25 ]
-    }
-    """
-    text = json.dumps(summary, indent=1, ensure_ascii=False)
-    return _PLAIN.sub(lambda found: " ".join(line.strip() for line in found[0].splitlines()), text) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -398,6 +302,14 @@ def device(accelerator: str) -> str:
     return torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})"
 
 
+def counted(text: str) -> int:
+    """A number of at least 1, from the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def _trainer(seed: int, tasks: Mapping[str, int], *, callbacks: list[Callback], **options: Any) -> Trainer:
     return Trainer(callbacks=[SeedEpochs(seed, tasks), *callbacks], **options)
 
@@ -407,7 +319,6 @@ def _of_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return {**made_with["network"], **training}
 
 
-_PLAIN = re.compile(r"[\[{]\n[^\[\]{}]*[\]}]")
 _EXPECTED = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "does not have many workers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Data:
         folder: as the user names it.
         download: fetch what is not there, where torchvision can.
         samples: only so many training and test samples, as many of each class as of any other; None: all.
+        altered: what was read in another form than its makers publish, and how it was altered; filled on reading.
     """
 
     folder: Path
     download: bool = False
     samples: int | None = None
+    altered: dict[str, str] = field(default_factory=dict)
 
 
 def mnist(data: Data, is_train: bool) -> TensorDataset:
@@ -57,6 +59,7 @@ def cifar(data: Data, classes: int, is_train: bool) -> TensorDataset:
         shards, pixels = sorted(own.glob(f"{split}_*.avif")), []
         while shards and sum(map(len, pixels)) < (data.samples or len(labels)):  # they are balanced from the beginning
             pixels.append(tiles(shards.pop(0), 32))
+        data.altered[f"CIFAR-{classes}"] = "re-encoded as AVIF, with loss"
         values = torch.from_numpy(np.concatenate(pixels)[: len(labels)])
         labels = labels[: len(values)]
     else:

@@ -4,13 +4,13 @@
     python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
     python examples/results.py --check        # exit with 1 if the README does not show what the files hold
 
-In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``.
+In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``, and
+between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from images import from_text
+from result_files import read
 from torch import Tensor
 
 from lightning_rnf.figures import StreamResult, retention
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 OWN = Path(__file__).parent
 DRAWN = ("naive", "paper", "exact", "best")
+_OVERVIEW = re.compile(r"(<!-- overview -->\n)(.*?)(<!-- /overview -->)", flags=re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)
 
 
@@ -42,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_own = options.folder.resolve() == OWN / "results"
     readme = options.readme or (OWN / "README.md" if is_own else None)
     paths = sorted(options.folder.glob("*.json"))
-    summaries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    try:
+        summaries = {path.stem: read(path) for path in paths}
+    except ValueError as error:
+        sys.exit(str(error))
     if not summaries:
         parser.error(f"{options.folder} holds no JSON file")
     pictures = {file: make for name, summary in summaries.items() for file, make in figures(name, summary).items()}
@@ -89,13 +94,34 @@ def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -
         links = [f"![{caption(summaries[name])}]({folder}/{file})" for file in figures(name, summaries[name])]
         return found[1] + "\n" + "\n\n".join([table(summaries[name]), *links, found[4]])
 
-    return _BLOCK.sub(fill, text)
+    ran = [found[2] for found in _BLOCK.finditer(text) if found[2] in summaries]
+    lines = overview([summaries[name] for name in ran if len(_drawn(summaries[name])) > 1])
+    return _OVERVIEW.sub(lambda found: f"{found[1]}\n{lines}\n\n{found[3]}", _BLOCK.sub(fill, text))
+
+
+def overview(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Each experiment in a line: mean accuracies with the number of seeds, the goal, and the best published figure."""
+    rows = []
+    for summary in summaries:
+        title = summary["title"] + " (stand-in)" * bool(summary["stand_in"]) + " (reduced)" * bool(summary["reduced"])
+        cells = [
+            f"{mean_and_deviation([100 * run['average'] for run in runs])} ({len(runs)})" if runs else ""
+            for runs in (summary["methods"].get(method, {}).get("runs") for method in DRAWN)
+        ]
+        goal = summary.get("goal")
+        rows.append(
+            f"| {' | '.join([title, *cells, '' if goal is None else str(goal), summary.get('published') or ''])} |"
+        )
+    titles = f"| average accuracy at the end, % (seeds) | {' | '.join(DRAWN)} | goal | best published |"
+    return _ruled(titles, rows)
 
 
 def caption(summary: Mapping[str, Any]) -> str:
     """What is shown: the title, and every way in which it is not the whole experiment on its own data."""
     parts = [summary["title"]]
     parts += [f"stand-in: {summary['stand_in']}"] if summary["stand_in"] else []
+    altered = {f"{data} {how}" for run in _runs(summary["methods"]) for data, how in run.get("data", {}).items()}
+    parts += [", ".join(sorted(altered))] if altered else []
     parts += [f"reduced: {summary['reduced']}"] if summary["reduced"] else []
     parts += [f"run with {summary['run_with']}"] if summary["run_with"] else []
     parts += [f"tested on {summary['tested_on']}"] if summary["tested_on"] != "test data" else []
@@ -104,6 +130,7 @@ def caption(summary: Mapping[str, Any]) -> str:
 
 def table(summary: Mapping[str, Any]) -> str:
     """Means and standard deviations over the seeds, with how they were made, as Markdown."""
+    summary = {**summary, "methods": _in_order(summary["methods"])}
     methods = summary["methods"]
     parts = [f"**{caption(summary)}**", _overview(methods), _at_the_end(methods)]
     if _has("drift", methods):
@@ -117,21 +144,23 @@ def table(summary: Mapping[str, Any]) -> str:
 def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
     """What there is to draw of a result: functions that do, by the name of the file."""
     found: dict[str, Callable[[], Figure]] = {}
-    if sum(method in summary["methods"] for method in DRAWN) > 1:
+    if len(_drawn(summary)) > 1:
         found[f"{name}.png"] = partial(_retention, summary)
     if _has("heatmaps", summary["methods"]):
         found[f"{name}_maps.png"] = partial(_heatmaps, summary)
     return found
 
 
-def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
+def mean_and_deviation(values: Sequence[float], digits: int = 2, *, signed: bool = False) -> str:
     """Mean, and with several values their standard deviation.
 
     >>> mean_and_deviation([97.5, 98.5])
     '98.00 ± 0.71'
+    >>> mean_and_deviation([0.5], signed=True)
+    '+0.50'
     """
     deviation = f" ± {torch.tensor(values, dtype=torch.float64).std().item():.{digits}f}" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.{digits}f}{deviation}"
+    return f"{sum(values) / len(values):{'+' if signed else ''}.{digits}f}{deviation}"
 
 
 def matrix(run: Mapping[str, Any]) -> Tensor:
@@ -142,12 +171,9 @@ def matrix(run: Mapping[str, Any]) -> Tensor:
 def _retention(summary: Mapping[str, Any]) -> Figure:
     """The paper's Figure 2: with several seeds, in bands of a standard deviation."""
     results = []
-    for name in DRAWN:
-        if name in summary["methods"]:
-            runs = summary["methods"][name]["runs"]
-            results.append(
-                StreamResult(name, runs[0]["tasks"], torch.stack([matrix(run) for run in runs]), _free(runs))
-            )
+    for name in _drawn(summary):
+        runs = summary["methods"][name]["runs"]
+        results.append(StreamResult(name, runs[0]["tasks"], torch.stack([matrix(run) for run in runs]), _free(runs)))
     figure = retention(results)
     figure.suptitle(f"{caption(summary)}; {_seeds(summary['methods'])}", fontsize=9, wrap=True)
     return figure
@@ -167,20 +193,25 @@ def _heatmaps(summary: Mapping[str, Any]) -> Figure:
 
 
 def _overview(methods: Mapping[str, Any]) -> str:
-    titles = (
-        "| method | average, % | forgetting, points | task 1 at the end, % | free units after each task, % | seeds |"
-    )
+    naive = {run["seed"]: run["average"] for run in methods.get("naive", {"runs": []})["runs"]}
     rows = []
     for name, method in methods.items():
         runs = method["runs"]
-        columns = [
-            [100 * run["average"] for run in runs],
-            [100 * run["forgetting"] for run in runs],
-            [100 * run["matrix"][-1][0] for run in runs],
-        ]
-        free = ", ".join(f"{100 * share:.0f}" for share in _free(runs)) or "100"
-        rows.append(f"| {name} | {' | '.join(map(mean_and_deviation, columns))} | {free} | {len(runs)} |")
-    return _ruled(titles, rows)
+        seeds = _range([run["seed"] for run in runs])
+        over = [100 * (run["average"] - naive[run["seed"]]) for run in runs if run["seed"] in naive]
+        row = {
+            "method": name,
+            "average, %": mean_and_deviation([100 * run["average"] for run in runs]),
+            "over naive, same seeds": mean_and_deviation(over, signed=True) if over and name != "naive" else "",
+            "forgetting, points": mean_and_deviation([100 * run["forgetting"] for run in runs]),
+            "task 1 at the end, %": mean_and_deviation([100 * run["matrix"][-1][0] for run in runs]),
+            "free units after each task, %": ", ".join(f"{100 * share:.0f}" for share in _free(runs)) or "100",
+            "seeds": seeds if len(runs) == 1 else f"{len(runs)} ({seeds})",
+        }
+        if not naive:
+            del row["over naive, same seeds"]
+        rows.append(row)
+    return _ruled(f"| {' | '.join(rows[0])} |", [f"| {' | '.join(row.values())} |" for row in rows])
 
 
 def _at_the_end(methods: Mapping[str, Any]) -> str:
@@ -213,33 +244,42 @@ def _held_out(methods: Mapping[str, Any]) -> str:
 
 
 def _made_with(summary: Mapping[str, Any]) -> list[str]:
-    common = next(iter(summary["methods"].values()))["settings"]
-    lines = [f"{_seeds(summary['methods'])}; {_settings(common)}"]
-    for name, method in summary["methods"].items():
-        settings, runs = method["settings"], method["runs"]
-        changed = {
-            part: {key: value for key, value in settings[part].items() if value != common[part].get(key)}
-            for part in ("network", "training")
-        }
-        accepted = [one for run in runs for one in run["accepted"]]
-        said = [_callback(settings), _settings(changed)]
+    methods = summary["methods"]
+    settings = {name: _parts(method["settings"]) for name, method in methods.items()}
+    first, *others = settings.values()
+    common = {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
+    lines = ["; ".join(filter(None, (_seeds(methods), _settings(common))))]
+    for name, method in methods.items():
+        own = {key: value for key, value in settings[name].items() if key not in common}
+        accepted = [one for run in method["runs"] for one in run["accepted"]]
+        said = [_callback(method["settings"]), _settings(own)]
         said.append(f"the criterion was met in {sum(accepted)} of {len(accepted)} tasks" if accepted else "")
         lines.append(f"{name}: {'; '.join(filter(None, said))}")
-    runs = [run for method in summary["methods"].values() for run in method["runs"]]
-    devices = sorted({run["device"] for run in runs})
-    packages = sorted({f"{package} {number}" for run in runs for package, number in run["versions"].items()})
+    devices = sorted({run["device"] for run in _runs(methods)})
+    packages = sorted({f"{package} {number}" for run in _runs(methods) for package, number in run["versions"].items()})
     lines.append(", ".join([*devices, *packages]))
     lines += [f"how settings were chosen: {summary['tuning']}"] if summary["tuning"] else []
     return lines
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    parts = [(part, settings.get(part) or {}) for part in ("stream", "network", "training")]
-    said = [
-        f"{part}: {', '.join(f'{key} {value}' for key, value in values.items())}" for part, values in parts if values
-    ]
+def _parts(settings: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """Settings that differ between methods or don't, each by the part that it stands in and its name."""
+    found = {
+        (part, key): value
+        for part in ("stream", "network", "training")
+        for key, value in (settings.get(part) or {}).items()
+    }
     precision = settings.get("precision", "32-true")
-    return "; ".join([*said, *([f"precision {precision}"] if precision != "32-true" else [])])
+    return {**found, **({("precision", precision): ""} if precision != "32-true" else {})}
+
+
+def _settings(parts: Mapping[tuple[str, str], Any]) -> str:
+    """As ``network: width 400; precision bf16-mixed``."""
+    said = []
+    for part in dict.fromkeys(part for part, _ in parts):
+        values = ", ".join(f"{key} {value}".strip() for (of, key), value in parts.items() if of == part)
+        said.append(f"{part} {values}" if part == "precision" else f"{part}: {values}")
+    return "; ".join(said)
 
 
 def _callback(settings: Mapping[str, Any]) -> str:
@@ -256,14 +296,36 @@ def _free(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _seeds(methods: Mapping[str, Any]) -> str:
-    seeds = sorted({run["seed"] for method in methods.values() for run in method["runs"]})
-    is_range = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
-    named = f"{seeds[0]} to {seeds[-1]}" if is_range else ", ".join(map(str, seeds))
-    return f"seed {named}" if len(seeds) == 1 else f"seeds {named}"
+    """Those of all methods; each method's own, where they differ."""
+    of = {name: _range([run["seed"] for run in method["runs"]]) for name, method in methods.items()}
+    if len(set(of.values())) == 1:
+        (seeds,) = set(of.values())
+        return f"seed {seeds}" if seeds.isdigit() else f"seeds {seeds}"
+    return f"seeds of {', '.join(f'{name}: {seeds}' for name, seeds in of.items())}"
+
+
+def _range(seeds: Sequence[int]) -> str:
+    """As ``0 to 19``, or ``0, 7``."""
+    seeds = sorted(seeds)
+    is_range = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]} to {seeds[-1]}" if is_range else ", ".join(map(str, seeds))
+
+
+def _drawn(summary: Mapping[str, Any]) -> list[str]:
+    return [method for method in DRAWN if method in summary["methods"]]
+
+
+def _runs(methods: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [run for method in methods.values() for run in method["runs"]]
+
+
+def _in_order(methods: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are drawn first: a file has them as they were run."""
+    return {name: methods[name] for name in (*DRAWN, *methods) if name in methods}
 
 
 def _has(key: str, methods: Mapping[str, Any]) -> bool:
-    return any(key in run for method in methods.values() for run in method["runs"])
+    return any(key in run for run in _runs(methods))
 
 
 def _ruled(titles: str, rows: Sequence[str]) -> str:

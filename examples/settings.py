@@ -20,7 +20,11 @@ OWN_KEYS = {
     "stand_in": "what stands in for what; null: the data are the paper's",
     "reduced": "what is smaller than in the paper; null: nothing",
     "tuning": "which seeds settings were chosen with, and on what data",
+    "goal": "the average accuracy, in %, that best is to reach; null: none is set",
+    "published": "the best published figure, and whose it is",
     "seeds": "how many",
+    "first_seed": "the first of them; null: 0",
+    "precision": "of the Trainer; null: 32-true",
     "tasks": "only the first so many; null: all",
     "samples": "only so many training and test samples; null: all",
     "stream": "what the stream of tasks needs",
@@ -46,10 +50,11 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
         changes: more of them, each ``key.key=value`` with a value in YAML.
 
     Raises:
-        ValueError: if a key is not known, or a value is a text that looks like a number.
+        ValueError: if it is no YAML, a key is not known, or a value is not of its kind.
     """
     settings = _with_base(path)
     fast_changes = settings.pop("fast", None) or {}
+    _mapping(fast_changes, f"{path.name}: fast")
     _only(OWN_KEYS, fast_changes, f"{path.name}: fast")
     if fast and not fast_changes:
         raise ValueError(f"{path.name} does not say what --fast changes: it has no 'fast'")
@@ -59,7 +64,9 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
         keys, separator, value = change.partition("=")
         if not separator:
             raise ValueError(f"{change!r} is no change of a setting: write key.key=value, as in training.epochs=2")
-        patch = yaml.safe_load(value)
+        if keys.split(".")[0] == "fast":
+            raise ValueError(f"{change!r}: changes come after fast's; write {keys.removeprefix('fast.')}={value}")
+        patch = _yaml(value, change)
         for key in reversed(keys.split(".")):
             patch = {key: patch}
         settings = merge(settings, patch)
@@ -67,8 +74,16 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
     for key in ("title", "methods", "training"):
         if not settings.get(key):
             raise ValueError(f"{path.name}: there is no {key!r}")
+    for key in ("stream", "network", "training", "methods"):
+        _mapping(settings.get(key), f"{path.name}: {key}")
+    for key in ("seeds", "tasks", "samples"):
+        if settings.get(key) is not None:
+            check_count(settings[key], f"{path.name}: {key}")
     for name, method in settings["methods"].items():
+        _mapping(method, f"{path.name}: methods.{name}")
         _only(METHOD_KEYS, method or {}, f"{path.name}: methods.{name}")
+        for key, value in (method or {}).items():
+            _mapping(value, f"{path.name}: methods.{name}.{key}")
     _refuse_numbers_as_text(settings, path.name)
     return settings
 
@@ -135,13 +150,39 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], wher
         raise ValueError(f"{where} lacks {', '.join(missing)}")
 
 
-def _with_base(path: Path) -> dict[str, Any]:
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+def check_count(value: Any, where: str) -> None:
+    """Check that a setting is an integer of at least 1.
+
+    Raises:
+        ValueError: if not, naming what it is.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where} is {value!r}, expected a number of at least 1")
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ValueError(f"{path.name} stands on itself: {' on '.join(one.name for one in (*above, path))}")
+    settings = _yaml(path.read_text(encoding="utf-8"), path.name)
     if not isinstance(settings, dict):
         raise ValueError(f"{path.name} holds {type(settings).__name__}, expected a mapping of settings")
     base = settings.pop("base", None)
-    merged: dict[str, Any] = settings if base is None else merge(_with_base(path.parent / base), settings)
+    if base is None:
+        return settings
+    merged: dict[str, Any] = merge(_with_base(path.parent / base, (*above, path.resolve())), settings)
     return merged
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {error}") from error
+
+
+def _mapping(value: Any, where: str) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}, expected a mapping")
 
 
 def _only(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:

@@ -154,7 +154,7 @@ def test_settings_are_those_that_their_script_takes(name, fast):
 def options(**changed):
     from argparse import Namespace
 
-    return Namespace(**{"epochs": None, "precision": "32-true", **changed})
+    return Namespace(**{"epochs": None, "precision": None, **changed})
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -208,6 +208,7 @@ def test_both_layouts_of_cifar_give_the_same_images(monkeypatch, tmp_path):
     assert torch.equal(its_labels, labels[:100])
     assert labels.bincount().tolist() == [20] * 10
     assert 0 <= float(expected.min()) < 0.1 < 0.9 < float(expected.max()) <= 1
+    assert data.altered == {"CIFAR-10": "re-encoded as AVIF, with loss"}
 
 
 def test_a_slice_has_as_many_samples_of_each_class():
@@ -321,10 +322,60 @@ def test_on_validation_the_test_data_are_not_looked_at(run, monkeypatch, tmp_pat
     assert of(tested, "naive")["matrix"] != of(seen, "naive")["matrix"]
 
 
-def test_two_processes_are_not_at_one_run(tmp_path):
-    from experiment import alone
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_has_the_same_batches_whether_a_fit_begins_with_it_or_not(workers, tmp_path):
+    from experiment import SeedEpochs
+    from lightning.pytorch import LightningModule, Trainer
 
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from experiment import alone\n"
+    from lightning_rnf.streams import TaskDataModule
+
+    class Seen(LightningModule):
+        """What comes from the loader, with what its workers draw."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = {}
+
+        def training_step(self, batch):
+            self.seen.setdefault(self.trainer.current_epoch, []).append(batch.tolist())
+            return self.weight * 0
+
+        def validation_step(self, batch):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    class Drawn(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return torch.stack([torch.tensor(float(index)), torch.rand(())])
+
+    def fit(epochs, disturbed, **options):
+        datamodule = TaskDataModule("a", Drawn(), Drawn(), Drawn(), 2, batch_size=4, num_workers=workers)
+        torch.rand(disturbed)
+        kept = {"default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        trainer = Trainer(max_epochs=epochs, callbacks=[SeedEpochs(0, {"a": 0})], limit_val_batches=0, **kept)
+        model = Seen()
+        trainer.fit(model, datamodule=datamodule, **options)
+        return model.seen, trainer
+
+    whole, _ = fit(3, 5)
+    first, trainer = fit(1, 7)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    rest, _ = fit(3, 11, ckpt_path=tmp_path / "a.ckpt")
+    assert {**first, **rest} == whole
+    assert len(whole) == 3
+    assert whole[0] != whole[1]
+
+
+def test_two_processes_are_not_at_one_run(tmp_path):
+    from result_files import alone
+
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from result_files import alone\n"
     code += "with alone(Path(sys.argv[2])): print('begun')"
     command = [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "best-0")]
     with alone(tmp_path / "best-0"):
@@ -335,7 +386,7 @@ def test_two_processes_are_not_at_one_run(tmp_path):
 
 
 def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
-    from experiment import begun
+    from result_files import begun
 
     assert not begun(tmp_path / "run", {"training": {"epochs": 2}})
     assert begun(tmp_path / "run", {"training": {"epochs": 2}})
@@ -344,13 +395,12 @@ def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
 
 
 def test_results_of_two_processes_and_of_one_that_dies_while_writing_are_kept(tmp_path, monkeypatch):
-    from experiment import Results
+    from result_files import Results
 
-    about = {"title": "A", "stand_in": None, "reduced": None, "run_with": None}
-    one, other = (Results(tmp_path / "a.json", about) for _ in range(2))
-    one.add("naive", {"training": {}}, {"seed": 1})
-    other.add("naive", {"training": {}}, {"seed": 0})
-    one.add("paper", {"training": {}}, {"seed": 0})
+    one, other = (Results(tmp_path / "a.json", ABOUT) for _ in range(2))
+    one.add("naive", {"training": {}}, a_run(1))
+    other.add("naive", {"training": {}}, a_run(0))
+    one.add("paper", {"training": {}}, a_run(0))
     assert [run["seed"] for run in other.read()["methods"]["naive"]["runs"]] == [0, 1]
     before = other.read()
     write = Path.write_text
@@ -361,8 +411,81 @@ def test_results_of_two_processes_and_of_one_that_dies_while_writing_are_kept(tm
 
     monkeypatch.setattr(Path, "write_text", dies)
     with pytest.raises(OSError, match="no space"):
-        one.add("naive", {"training": {}}, {"seed": 2})
+        one.add("naive", {"training": {}}, a_run(2))
     assert other.read() == before
+
+
+ABOUT = {"title": "A", "stand_in": None, "reduced": None, "run_with": None, "tested_on": "test data", "tuning": None}
+
+
+def a_run(seed: int, **changed) -> dict:
+    """What a file of results needs of a run of two tasks."""
+    found = {"seed": seed, "device": "CPU", "versions": {"torch": "2"}, "tasks": ["a", "b"], "average": 0.8}
+    found |= {"matrix": [[0.9, None], [0.9, 0.7]], "forgetting": 0.0, "free_capacity": [], "accepted": []}
+    return {**found, **changed}
+
+
+def test_runs_join_only_those_of_which_the_file_says_the_same(tmp_path):
+    from result_files import Results
+
+    Results(tmp_path / "a.json", ABOUT).add("naive", {"training": {"epochs": 2}}, a_run(0))
+    renamed = Results(tmp_path / "a.json", {**ABOUT, "title": "B"})
+    renamed.check("naive", {"training": {"epochs": 2}})
+    renamed.check("paper", {"training": {"epochs": 3}})
+    for key, before in (("tuning", "chosen on test data"), ("reduced", "2 epochs"), ("tested_on", "validation data")):
+        other = Results(tmp_path / "a.json", {**ABOUT, key: before})
+        with pytest.raises(ValueError, match=f"made with {key} {ABOUT[key]}: name another --output"):
+            other.check("naive", {"training": {"epochs": 2}})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is no JSON"),
+        ('{"methods": ', "is no JSON"),
+        ("[]", "it is a list"),
+        ("{}", "it lacks title, stand_in"),
+        ({**ABOUT, "methods": {}}, "it has no methods"),
+        ({**ABOUT, "methods": {"naive": []}}, "methods.naive lacks settings or runs"),
+        ({**ABOUT, "methods": {"naive": {"settings": {}, "runs": []}}}, "methods.naive lacks settings or runs"),
+        ({"seed": 0}, r"methods.naive.runs\[1\] lacks device, versions, tasks"),
+        (a_run(1, tasks=["a"]), r"runs\[1\] has other tasks than the first run"),
+        (a_run(1, matrix=[[0.9]]), r"runs\[1\].matrix has not a row and a column for each of 2 tasks"),
+        (a_run(1, matrix=[1, 2]), r"runs\[1\].matrix has not a row and a column for each of 2 tasks"),
+    ],
+)
+def test_a_file_that_holds_no_results_is_refused_by_its_name(content, said, tmp_path):
+    import results
+    from result_files import Results
+
+    if isinstance(content, dict) and "methods" not in content:
+        content = {**ABOUT, "methods": {"naive": {"settings": {}, "runs": [a_run(0), content]}}}
+    (tmp_path / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SystemExit, match=f"a.json .*{said}.*move it away"):
+        results.main([str(tmp_path)])
+    with pytest.raises(ValueError, match=f"a.json .*{said}"):
+        Results(tmp_path / "a.json", ABOUT).check("naive", {})
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (EXAMPLES / "results").glob("*.json")))
+def test_the_files_of_results_are_those_that_the_settings_make(name):
+    import settings
+    from experiment import about
+    from result_files import Results
+
+    read = settings.read(EXAMPLES / f"{name}.yaml")
+    no_options = options(fast=False, on_validation=False, tasks=None, samples=None, set=[])
+    kept = Results(EXAMPLES / "results" / f"{name}.json", about(read, no_options))
+    experiment = importlib.import_module(script_of(name)).EXPERIMENT
+    for method, of_method in kept.read()["methods"].items():
+        made_with = experiment.made_with(read, method, options(precision=of_precision(of_method)), f"{name}.yaml")
+        kept.check(method, made_with)
+        assert of_method["runs"][0]["seed"] >= read.get("first_seed", 0)
+
+
+def of_precision(method: dict) -> str | None:
+    """A GPU's runs may be of another precision than the settings name; a CPU's are made by the command as it stands."""
+    return None if method["runs"][0]["device"].startswith("CPU") else method["settings"]["precision"]
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -393,6 +516,15 @@ SOUND = (
         ("training: {epochs: 1, batch_size: 8, learning_rate: 1e-3}", "learning_rate is the text '1e-3'.*a dot"),
         ("training: {epochs: 0, batch_size: 8, learning_rate: 0.1}", "training.epochs is 0, expected a number of at"),
         ("stream: {tasks: 3}", "a.yaml: stream has tasks; known are: none"),
+        ("stream: [3]", r"a.yaml: stream is \[3\], expected a mapping"),
+        ("methods: 3", "a.yaml: methods is 3, expected a mapping"),
+        ("methods: {best: 5}", "a.yaml: methods.best is 5, expected a mapping"),
+        ("methods: {best: {training: 7}}", "a.yaml: methods.best.training is 7, expected a mapping"),
+        ("fast: 3", "a.yaml: fast is 3, expected a mapping"),
+        ("seeds: x", "a.yaml: seeds is 'x', expected a number of at least 1"),
+        ("tasks: -1", "a.yaml: tasks is -1, expected a number of at least 1"),
+        ("training: {epochs: true, batch_size: 8, learning_rate: 0.1}", "training.epochs is True, expected a number"),
+        ("base: a.yaml", "a.yaml stands on itself: a.yaml on a.yaml"),
     ],
 )
 def test_settings_that_nobody_takes_are_refused_with_those_that_are_known(changed, said, tmp_path, capsys):
@@ -403,6 +535,43 @@ def test_settings_that_nobody_takes_are_refused_with_those_that_are_known(change
     with pytest.raises(SystemExit):
         main(["--data", "nowhere", "--settings", str(tmp_path / "a.yaml"), "--output", str(tmp_path)])
     assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--seeds", "0"], "--seeds: 0 is less than 1"),
+        (["--tasks", "-1"], "--tasks: -1 is less than 1"),
+        (["--samples", "some"], "--samples: invalid"),
+        (["--set", "title=["], r"title=\[ is no YAML"),
+        (["--set", "fast.seeds=3"], "'fast.seeds=3': changes come after fast's; write seeds=3"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(option, said, tmp_path, capsys):
+    from mnist_split import main
+
+    with pytest.raises(SystemExit):
+        main(["--data", "nowhere", "--output", str(tmp_path), *option])
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_file_that_is_no_yaml_is_refused_by_its_name(tmp_path):
+    import settings
+
+    (tmp_path / "a.yaml").write_text("title: [")
+    with pytest.raises(ValueError, match=r"a\.yaml is no YAML"):
+        settings.read(tmp_path / "a.yaml")
+
+
+def test_precision_and_first_seed_are_the_settings_unless_the_command_line_has_others():
+    import settings
+    from mnist_split import EXPERIMENT
+
+    read = settings.read(EXAMPLES / "mnist_split.yaml")
+    of = {**read, "precision": "bf16-mixed"}
+    assert EXPERIMENT.made_with(read, "naive", options(), "a.yaml")["precision"] == "32-true"
+    assert EXPERIMENT.made_with(of, "naive", options(), "a.yaml")["precision"] == "bf16-mixed"
+    assert EXPERIMENT.made_with(of, "naive", options(precision="32-true"), "a.yaml")["precision"] == "32-true"
 
 
 def test_settings_stand_on_others_and_are_changed_by_fast_and_by_the_command_line(tmp_path):
@@ -444,11 +613,11 @@ def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for
 
 
 def test_a_seed_is_there_once_though_two_processes_add_it(tmp_path):
-    from experiment import Results
+    from result_files import Results
 
     for seed, average in ((1, 0.5), (0, 0.6), (1, 0.7)):
-        results = Results(tmp_path / "a.json", {"run_with": None})
-        results.add("naive", {}, {"seed": seed, "average": average})
+        results = Results(tmp_path / "a.json", ABOUT)
+        results.add("naive", {}, a_run(seed, average=average))
     runs = results.read()["methods"]["naive"]["runs"]
     assert [(run["seed"], run["average"]) for run in runs] == [(0, 0.6), (1, 0.7)]
 
@@ -488,8 +657,11 @@ def shown(tmp_path):
         "tested_on": "validation data",
         "tuning": "seed 9",
         "methods": {
-            "naive": {"settings": {"network": {}, "training": {"epochs": 2}}, "runs": runs},
-            "best": {"settings": {"network": {}, "training": {"epochs": 3}, "freezing": {"ration": 0.5}}, "runs": kept},
+            "naive": {"settings": {"training": {"epochs": 2, "batch_size": 8}}, "runs": runs},
+            "best": {
+                "settings": {"training": {"epochs": 3, "batch_size": 8, "augment": True}, "freezing": {"ration": 0.5}},
+                "runs": kept,
+            },
         },
     }
     (tmp_path / "results").mkdir()
@@ -506,16 +678,44 @@ def test_tables_have_means_deviations_and_seeds_and_call_a_stand_in_one(shown):
     text = (shown / "README.md").read_text()
     called = "A stream; stand-in: this for that; reduced: a quarter; tested on validation data"
     assert text.count(called) == 2  # above the table and with the figure
-    assert "| naive | 65.00 ± 7.07 | 30.00 ± 14.14 | 60.00 ± 14.14 | 100 | 2 |" in text
+    assert "| naive | 65.00 ± 7.07 |  | 30.00 ± 14.14 | 60.00 ± 14.14 | 100 | 2 (3, 4) |" in text
     assert "| naive | 60.0 ± 14.1 | 70.0 ± 0.0 |" in text
-    assert "| best | 65.00 ± 7.07 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 |" in text
-    assert "seeds 3 to 4; training: epochs 2" in text
-    assert "best: `RelevanceFreezing(ration=0.5)`; training: epochs 3; the criterion was met in 3 of 4 tasks" in text
+    assert "| best | 65.00 ± 7.07 | +0.00 ± 0.00 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 (3, 4) |" in text
+    assert "seeds 3, 4; training: batch_size 8\n" in text
+    assert "naive: fine-tuning; training: epochs 2\n" in text
+    assert (
+        "best: `RelevanceFreezing(ration=0.5)`; training: epochs 3, augment True; the criterion was met in 3 of 4 tasks"
+        in text
+    )
     assert "how settings were chosen: seed 9" in text
     assert "](results/a.png)" in text
     assert (shown / "results" / "a.png").exists()
     assert "old" not in text
     assert re.search(r"^before\n.*\nbetween\n<!-- results:b -->\n\nNot run yet.\n.*\nafter\n$", text, flags=re.DOTALL)
+
+
+def test_methods_of_other_seeds_are_not_passed_off_as_compared(shown):
+    from results import table
+
+    summary = json.loads((shown / "results" / "a.json").read_text())
+    of = summary["methods"]
+    of["exact"] = {**of["best"], "runs": [{**of["best"]["runs"][0], "seed": 7}]}
+    text = table({**summary, "methods": dict(reversed(of.items()))})
+    assert "| exact | 60.00 |  | 40.00 | 50.00 | 50, 25 | 7 |" in text  # nothing to compare it with
+    assert "seeds of naive: 3, 4, exact: 7, best: 3, 4; training" in text
+    assert text.index("| naive |") < text.index("| exact |") < text.index("| best |")  # whichever was run first
+
+
+def test_the_overview_has_a_line_for_each_experiment_with_its_goal(shown):
+    from results import main
+
+    file = shown / "results" / "a.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "goal": 97.5, "published": "95 (others)"}))
+    readme = shown / "README.md"
+    readme.write_text("<!-- overview -->\n<!-- /overview -->\n" + readme.read_text())
+    main([str(file.parent), "--readme", str(readme)])
+    said = "| A stream (stand-in) (reduced) | 65.00 ± 7.07 (2) |  |  | 65.00 ± 7.07 (2) | 97.5 | 95 (others) |"
+    assert said in readme.read_text()
 
 
 def test_check_sees_a_changed_file_a_typed_number_and_a_missing_figure(shown):
