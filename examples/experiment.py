@@ -87,7 +87,11 @@ class Experiment:
         parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as in network.width=100")
         parser.add_argument("--method", nargs="+", help="those to run, of the settings'; none named: all")
         parser.add_argument("--seeds", type=counted, help="how many; none given: as the settings say")
-        parser.add_argument("--first-seed", type=int, help="the first of them; none given: as the settings say, else 0")
+        parser.add_argument(
+            "--first-seed",
+            type=partial(counted, least=0),
+            help="the first of them; none given: as the settings say, else 0",
+        )
         parser.add_argument("--fast", action="store_true", help="a reduced schedule on a slice of the data")
         parser.add_argument("--epochs", type=counted, help="per task, for all methods")
         parser.add_argument("--tasks", type=counted, help="only so many of the tasks")
@@ -116,26 +120,25 @@ class Experiment:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=f".*{message}.*")
-        first = settings.get("first_seed", 0) if options.first_seed is None else options.first_seed
-        for seed in range(first, first + (options.seeds or settings.get("seeds", 1))):
+        first = (settings.get("first_seed") or 0) if options.first_seed is None else options.first_seed
+        for seed in range(first, first + (options.seeds or settings.get("seeds") or 1)):
             for method in methods:
                 if results.has(method, seed):
                     continue
                 folder = options.output / f"{name}-unfinished" / f"{method}-{seed}"
                 with alone(folder):
-                    if results.has(method, seed):  # another process has just ended it
-                        continue
-                    run = self.run(made_with[method], seed, options, folder)
-                    results.add(method, made_with[method], run)
+                    if not results.has(method, seed):  # or another process has just ended it
+                        run = self.run(made_with[method], seed, options, folder)
+                        results.add(method, made_with[method], run)
+                        print(
+                            f"{method}, seed {seed}: average {100 * run['average']:.2f}, "
+                            f"forgetting {100 * run['forgetting']:.2f}",
+                            flush=True,
+                        )
                     shutil.rmtree(folder)
                 with suppress(OSError):  # other runs are in there
                     folder.parent.rmdir()
                 gc.collect()  # Trainer, model and data refer to each other; several runs' data are too much
-                print(
-                    f"{method}, seed {seed}: average {100 * run['average']:.2f}, "
-                    f"forgetting {100 * run['forgetting']:.2f}",
-                    flush=True,
-                )
         summary = results.read()
         print(table(summary))
         return summary
@@ -161,7 +164,8 @@ class Experiment:
         if options.epochs is not None:
             training["epochs"] = options.epochs
         for key in ("epochs", "batch_size"):
-            yaml_settings.check_count(training.get(key), f"{where}: training.{key}")
+            if type(training.get(key)) is not int or training[key] < 1:
+                raise ValueError(f"{where}: training.{key} is {training.get(key)!r}, expected a number of at least 1")
         yaml_settings.check_arguments(self.stream, made_with["stream"], f"{where}: stream")
         yaml_settings.check_arguments(self.model, _of_model(made_with), f"{where}: network with training")
         try:
@@ -198,6 +202,7 @@ class Experiment:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        trainer(callbacks=[])  # what it refuses, it refuses before the run has begun
         is_resumed = begun(folder, made_with)
         started = time.perf_counter()
         found = self.fit(model, stream, callback, trainer, folder=folder)
@@ -232,7 +237,7 @@ class Experiment:
 
 
 class SeedEpochs(Callback):
-    """Every epoch has seeds of its own: checkpoints hold no random states, and methods see the same batches.
+    """Every whole epoch has seeds of its own: checkpoints hold no random states, and methods see the same batches.
 
     Args:
         seed: of the run.
@@ -242,10 +247,6 @@ class SeedEpochs(Callback):
     def __init__(self, seed: int, tasks: Mapping[str, int]) -> None:
         self.seed = seed
         self.tasks = tasks
-        self.is_first = False  # epoch of the fit
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.is_first = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = self.tasks[trainer.datamodule.task]
@@ -254,9 +255,11 @@ class SeedEpochs(Callback):
         # A loader draws before or after this, as the fit was resumed or not: it must not draw from the same source.
         loader = trainer.train_dataloader
         loader.generator, loader.sampler.generator = (torch.Generator().manual_seed(seed) for seed in seeds[1:])
-        if self.is_first:  # its iterator is older than this hook, and workers have had seeds and indices already
-            iter(trainer.fit_loop._data_fetcher)
-        self.is_first = False
+        loop = trainer.fit_loop
+        if trainer.current_epoch == 0 or getattr(loop, "is_resuming", False) or loop.epoch_loop.restarting:
+            # Lightning makes an iterator for every other epoch after this hook; this one's is older, and its workers
+            # have had seeds and indices already.
+            iter(loop._data_fetcher)
 
 
 def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -302,11 +305,11 @@ def device(accelerator: str) -> str:
     return torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})"
 
 
-def counted(text: str) -> int:
+def counted(text: str, least: int = 1) -> int:
     """A number of at least 1, from the command line."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return number
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
+RE_ENCODED = "re-encoded as AVIF, with loss"
 MEAN, DEVIATION = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.25, 0.24, 0.26])
 
 
@@ -59,7 +60,7 @@ def cifar(data: Data, classes: int, is_train: bool) -> TensorDataset:
         shards, pixels = sorted(own.glob(f"{split}_*.avif")), []
         while shards and sum(map(len, pixels)) < (data.samples or len(labels)):  # they are balanced from the beginning
             pixels.append(tiles(shards.pop(0), 32))
-        data.altered[f"CIFAR-{classes}"] = "re-encoded as AVIF, with loss"
+        data.altered[f"CIFAR-{classes}"] = RE_ENCODED
         values = torch.from_numpy(np.concatenate(pixels)[: len(labels)])
         labels = labels[: len(values)]
     else:

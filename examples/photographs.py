@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import Data, balanced, tiles
+from images import RE_ENCODED, Data, balanced, tiles
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -64,19 +64,21 @@ def imagenet(data: Data, is_train: bool) -> Photographs:
 def tiny_imagenet(data: Data, is_train: bool) -> Photographs:
     """Tiny-ImageNet as mosaics, ``tinyimagenet200/train_00.avif`` and ``val_00.avif``: 200 classes, 64 × 64."""
     split = "train" if is_train else "val"
-    return _part(_mosaics(data.folder / "tinyimagenet200", split, f"{split}_labels", 64, data.samples), data.samples)
+    return _part(_mosaics(data, "Tiny-ImageNet", "tinyimagenet200", split, f"{split}_labels", 64), data.samples)
 
 
 def imagenet_sample(data: Data) -> Photographs:
     """One image of each of the 1,000 classes as mosaics, ``imagenet1000_sample/images_00.avif``: 224 × 224."""
-    return _part(_mosaics(data.folder / "imagenet1000_sample", "images", None, 224, data.samples), data.samples)
+    return _part(_mosaics(data, "ImageNet's sample", "imagenet1000_sample", "images", None, 224), data.samples)
 
 
 def utkface(data: Data, is_train: bool) -> Photographs:
     """UTKFace as mosaics, ``utkface128/train_00.avif``, in Adience's age groups: 128 × 128. Other ages are left out."""
     split = "train" if is_train else "test"
-    wanted = None if data.samples is None else 2 * data.samples  # about a third of the ages is in no group
-    found = _mosaics(data.folder / "utkface128", split, f"{split}_ages", 128, wanted)
+    twice = replace(
+        data, samples=None if data.samples is None else 2 * data.samples
+    )  # a third of the ages has no group
+    found = _mosaics(twice, "UTKFace", "utkface128", split, f"{split}_ages", 128)
     groups = torch.tensor([age_group(age, age) for age in found.targets.tolist()])
     return _part(replace(found, targets=groups).chosen((groups >= 0).nonzero().view(-1)), data.samples)
 
@@ -124,8 +126,10 @@ def ten_crops(image: Tensor, size: int, shown: Callable[[Tensor], Tensor]) -> Te
     return torch.stack(v2.functional.ten_crop(shown(image), [size, size]))
 
 
-def _mosaics(folder: Path, split: str, labels: str | None, size: int, samples: int | None) -> Photographs:
+def _mosaics(data: Data, name: str, folder_name: str, split: str, labels: str | None, size: int) -> Photographs:
     """Of a whole split, or of as many mosaics as hold so many samples; without labels image i is of class i."""
+    folder, samples = data.folder / folder_name, data.samples
+    data.altered[name] = RE_ENCODED
     shards, pixels = sorted(folder.glob(f"{split}_*.avif")), []
     if not shards:
         raise FileNotFoundError(f"{folder} has no {split}_*.avif")

@@ -12,10 +12,68 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 TRUE_OF_ALL_RUNS = ("stand_in", "reduced", "run_with", "tested_on", "tuning")
 """What a file says of its runs, beside title and methods; null, or a sentence."""
-OF_EACH_RUN = ("seed", "device", "versions", "tasks", "matrix", "average", "forgetting", "free_capacity", "accepted")
+
+
+class _Checked(BaseModel, strict=True, extra="allow", allow_inf_nan=False):
+    """What tables and figures stand on; more may be there."""
+
+
+class _Run(_Checked):
+    seed: int
+    device: str
+    versions: dict[str, str]
+    data: dict[str, str] = {}
+    tasks: list[str] = Field(min_length=1)
+    matrix: list[list[float | None]]
+    average: float
+    forgetting: float
+    free_capacity: list[float]
+    accepted: list[bool]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Run:
+        tasks = len(self.tasks)
+        if [len(row) for row in self.matrix] != [tasks] * tasks or None in self.matrix[-1]:
+            raise ValueError(f"matrix has not a row for each of {tasks} tasks with the last one filled")
+        if len(self.free_capacity) not in {0, tasks}:
+            raise ValueError(f"free_capacity has {len(self.free_capacity)} numbers for {tasks} tasks")
+        return self
+
+
+class _Settings(_Checked):
+    stream: dict[str, Any] | None = None
+    network: dict[str, Any] | None = None
+    training: dict[str, Any]
+    freezing: dict[str, Any] | None = None
+    paper: dict[str, Any] | None = None
+    precision: str = "32-true"
+
+
+class _Method(_Checked):
+    settings: _Settings
+    runs: list[_Run] = Field(min_length=1)
+
+
+class _File(_Checked):
+    title: str
+    stand_in: str | None
+    reduced: str | None
+    run_with: str | None
+    tested_on: str
+    tuning: str | None
+    goal: float | None = None
+    published: str | None = None
+    methods: dict[str, _Method] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_one_stream(self) -> _File:
+        if len({tuple(run.tasks) for method in self.methods.values() for run in method.runs}) > 1:
+            raise ValueError("its runs have different tasks")
+        return self
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -24,43 +82,15 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it holds something else, naming the file and what is wrong.
     """
+    text = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): move it away") from error
-    wrong = _what_is_wrong(content)
-    if wrong:
-        raise ValueError(f"{path} holds no results of an experiment: {wrong}; move it away")
-    found: dict[str, Any] = content
+        _File.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{place}: " for place in (".".join(map(str, first["loc"])),) if place)
+        raise ValueError(f"{path} holds no results of an experiment: {where}{first['msg']}; move it away") from error
+    found: dict[str, Any] = json.loads(text)
     return found
-
-
-def _what_is_wrong(content: Any) -> str | None:
-    if not isinstance(content, dict):
-        return f"it is a {type(content).__name__}"
-    missing = [key for key in ("title", *TRUE_OF_ALL_RUNS, "methods") if key not in content]
-    if missing:
-        return f"it lacks {', '.join(missing)}"
-    methods = content["methods"]
-    if not isinstance(methods, dict) or not methods:
-        return "it has no methods"
-    tasks = None
-    for name, method in methods.items():
-        runs = method.get("runs") if isinstance(method, dict) else None
-        if not isinstance(runs, list) or not runs or not isinstance(method.get("settings"), dict):
-            return f"methods.{name} lacks settings or runs"
-        for number, run in enumerate(runs):
-            where = f"methods.{name}.runs[{number}]"
-            missing = [key for key in OF_EACH_RUN if not isinstance(run, dict) or key not in run]
-            if missing:
-                return f"{where} lacks {', '.join(missing)}"
-            tasks = run["tasks"] if tasks is None else tasks
-            if run["tasks"] != tasks:
-                return f"{where} has other tasks than the first run"
-            rows = run["matrix"] if isinstance(run["matrix"], list) else []
-            if [len(row) if isinstance(row, list) else 0 for row in rows] != [len(tasks)] * len(tasks):
-                return f"{where}.matrix has not a row and a column for each of {len(tasks)} tasks"
-    return None
 
 
 class Results:
@@ -100,28 +130,29 @@ class Results:
         new = {**made_with, **{key: self.about[key] for key in TRUE_OF_ALL_RUNS}}
         differing = [f"{key} {old.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
         if differing:
-            raise ValueError(
-                f"{self.path} has runs of {method} that were made with {', '.join(differing)}: name another --output"
-            )
+            raise ValueError(f"{self.path} has runs that were made with {', '.join(differing)}: name another --output")
 
     def has(self, method: str, seed: int) -> bool:
         """Whether a run is there."""
         return any(run["seed"] == seed for run in self.read()["methods"].get(method, {"runs": []})["runs"])
 
     def add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Add a run, or put it in the place of the same seed's: another process may have been faster."""
+        """Add a run, or put it in the place of the same seed's: another process may have been faster.
+
+        Raises:
+            ValueError: if another process has added runs since that this one may not join; see `check`.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
             self._add(method, made_with, run)
 
     def _add(self, method: str, made_with: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        self.check(method, made_with)
         summary = self.read()
         of_method = summary["methods"].setdefault(method, {"settings": dict(made_with), "runs": []})
         others = [one for one in of_method["runs"] if one["seed"] != run["seed"]]
         of_method["runs"] = sorted([*others, dict(run)], key=lambda one: one["seed"])
-        written = self.path.with_suffix(f".{os.getpid()}")
-        written.write_text(as_text(summary), encoding="utf-8")
-        os.replace(written, self.path)
+        _write(self.path, as_text(summary))
 
 
 @contextmanager
@@ -151,8 +182,15 @@ def begun(folder: Path, made_with: Mapping[str, Any]) -> bool:
             raise SystemExit(f"{folder} holds a run that was begun with other settings: delete it, or go on with those")
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(made_with), encoding="utf-8")
+    _write(kept, json.dumps(made_with))
     return False
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step: killed at any time, what was there before is there, or the whole text."""
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(text, encoding="utf-8")
+    os.replace(written, path)
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

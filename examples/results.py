@@ -100,12 +100,17 @@ def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -
 
 
 def overview(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Each experiment in a line: mean accuracies with the number of seeds, the goal, and the best published figure."""
+    """Each experiment in a line: mean accuracies with their seeds, the goal, and the best published figure."""
     rows = []
     for summary in summaries:
-        title = summary["title"] + " (stand-in)" * bool(summary["stand_in"]) + " (reduced)" * bool(summary["reduced"])
+        marks = [mark for mark, key in (("stand-in", "stand_in"), ("reduced", "reduced")) if summary[key]]
+        marks += [f"run with {summary['run_with']}"] if summary["run_with"] else []
+        marks += [summary["tested_on"]] if summary["tested_on"] != "test data" else []
+        title = summary["title"] + f" ({', '.join(marks)})" * bool(marks)
         cells = [
-            f"{mean_and_deviation([100 * run['average'] for run in runs])} ({len(runs)})" if runs else ""
+            f"{mean_and_deviation([100 * run['average'] for run in runs])} ({_range([run['seed'] for run in runs])})"
+            if runs
+            else ""
             for runs in (summary["methods"].get(method, {}).get("runs") for method in DRAWN)
         ]
         goal = summary.get("goal")
@@ -120,8 +125,12 @@ def caption(summary: Mapping[str, Any]) -> str:
     """What is shown: the title, and every way in which it is not the whole experiment on its own data."""
     parts = [summary["title"]]
     parts += [f"stand-in: {summary['stand_in']}"] if summary["stand_in"] else []
-    altered = {f"{data} {how}" for run in _runs(summary["methods"]) for data, how in run.get("data", {}).items()}
-    parts += [", ".join(sorted(altered))] if altered else []
+    runs = _runs(summary["methods"])
+    altered = {f"{data} {how}": data for run in runs for data, how in run.get("data", {}).items()}
+    parts += [
+        said + " in some runs" * any(data not in run.get("data", {}) for run in runs)
+        for said, data in sorted(altered.items())
+    ]
     parts += [f"reduced: {summary['reduced']}"] if summary["reduced"] else []
     parts += [f"run with {summary['run_with']}"] if summary["run_with"] else []
     parts += [f"tested on {summary['tested_on']}"] if summary["tested_on"] != "test data" else []
@@ -202,7 +211,7 @@ def _overview(methods: Mapping[str, Any]) -> str:
         row = {
             "method": name,
             "average, %": mean_and_deviation([100 * run["average"] for run in runs]),
-            "over naive, same seeds": mean_and_deviation(over, signed=True) if over and name != "naive" else "",
+            "over naive, same seeds": _over(over, len(runs)) if over and name != "naive" else "",
             "forgetting, points": mean_and_deviation([100 * run["forgetting"] for run in runs]),
             "task 1 at the end, %": mean_and_deviation([100 * run["matrix"][-1][0] for run in runs]),
             "free units after each task, %": ", ".join(f"{100 * share:.0f}" for share in _free(runs)) or "100",
@@ -212,6 +221,11 @@ def _overview(methods: Mapping[str, Any]) -> str:
             del row["over naive, same seeds"]
         rows.append(row)
     return _ruled(f"| {' | '.join(rows[0])} |", [f"| {' | '.join(row.values())} |" for row in rows])
+
+
+def _over(differences: Sequence[float], runs: int) -> str:
+    few = f" ({len(differences)} of {runs})" if len(differences) < runs else ""
+    return mean_and_deviation(differences, signed=True) + few
 
 
 def _at_the_end(methods: Mapping[str, Any]) -> str:
@@ -227,7 +241,9 @@ def _at_the_end(methods: Mapping[str, Any]) -> str:
 def _drift(methods: Mapping[str, Any]) -> str:
     rows = []
     for name, method in methods.items():
-        last = [run["drift"][-1] for run in method["runs"]]
+        last = [run["drift"][-1] for run in method["runs"] if "drift" in run]
+        if not last:
+            continue
         cosine = mean_and_deviation([drift["cosine"] for drift in last], 3)
         signs = mean_and_deviation([100 * drift["signs"] for drift in last], 1)
         rows.append(f"| {name} | {cosine} | {signs} |")
@@ -237,7 +253,9 @@ def _drift(methods: Mapping[str, Any]) -> str:
 def _held_out(methods: Mapping[str, Any]) -> str:
     rows = []
     for name, method in methods.items():
-        found = [run["held_out"] for run in method["runs"]]
+        found = [run["held_out"] for run in method["runs"] if "held_out" in run]
+        if not found:
+            continue
         cells = [mean_and_deviation([100 * shares[at] for shares in found]) for at in (0, -1)]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return _ruled("| first task on images that nothing was chosen by, % | at its end | at the end |", rows)

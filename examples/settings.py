@@ -6,39 +6,70 @@ A file may stand on another (``base``), and ``fast`` changes it for a quick look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from lightning_rnf import RelevanceFreezing
 
-OWN_KEYS = {
-    "title": "as in tables and figures",
-    "stand_in": "what stands in for what; null: the data are the paper's",
-    "reduced": "what is smaller than in the paper; null: nothing",
-    "tuning": "which seeds settings were chosen with, and on what data",
-    "goal": "the average accuracy, in %, that best is to reach; null: none is set",
-    "published": "the best published figure, and whose it is",
-    "seeds": "how many",
-    "first_seed": "the first of them; null: 0",
-    "precision": "of the Trainer; null: 32-true",
-    "tasks": "only the first so many; null: all",
-    "samples": "only so many training and test samples; null: all",
-    "stream": "what the stream of tasks needs",
-    "network": "what the network needs",
-    "training": "epochs, batch_size, and what else the network's training needs",
-    "methods": "by name; see METHOD_KEYS",
-    "fast": "what --fast changes",
-}
-METHOD_KEYS = {
-    "freezing": "arguments of RelevanceFreezing; neither this nor paper: naive fine-tuning",
-    "paper": "arguments of RelevanceFreezing.paper",
-    "network": "what this method changes in the network",
-    "training": "and in the training",
-}
+
+class MethodSettings(BaseModel, strict=True, extra="forbid"):
+    """What a method changes; neither ``freezing`` nor ``paper``: naive fine-tuning.
+
+    Attributes:
+        freezing: arguments of `RelevanceFreezing`.
+        paper: arguments of `RelevanceFreezing.paper`.
+        network: what it changes in the network.
+        training: and in the training.
+    """
+
+    freezing: dict[str, Any] | None = None
+    paper: dict[str, Any] | None = None
+    network: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+
+
+class Settings(BaseModel, strict=True, extra="forbid"):
+    """What a file of settings may hold.
+
+    Attributes:
+        title: as in tables and figures.
+        stand_in: what stands in for what; null: the data are the paper's.
+        reduced: what is smaller than in the paper; null: nothing.
+        tuning: which seeds settings were chosen with, and on what data.
+        goal: the average accuracy, in %, that `best` is to reach; null: none is set.
+        published: the best published figures, and whose they are.
+        seeds: how many; null: 1.
+        first_seed: the first of them; null: 0.
+        precision: of the Trainer; null: 32-true.
+        tasks: only the first so many; null: all.
+        samples: only so many training and test samples; null: all.
+        stream: what the stream of tasks needs.
+        network: what the network needs.
+        training: epochs, batch_size, and what else the network's training needs.
+        methods: by name.
+    """
+
+    title: str
+    stand_in: str | None = None
+    reduced: str | None = None
+    tuning: str | None = None
+    goal: float | None = None
+    published: str | None = None
+    seeds: PositiveInt | None = None
+    first_seed: NonNegativeInt | None = None
+    precision: str | None = None
+    tasks: PositiveInt | None = None
+    samples: PositiveInt | None = None
+    stream: dict[str, Any] | None = None
+    network: dict[str, Any] | None = None
+    training: dict[str, Any]
+    methods: dict[str, MethodSettings | None] = Field(min_length=1)
 
 
 def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -54,8 +85,9 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
     """
     settings = _with_base(path)
     fast_changes = settings.pop("fast", None) or {}
-    _mapping(fast_changes, f"{path.name}: fast")
-    _only(OWN_KEYS, fast_changes, f"{path.name}: fast")
+    if not isinstance(fast_changes, dict):
+        raise ValueError(f"{path.name}: fast is {fast_changes!r}, expected a mapping")
+    _only(Settings.model_fields, fast_changes, f"{path.name}: fast")
     if fast and not fast_changes:
         raise ValueError(f"{path.name} does not say what --fast changes: it has no 'fast'")
     if fast:
@@ -65,26 +97,17 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
         if not separator:
             raise ValueError(f"{change!r} is no change of a setting: write key.key=value, as in training.epochs=2")
         if keys.split(".")[0] == "fast":
-            raise ValueError(f"{change!r}: changes come after fast's; write {keys.removeprefix('fast.')}={value}")
+            raise ValueError(f"{change!r}: changes are made after those of fast: name what it changes itself")
         patch = _yaml(value, change)
         for key in reversed(keys.split(".")):
             patch = {key: patch}
         settings = merge(settings, patch)
-    _only(OWN_KEYS, settings, path.name)
-    for key in ("title", "methods", "training"):
-        if not settings.get(key):
-            raise ValueError(f"{path.name}: there is no {key!r}")
+    try:
+        Settings.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(f"{path.name}{_said(error)}") from error
     for key in ("stream", "network", "training", "methods"):
-        _mapping(settings.get(key), f"{path.name}: {key}")
-    for key in ("seeds", "tasks", "samples"):
-        if settings.get(key) is not None:
-            check_count(settings[key], f"{path.name}: {key}")
-    for name, method in settings["methods"].items():
-        _mapping(method, f"{path.name}: methods.{name}")
-        _only(METHOD_KEYS, method or {}, f"{path.name}: methods.{name}")
-        for key, value in (method or {}).items():
-            _mapping(value, f"{path.name}: methods.{name}.{key}")
-    _refuse_numbers_as_text(settings, path.name)
+        _refuse_numbers_as_text(settings.get(key), f"{path.name}: {key}")
     return settings
 
 
@@ -150,16 +173,6 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], wher
         raise ValueError(f"{where} lacks {', '.join(missing)}")
 
 
-def check_count(value: Any, where: str) -> None:
-    """Check that a setting is an integer of at least 1.
-
-    Raises:
-        ValueError: if not, naming what it is.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{where} is {value!r}, expected a number of at least 1")
-
-
 def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise ValueError(f"{path.name} stands on itself: {' on '.join(one.name for one in (*above, path))}")
@@ -169,23 +182,35 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = settings.pop("base", None)
     if base is None:
         return settings
+    if not isinstance(base, str):
+        raise ValueError(f"{path.name}: base is {base!r}, expected the name of a file")
     merged: dict[str, Any] = merge(_with_base(path.parent / base, (*above, path.resolve())), settings)
     return merged
 
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {error}") from error
+        found = yaml.safe_load(text)
+        json.dumps(found)  # as results keep it
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is no YAML that JSON can hold: {error}") from error
+    return found
 
 
-def _mapping(value: Any, where: str) -> None:
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{where} is {value!r}, expected a mapping")
+def _said(error: ValidationError) -> str:
+    """What is wrong first, as ``: methods.best is 5, expected …``."""
+    first = error.errors()[0]
+    *above, last = map(str, first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = MethodSettings if above else Settings
+        return f"{': ' * bool(above)}{'.'.join(above)} has {last}; known are: {', '.join(known.model_fields)}"
+    where = ".".join([*above, last])
+    if first["type"] == "missing":
+        return f": there is no {where!r}"
+    return f": {where} is {first['input']!r}: {first['msg']}"
 
 
-def _only(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+def _only(known: Iterable[str], given: Mapping[str, Any], where: str) -> None:
     unknown = [str(key) for key in given if key not in known]
     if unknown:
         raise ValueError(f"{where} has {', '.join(unknown)}; known are: {', '.join(known) or 'none'}")
@@ -194,7 +219,7 @@ def _only(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Non
 def _refuse_numbers_as_text(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_numbers_as_text(item, f"{where}: {key}" if where.endswith(".yaml") else f"{where}.{key}")
+            _refuse_numbers_as_text(item, f"{where}.{key}")
     elif isinstance(value, str):
         try:
             number = float(value)

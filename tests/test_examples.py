@@ -282,6 +282,16 @@ def test_results_that_are_there_are_not_made_again_and_other_settings_are_refuse
 
 
 @has("MNIST")
+def test_what_the_trainer_refuses_does_not_begin_a_run(run):
+    naive = [*QUICK, "--method", "naive", "--seeds", "1", "--epochs", "1", "--set", "first_seed=5"]
+    with pytest.raises(Exception, match="rubbish"):
+        run("mnist_split", *naive, "--precision", "rubbish")
+    one = of(run("mnist_split", *naive), "naive")
+    assert one["seconds"] is not None  # nothing was gone on with
+    assert one["seed"] == 5
+
+
+@has("MNIST")
 def test_first_seed_set_precision_and_pages(run, tmp_path):
     chosen = [*QUICK, "--method", "exact", "--seeds", "1", "--first-seed", "7"]
     changes = ["--set", "network.width=50", "methods.exact.freezing.criterion=0.1"]
@@ -368,6 +378,10 @@ def test_an_epoch_has_the_same_batches_whether_a_fit_begins_with_it_or_not(worke
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     rest, _ = fit(3, 11, ckpt_path=tmp_path / "a.ckpt")
     assert {**first, **rest} == whole
+    _, trainer = fit(2, 13)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model := Seen(), datamodule=trainer.datamodule)  # on with the same Trainer
+    assert model.seen == {2: whole[2]}
     assert len(whole) == 3
     assert whole[0] != whole[1]
 
@@ -425,6 +439,18 @@ def a_run(seed: int, **changed) -> dict:
     return {**found, **changed}
 
 
+def test_a_run_does_not_join_those_that_another_process_has_added_with_other_settings(tmp_path):
+    from result_files import Results
+
+    one, other = (Results(tmp_path / "a.json", {**ABOUT, "run_with": with_}) for with_ in (None, "--epochs 2"))
+    for results, epochs in ((one, 60), (other, 2)):
+        results.check("naive", {"training": {"epochs": epochs}})  # there is no file yet
+    one.add("naive", {"training": {"epochs": 60}}, a_run(0))
+    with pytest.raises(ValueError, match=r"made with training \{'epochs': 60\}, run_with None: name another"):
+        other.add("naive", {"training": {"epochs": 2}}, a_run(1))
+    assert [run["seed"] for run in one.read()["methods"]["naive"]["runs"]] == [0]
+
+
 def test_runs_join_only_those_of_which_the_file_says_the_same(tmp_path):
     from result_files import Results
 
@@ -441,29 +467,42 @@ def test_runs_join_only_those_of_which_the_file_says_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "is no JSON"),
-        ('{"methods": ', "is no JSON"),
-        ("[]", "it is a list"),
-        ("{}", "it lacks title, stand_in"),
-        ({**ABOUT, "methods": {}}, "it has no methods"),
-        ({**ABOUT, "methods": {"naive": []}}, "methods.naive lacks settings or runs"),
-        ({**ABOUT, "methods": {"naive": {"settings": {}, "runs": []}}}, "methods.naive lacks settings or runs"),
-        ({"seed": 0}, r"methods.naive.runs\[1\] lacks device, versions, tasks"),
-        (a_run(1, tasks=["a"]), r"runs\[1\] has other tasks than the first run"),
-        (a_run(1, matrix=[[0.9]]), r"runs\[1\].matrix has not a row and a column for each of 2 tasks"),
-        (a_run(1, matrix=[1, 2]), r"runs\[1\].matrix has not a row and a column for each of 2 tasks"),
+        ("", "Invalid JSON"),
+        ('{"methods": ', "Invalid JSON"),
+        ("[" * 100_000, "Invalid JSON: recursion limit"),
+        ("[]", "Input should be an object"),
+        ("{}", "title: Field required"),
+        ({**ABOUT, "methods": {}}, "methods: Dictionary should have at least 1 item"),
+        ({**ABOUT, "methods": {"naive": []}}, "methods.naive: Input should be an object"),
+        ({**ABOUT, "methods": {"naive": {"settings": {}, "runs": []}}}, "methods.naive.settings.training: Field"),
+        ({**ABOUT, "title": 3, "methods": {}}, "title: Input should be a valid string"),
+        ({"seed": 0}, "methods.naive.runs.1.device: Field required"),
+        (("seed", "1"), "runs.1.seed: Input should be a valid integer"),
+        (("average", None), "runs.1.average: Input should be a valid number"),
+        (("average", float("nan")), "runs.1.average: Input should be a finite number"),
+        (("versions", []), "runs.1.versions: Input should be an object"),
+        (("data", "other"), "runs.1.data: Input should be an object"),
+        (("free_capacity", [0.5]), "runs.1: Value error, free_capacity has 1 numbers for 2 tasks"),
+        (("tasks", []), "runs.1.tasks: List should have at least 1 item"),
+        (("tasks", ["a", 5]), "runs.1.tasks.1: Input should be a valid string"),
+        (("tasks", ["a", "c"]), "Value error, its runs have different tasks"),
+        (("matrix", [1, 2]), "runs.1.matrix.0: Input should be a valid array"),
+        (("matrix", [[0.9]]), "runs.1: Value error, matrix has not a row for each of 2 tasks"),
+        (("matrix", [[0.9, None], [0.9, None]]), "matrix has not a row for each of 2 tasks with the last one filled"),
     ],
 )
 def test_a_file_that_holds_no_results_is_refused_by_its_name(content, said, tmp_path):
     import results
     from result_files import Results
 
+    if isinstance(content, tuple):
+        content = {**a_run(1), content[0]: content[1]}
     if isinstance(content, dict) and "methods" not in content:
-        content = {**ABOUT, "methods": {"naive": {"settings": {}, "runs": [a_run(0), content]}}}
+        content = {**ABOUT, "methods": {"naive": {"settings": {"training": {}}, "runs": [a_run(0), content]}}}
     (tmp_path / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(SystemExit, match=f"a.json .*{said}.*move it away"):
+    with pytest.raises(SystemExit, match=rf"a\.json holds no results .*{said}.*move it away"):
         results.main([str(tmp_path)])
-    with pytest.raises(ValueError, match=f"a.json .*{said}"):
+    with pytest.raises(ValueError, match=rf"a\.json .*{said}"):
         Results(tmp_path / "a.json", ABOUT).check("naive", {})
 
 
@@ -481,6 +520,8 @@ def test_the_files_of_results_are_those_that_the_settings_make(name):
         made_with = experiment.made_with(read, method, options(precision=of_precision(of_method)), f"{name}.yaml")
         kept.check(method, made_with)
         assert of_method["runs"][0]["seed"] >= read.get("first_seed", 0)
+    there = json.loads(kept.path.read_text())
+    assert {key: there[key] for key in kept.about} == kept.about
 
 
 def of_precision(method: dict) -> str | None:
@@ -510,20 +551,28 @@ SOUND = (
             "methods: {best: {freezing: {}, paper: {}}}",
             "methods.best: a method has freezing or paper, not both",
         ),
-        ("methods: {}", "a.yaml: there is no 'methods'"),
+        ("methods: {}", "a.yaml: methods is {}: Dictionary should have at least 1 item"),
+        ("methods: null", "a.yaml: methods is None: Input should be a valid dictionary"),
+        ("methods: {0.3: {}}", r"a.yaml: methods.0.3.\[key\] is 0.3: Input should be a valid string"),
         ("network: {widht: 8}", "a.yaml: network with training has widht; known are: width, learning_rate"),
         ("network: {}", "a.yaml: network with training lacks width"),
         ("training: {epochs: 1, batch_size: 8, learning_rate: 1e-3}", "learning_rate is the text '1e-3'.*a dot"),
         ("training: {epochs: 0, batch_size: 8, learning_rate: 0.1}", "training.epochs is 0, expected a number of at"),
         ("stream: {tasks: 3}", "a.yaml: stream has tasks; known are: none"),
-        ("stream: [3]", r"a.yaml: stream is \[3\], expected a mapping"),
-        ("methods: 3", "a.yaml: methods is 3, expected a mapping"),
-        ("methods: {best: 5}", "a.yaml: methods.best is 5, expected a mapping"),
-        ("methods: {best: {training: 7}}", "a.yaml: methods.best.training is 7, expected a mapping"),
+        ("stream: [3]", r"a.yaml: stream is \[3\]: Input should be a valid dictionary"),
+        ("methods: 3", "a.yaml: methods is 3: Input should be a valid dictionary"),
+        ("methods: {best: 5}", "a.yaml: methods.best is 5: Input should be"),
+        ("methods: {best: {training: 7}}", "a.yaml: methods.best.training is 7: Input should be a valid dictionary"),
         ("fast: 3", "a.yaml: fast is 3, expected a mapping"),
-        ("seeds: x", "a.yaml: seeds is 'x', expected a number of at least 1"),
-        ("tasks: -1", "a.yaml: tasks is -1, expected a number of at least 1"),
+        ("seeds: x", "a.yaml: seeds is 'x': Input should be a valid integer"),
+        ("tasks: -1", "a.yaml: tasks is -1: Input should be greater than 0"),
         ("training: {epochs: true, batch_size: 8, learning_rate: 0.1}", "training.epochs is True, expected a number"),
+        ("first_seed: -1", "a.yaml: first_seed is -1: Input should be greater than or equal to 0"),
+        ("title: 3", "a.yaml: title is 3: Input should be a valid string"),
+        ("published: 97.5", "a.yaml: published is 97.5: Input should be a valid string"),
+        ("goal: high", "a.yaml: goal is 'high': Input should be a valid number"),
+        ("stream: {day: 2026-01-01}", "a.yaml is no YAML that JSON can hold: Object of type date"),
+        ("base: 3", "a.yaml: base is 3, expected the name of a file"),
         ("base: a.yaml", "a.yaml stands on itself: a.yaml on a.yaml"),
     ],
 )
@@ -541,10 +590,11 @@ def test_settings_that_nobody_takes_are_refused_with_those_that_are_known(change
     ("option", "said"),
     [
         (["--seeds", "0"], "--seeds: 0 is less than 1"),
+        (["--first-seed", "-1"], "--first-seed: -1 is less than 0"),
         (["--tasks", "-1"], "--tasks: -1 is less than 1"),
         (["--samples", "some"], "--samples: invalid"),
         (["--set", "title=["], r"title=\[ is no YAML"),
-        (["--set", "fast.seeds=3"], "'fast.seeds=3': changes come after fast's; write seeds=3"),
+        (["--set", "fast.seeds=3"], "'fast.seeds=3': changes are made after those of fast"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(option, said, tmp_path, capsys):
@@ -617,7 +667,7 @@ def test_a_seed_is_there_once_though_two_processes_add_it(tmp_path):
 
     for seed, average in ((1, 0.5), (0, 0.6), (1, 0.7)):
         results = Results(tmp_path / "a.json", ABOUT)
-        results.add("naive", {}, a_run(seed, average=average))
+        results.add("naive", {"training": {}}, a_run(seed, average=average))
     runs = results.read()["methods"]["naive"]["runs"]
     assert [(run["seed"], run["average"]) for run in runs] == [(0, 0.6), (1, 0.7)]
 
@@ -648,7 +698,11 @@ def shown(tmp_path):
         }
         for seed, last in ((3, 0.5), (4, 0.7))
     ]
-    kept = [{**run, "free_capacity": [0.5, 0.25], "accepted": [True, run["seed"] == 3]} for run in runs]
+    kept = [
+        {**run, "average": of_best, "free_capacity": [0.5, 0.25], "accepted": [True, run["seed"] == 3]}
+        for run, of_best in zip(runs, (0.75, 0.9), strict=True)
+    ]
+    kept[1]["data"] = {"CIFAR-10": "re-encoded"}
     summary = {
         "title": "A stream",
         "stand_in": "this for that",
@@ -676,11 +730,12 @@ def test_tables_have_means_deviations_and_seeds_and_call_a_stand_in_one(shown):
 
     main([str(shown / "results"), "--readme", str(shown / "README.md")])
     text = (shown / "README.md").read_text()
-    called = "A stream; stand-in: this for that; reduced: a quarter; tested on validation data"
+    called = "A stream; stand-in: this for that; CIFAR-10 re-encoded in some runs; reduced: a quarter; "
+    called += "tested on validation data"
     assert text.count(called) == 2  # above the table and with the figure
     assert "| naive | 65.00 ± 7.07 |  | 30.00 ± 14.14 | 60.00 ± 14.14 | 100 | 2 (3, 4) |" in text
     assert "| naive | 60.0 ± 14.1 | 70.0 ± 0.0 |" in text
-    assert "| best | 65.00 ± 7.07 | +0.00 ± 0.00 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 (3, 4) |" in text
+    assert "| best | 82.50 ± 10.61 | +17.50 ± 3.54 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 (3, 4) |" in text
     assert "seeds 3, 4; training: batch_size 8\n" in text
     assert "naive: fine-tuning; training: epochs 2\n" in text
     assert (
@@ -700,9 +755,11 @@ def test_methods_of_other_seeds_are_not_passed_off_as_compared(shown):
     summary = json.loads((shown / "results" / "a.json").read_text())
     of = summary["methods"]
     of["exact"] = {**of["best"], "runs": [{**of["best"]["runs"][0], "seed": 7}]}
+    of["paper"] = {**of["best"], "runs": [of["best"]["runs"][0], {**of["best"]["runs"][1], "seed": 8}]}
     text = table({**summary, "methods": dict(reversed(of.items()))})
-    assert "| exact | 60.00 |  | 40.00 | 50.00 | 50, 25 | 7 |" in text  # nothing to compare it with
-    assert "seeds of naive: 3, 4, exact: 7, best: 3, 4; training" in text
+    assert "| exact | 75.00 |  | 40.00 | 50.00 | 50, 25 | 7 |" in text  # nothing to compare it with
+    assert "| paper | 82.50 ± 10.61 | +15.00 (1 of 2) |" in text
+    assert "seeds of naive: 3, 4, paper: 3, 8, exact: 7, best: 3, 4; training" in text
     assert text.index("| naive |") < text.index("| exact |") < text.index("| best |")  # whichever was run first
 
 
@@ -714,8 +771,10 @@ def test_the_overview_has_a_line_for_each_experiment_with_its_goal(shown):
     readme = shown / "README.md"
     readme.write_text("<!-- overview -->\n<!-- /overview -->\n" + readme.read_text())
     main([str(file.parent), "--readme", str(readme)])
-    said = "| A stream (stand-in) (reduced) | 65.00 ± 7.07 (2) |  |  | 65.00 ± 7.07 (2) | 97.5 | 95 (others) |"
-    assert said in readme.read_text()
+    said = (
+        "| A stream (stand-in, reduced, validation data) | 65.00 ± 7.07 (3, 4) |  |  | 82.50 ± 10.61 (3, 4) | 97.5 | "
+    )
+    assert said + "95 (others) |" in readme.read_text()
 
 
 def test_check_sees_a_changed_file_a_typed_number_and_a_missing_figure(shown):
