@@ -87,8 +87,8 @@ def read(path: Path) -> dict[str, Any]:
         _File.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{place}: " for place in (".".join(map(str, first["loc"])),) if place)
-        raise ValueError(f"{path} holds no results of an experiment: {where}{first['msg']}; move it away") from error
+        wrong = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise ValueError(f"{path} holds no results of an experiment: {wrong}; move it away") from error
     found: dict[str, Any] = json.loads(text)
     return found
 
