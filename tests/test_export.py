@@ -838,7 +838,7 @@ def test_torchvision(name):
     for part in net.modules():
         if isinstance(part, nn.Linear):  # some heads begin at zero, and some layers are made for millions of images
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
-    task = Task(net, (3, 32, 32), double=False)
+    task = Task(net, (3, 32, 32))
     small = task.check()
     assert parameters(small) < ARCHITECTURES[name] * parameters(net)
 
