@@ -206,7 +206,6 @@ def _overview(methods: Mapping[str, Any]) -> str:
     rows = []
     for name, method in methods.items():
         runs = method["runs"]
-        seeds = _range([run["seed"] for run in runs])
         over = [100 * (run["average"] - naive[run["seed"]]) for run in runs if run["seed"] in naive]
         row = {
             "method": name,
@@ -215,7 +214,7 @@ def _overview(methods: Mapping[str, Any]) -> str:
             "forgetting, points": mean_and_deviation([100 * run["forgetting"] for run in runs]),
             "task 1 at the end, %": mean_and_deviation([100 * run["matrix"][-1][0] for run in runs]),
             "free units after each task, %": ", ".join(f"{100 * share:.0f}" for share in _free(runs)) or "100",
-            "seeds": seeds if len(runs) == 1 else f"{len(runs)} ({seeds})",
+            "seeds": f"{len(runs)} ({_range([run['seed'] for run in runs])})",
         }
         if not naive:
             del row["over naive, same seeds"]
