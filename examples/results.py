@@ -95,7 +95,7 @@ def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -
         return found[1] + "\n" + "\n\n".join([table(summaries[name]), *links, found[4]])
 
     ran = [found[2] for found in _BLOCK.finditer(text) if found[2] in summaries]
-    lines = overview([summaries[name] for name in ran if len(_drawn(summaries[name])) > 1])
+    lines = overview([summary for summary in map(summaries.__getitem__, ran) if _is_stream(summary)])
     return _OVERVIEW.sub(lambda found: f"{found[1]}\n{lines}\n\n{found[3]}", _BLOCK.sub(fill, text))
 
 
@@ -326,6 +326,11 @@ def _range(seeds: Sequence[int]) -> str:
     seeds = sorted(seeds)
     is_range = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
     return f"{seeds[0]} to {seeds[-1]}" if is_range else ", ".join(map(str, seeds))
+
+
+def _is_stream(summary: Mapping[str, Any]) -> bool:
+    """Whether it is one that methods, or a goal, are compared on; not what compares something else."""
+    return len(_drawn(summary)) > 1 or summary.get("goal") is not None
 
 
 def _drawn(summary: Mapping[str, Any]) -> list[str]:
