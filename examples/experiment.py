@@ -184,7 +184,7 @@ class Experiment:
             task.batch_size = made_with["training"]["batch_size"]
             if options.on_validation:
                 task.test = task.validation
-                task.held_out = None
+                task.held_out = None  # test data, too, of the one task that has some
         model = self.model(**_of_model(made_with))
         add_heads(model, stream)
         self.pretrained(model, data)
@@ -306,7 +306,7 @@ def device(accelerator: str) -> str:
 
 
 def counted(text: str, least: int = 1) -> int:
-    """A number of at least 1, from the command line."""
+    """A number from the command line, of at least so many."""
     number = int(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")

@@ -198,7 +198,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _said(error: ValidationError) -> str:
-    """What is wrong first, as ``: methods.best is 5, expected …``."""
+    """What is wrong first, to stand behind a file's name: ``: seeds is 'x': …``, `` has titel; known are: …``."""
     first = error.errors()[0]
     *above, last = map(str, first["loc"])
     if first["type"] == "extra_forbidden":

@@ -31,7 +31,7 @@ _VIEW_MODULES = frozenset(("Flatten", "Unflatten", "Identity", "Dropout", "Dropo
 
 def silenced(output: Tensor, layer: str) -> Tensor:
     """Marks in the graph where the units of ``layer`` speak. It never runs."""
-    raise NotImplementedError(f"the marker of {layer!r} is replaced before the graph runs")
+    raise RuntimeError(f"the graph ran with the marker of {layer!r} still in it: it has to be replaced before")
 
 
 @dataclass(frozen=True)
