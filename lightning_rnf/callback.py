@@ -25,12 +25,12 @@ from lightning_rnf.heatmaps import heatmaps as heatmaps_of
 from lightning_rnf.importance import Importance, ImportanceName
 from lightning_rnf.no_trainer import alone
 from lightning_rnf.norms import NormStatistics
-from lightning_rnf.plain import readable
 from lightning_rnf.progress import shown
 from lightning_rnf.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.runs import (
     TaskOption,
     check_epochs,
+    check_new_name,
     check_sharding,
     epochs_left,
     given_name,
@@ -310,7 +310,7 @@ class RelevanceFreezing(FinishedTasks):
             raise TypeError(
                 "reference is None, expected labelled data of the task: a data module, a loader or a list of batches"
             )
-        self._check_new(name)
+        check_new_name(name, self.state)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if sharding.is_sharded(module):
             raise ValueError(
@@ -652,20 +652,8 @@ class RelevanceFreezing(FinishedTasks):
         name = given or ranks_of(trainer).decided(lambda: given_name(self.task, trainer, module))
         if name is None:
             name = f"task-{len(self.state.tasks)}"
-        self._check_new(name)
+        check_new_name(name, self.state)
         return name
-
-    def _check_new(self, name: str) -> None:
-        if not readable(name):
-            raise ValueError(
-                f"task name {name!r} has control characters, line ends or halves of characters in it, which files, "
-                "tables and terminals don't take: give it another"
-            )
-        if name in self.state.tasks:
-            raise ValueError(
-                f"task {name!r} has ended already; name the new one: datamodule.task, or "
-                f"RelevanceFreezing(task=...). Finished tasks: {list(self.state.tasks)}"
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_rnf import sharding
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.plain import readable
 from lightning_rnf.ranks import Ranks
 from lightning_rnf.state import FreezeState
 
@@ -147,6 +148,24 @@ def given_name(task: TaskOption, trainer: Trainer, module: LightningModule) -> s
         return name
     name = task if task is not None else getattr(data_module(trainer), "task", None)
     return name if isinstance(name, str) and name else None
+
+
+def check_new_name(name: str, state: FreezeState) -> None:
+    """Check that a task may end by this name.
+
+    Raises:
+        ValueError: if it can't be shown or written down, or belongs to a finished task.
+    """
+    if not readable(name):
+        raise ValueError(
+            f"task name {name!r} has control characters, line ends or halves of characters in it, which files, "
+            "tables and terminals don't take: give it another"
+        )
+    if name in state.tasks:
+        raise ValueError(
+            f"task {name!r} has ended already; name the new one: datamodule.task, or "
+            f"RelevanceFreezing(task=...). Finished tasks: {list(state.tasks)}"
+        )
 
 
 def tasks_of_loaders(trainer: Trainer) -> list[str | None]:
