@@ -2,7 +2,7 @@
 
     python examples/results.py                # examples/results/*.json: figures beside them, tables into the README
     python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
-    python examples/results.py --check        # exit with 1 if the README does not show what the files hold
+    python examples/results.py --check        # exit with 1 if the README or a figure does not show what the files hold
 
 In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``, and
 between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each.
@@ -11,15 +11,19 @@ between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from images import from_text
+from PIL import Image
 from result_files import read
 from torch import Tensor
 
@@ -51,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not summaries:
         parser.error(f"{options.folder} holds no JSON file")
     pictures = {file: make for name, summary in summaries.items() for file, make in figures(name, summary).items()}
+    sources = {file: _fingerprint(summaries[name]) for name in summaries for file in figures(name, summaries[name])}
     if readme is not None:
         before = readme.read_text(encoding="utf-8")
         try:
@@ -59,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"{readme}: {error}")
     drawn = {file: make() for file, make in pictures.items()}
     if options.check:
-        missing = [file for file in pictures if not (options.folder / file).exists()]
-        if missing or (readme is not None and before != after):
-            what = f"{', '.join(missing)} missing" if missing else f"{readme} does not show what the files hold"
-            sys.exit(f"{options.folder}: {what}: run examples/results.py")
+        stale = [file for file, source in sources.items() if not _shows(options.folder / file, source)]
+        stale += [str(readme)] if readme is not None and before != after else []
+        if stale:
+            sys.exit(f"what {options.folder} holds is not shown by {', '.join(stale)}: run examples/results.py")
         return
     for file, figure in drawn.items():
-        figure.savefig(options.folder / file, dpi=110)
+        figure.savefig(options.folder / file, dpi=110, metadata={"Source": sources[file]})
     if readme is not None:
         readme.write_text(after, encoding="utf-8")
     else:
@@ -158,6 +163,18 @@ def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Fig
     if _has("heatmaps", summary["methods"]):
         found[f"{name}_maps.png"] = partial(_heatmaps, summary)
     return found
+
+
+def _fingerprint(summary: Mapping[str, Any]) -> str:
+    """Of what a figure is drawn from; the figure carries it, since the same picture has other bytes elsewhere."""
+    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
+
+
+def _shows(figure: Path, source: str) -> bool:
+    """Whether there is a figure that was drawn from this source."""
+    with suppress(OSError), Image.open(figure) as picture:
+        return bool(picture.info.get("Source") == source)
+    return False
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2, *, signed: bool = False) -> str:
