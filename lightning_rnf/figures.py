@@ -59,8 +59,9 @@ class StreamResult:
 def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -> None:
     """Draw average accuracy with free capacity, and each task's accuracy with the first and the last method.
 
-    The layout of the paper's Figure 2. Line styles are the methods'; the first is drawn dashed, as what the others are
-    compared with. With several seeds, a band around a line is one standard deviation wide on either side.
+    The layout of the paper's Figure 2. The first method is drawn dashed, as what the others are compared with; of each
+    task's lines the last method's are solid. With several seeds, a band around a line is one standard deviation wide on
+    either side.
 
     Args:
         results: of one stream, one to four.
@@ -112,10 +113,9 @@ def retention(results: Sequence[StreamResult]) -> Figure:
             }
             bars.append(capacity.bar(places, free, width=width, **look))
     compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
-    for result, style in zip(compared, styles, strict=False):
+    for result, style in zip(compared, styles, strict=False):  # the last is solid, whatever it is on the left
         for task in range(tasks):
             _line(right, list(steps)[task:], 100 * result.matrices[:, task:, task], style, **_of_task(task), ms=size)
-    # Styles are the methods', as on the left.
     of_tasks = [right.plot([], [], ls="none", **_of_task(task), ms=5)[0] for task in range(tasks)]
     left.set_title("Average over the tasks seen", fontsize=10)
     left.set_ylabel("test accuracy, %")
@@ -127,7 +127,9 @@ def retention(results: Sequence[StreamResult]) -> Figure:
     left.set_zorder(capacity.get_zorder() + 1)
     left.patch.set_visible(False)
     of_compared = shortened([result.method for result in compared], most=18)
-    right.set_title(literal(f"Each task: {' and '.join(of_compared)}"), fontsize=10)
+    if len(of_compared) > 1:
+        of_compared = [f"{name} ({how})" for name, how in zip(of_compared, ("dashed", "solid"), strict=True)]
+    right.set_title(literal(f"Each task: {' and '.join(of_compared)}"), fontsize=10, wrap=True)
     right.set_ylabel("test accuracy, %")
     for axes in (left, right):
         axes.set(xlabel="tasks trained", xlim=(0.5, tasks + 0.5))

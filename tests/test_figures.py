@@ -75,6 +75,14 @@ def test_retention_shows_averages_tasks_and_capacity():
     assert of_tasks == [pytest.approx(values) for values in ([90, 50], [80], [90, 80], [70])]
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_of_each_task_it_is_said_which_method_is_which_line(others):
+    right = figures.retention([NAIVE, *[NAIVE] * others, RESULT]).axes[1]
+    assert right.get_title() == "Each task: naive (dashed) and freezing (solid)"
+    of_last = [line.get_linestyle() for line in right.get_lines() if list(line.get_ydata()) == pytest.approx([90, 80])]
+    assert of_last == ["-"]
+
+
 def test_several_seeds_are_a_mean_in_a_band_of_a_deviation():
     matrix = torch.stack([RESULT.matrix, RESULT.matrix - 0.2])
     figure = figures.retention([StreamResult("freezing", RESULT.tasks, matrix, RESULT.free_capacity)])
