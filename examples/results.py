@@ -2,7 +2,7 @@
 
     python examples/results.py                # examples/results/*.json: figures beside them, tables into the README
     python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
-    python examples/results.py --check        # exit with 1 if the README or a figure does not show what the files hold
+    python examples/results.py --check        # exit with 1 if the README or a figure shows other results than the files
 
 In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``, and
 between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each.
@@ -16,7 +16,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=OWN / "results", help="with JSON files (%(default)s)")
     parser.add_argument("--readme", type=Path, help="with a block for each file; none given: the examples' own")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something would change")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if other results are shown")
     options = parser.parse_args(arguments)
     is_own = options.folder.resolve() == OWN / "results"
     readme = options.readme or (OWN / "README.md" if is_own else None)
@@ -54,23 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     if not summaries:
         parser.error(f"{options.folder} holds no JSON file")
-    pictures = {file: make for name, summary in summaries.items() for file, make in figures(name, summary).items()}
-    sources = {file: _fingerprint(summaries[name]) for name in summaries for file in figures(name, summaries[name])}
+    pictures = {
+        file: (make, _fingerprint(file, summary))
+        for name, summary in summaries.items()
+        for file, make in figures(name, summary).items()
+    }
     if readme is not None:
         before = readme.read_text(encoding="utf-8")
         try:
             after = filled(before, summaries, options.folder.resolve().relative_to(readme.parent.resolve()).as_posix())
         except ValueError as error:
             sys.exit(f"{readme}: {error}")
-    drawn = {file: make() for file, make in pictures.items()}
     if options.check:
-        stale = [file for file, source in sources.items() if not _shows(options.folder / file, source)]
+        stale = [file for file, (_, source) in pictures.items() if not _shows(options.folder / file, source)]
         stale += [str(readme)] if readme is not None and before != after else []
         if stale:
             sys.exit(f"what {options.folder} holds is not shown by {', '.join(stale)}: run examples/results.py")
         return
-    for file, figure in drawn.items():
-        figure.savefig(options.folder / file, dpi=110, metadata={"Source": sources[file]})
+    drawn = {file: (make(), source) for file, (make, source) in pictures.items()}
+    for file, (figure, source) in drawn.items():
+        figure.savefig(options.folder / file, dpi=110, metadata={"Source": source})
     if readme is not None:
         readme.write_text(after, encoding="utf-8")
     else:
@@ -165,16 +167,19 @@ def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Fig
     return found
 
 
-def _fingerprint(summary: Mapping[str, Any]) -> str:
-    """Of what a figure is drawn from; the figure carries it, since the same picture has other bytes elsewhere."""
-    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
+def _fingerprint(file: str, summary: Mapping[str, Any]) -> str:
+    """Of a figure's results; the figure carries it, since the same results give other pixels elsewhere."""
+    return hashlib.sha256(json.dumps([file, summary]).encode()).hexdigest()
 
 
 def _shows(figure: Path, source: str) -> bool:
-    """Whether there is a figure that was drawn from this source."""
-    with suppress(OSError), Image.open(figure) as picture:
-        return bool(picture.info.get("Source") == source)
-    return False
+    """Whether there is a whole figure, and of these results."""
+    try:
+        with Image.open(figure) as picture:
+            picture.load()
+            return picture.info.get("Source") == source
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow says of no PNG
+        return False
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2, *, signed: bool = False) -> str:

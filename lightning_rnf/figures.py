@@ -60,8 +60,8 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     """Draw average accuracy with free capacity, and each task's accuracy with the first and the last method.
 
     The layout of the paper's Figure 2. The first method is drawn dashed, as what the others are compared with; of each
-    task's lines the last method's are solid. With several seeds, a band around a line is one standard deviation wide on
-    either side.
+    task's lines the last method's are solid, with larger markers. With several seeds, a band around a line is one
+    standard deviation wide on either side.
 
     Args:
         results: of one stream, one to four.
@@ -113,9 +113,10 @@ def retention(results: Sequence[StreamResult]) -> Figure:
             }
             bars.append(capacity.bar(places, free, width=width, **look))
     compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
-    for result, style in zip(compared, styles, strict=False):  # the last is solid, whatever it is on the left
+    looks = [("--", size / 2), ("-", size)][-len(compared) :]  # other markers, too: the last task's line is a point
+    for result, (style, points) in zip(compared, looks, strict=True):
         for task in range(tasks):
-            _line(right, list(steps)[task:], 100 * result.matrices[:, task:, task], style, **_of_task(task), ms=size)
+            _line(right, list(steps)[task:], 100 * result.matrices[:, task:, task], style, **_of_task(task), ms=points)
     of_tasks = [right.plot([], [], ls="none", **_of_task(task), ms=5)[0] for task in range(tasks)]
     left.set_title("Average over the tasks seen", fontsize=10)
     left.set_ylabel("test accuracy, %")
@@ -128,7 +129,7 @@ def retention(results: Sequence[StreamResult]) -> Figure:
     left.patch.set_visible(False)
     of_compared = shortened([result.method for result in compared], most=18)
     if len(of_compared) > 1:
-        of_compared = [f"{name} ({how})" for name, how in zip(of_compared, ("dashed", "solid"), strict=True)]
+        of_compared = [f"{name} ({how})" for name, how in zip(of_compared, ("dashed, small", "solid"), strict=True)]
     right.set_title(literal(f"Each task: {' and '.join(of_compared)}"), fontsize=10, wrap=True)
     right.set_ylabel("test accuracy, %")
     for axes in (left, right):

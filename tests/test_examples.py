@@ -792,6 +792,14 @@ def test_check_sees_a_changed_file_a_typed_number_and_a_missing_figure(shown):
     with pytest.raises(SystemExit, match=r"not shown by [^,]*README\.md:"):
         main(checks)
     (shown / "README.md").write_text(before)
+    figure = shown / "results" / "a.png"
+    whole = figure.read_bytes()
+    for wrong in (whole[: len(whole) // 2], b"no picture", whole.replace(b"Source", b"Sauce ")):
+        figure.write_bytes(wrong)
+        with pytest.raises(SystemExit, match=r"not shown by a\.png: run"):
+            main(checks)
+    figure.write_bytes(whole)
+    main(checks)
     file = shown / "results" / "a.json"
     file.write_text(file.read_text().replace("0.7", "0.8"))
     with pytest.raises(SystemExit, match=r"not shown by a\.png, .*README\.md:"):

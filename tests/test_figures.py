@@ -78,9 +78,12 @@ def test_retention_shows_averages_tasks_and_capacity():
 @pytest.mark.parametrize("others", [0, 2])
 def test_of_each_task_it_is_said_which_method_is_which_line(others):
     right = figures.retention([NAIVE, *[NAIVE] * others, RESULT]).axes[1]
-    assert right.get_title() == "Each task: naive (dashed) and freezing (solid)"
-    of_last = [line.get_linestyle() for line in right.get_lines() if list(line.get_ydata()) == pytest.approx([90, 80])]
-    assert of_last == ["-"]
+    assert right.get_title() == "Each task: naive (dashed, small) and freezing (solid)"
+    looks = [(line.get_linestyle(), line.get_markersize()) for line in right.get_lines() if len(line.get_ydata())]
+    assert looks == [("--", 3)] * 2 + [("-", 6)] * 2
+    alone = figures.retention([RESULT]).axes[1]
+    assert alone.get_title() == "Each task: freezing"
+    assert {line.get_linestyle() for line in alone.get_lines() if len(line.get_ydata())} == {"-"}
 
 
 def test_several_seeds_are_a_mean_in_a_band_of_a_deviation():
