@@ -797,7 +797,7 @@ def test_fewer_units_are_fewer_operations():
 @pytest.mark.parametrize("name", ["convnet", "residual", "dense", "gated-by-views", "separable", "mixing"])
 def test_onnx_gives_the_logits_of_recall(name, tmp_path):
     if torch.__version__ < (2, 9):
-        pytest.skip("today's onnxscript goes with the torch that exports with it by default")
+        pytest.skip("today's onnxscript needs torch 2.9, the first that exports with it by default")
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
