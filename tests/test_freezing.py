@@ -99,7 +99,7 @@ each_optimizer = pytest.mark.parametrize(
     "optimizer",
     [
         pytest.param(
-            name, marks=pytest.mark.skipif(name == "muon" and not hasattr(torch.optim, "Muon"), reason="torch.optim has no Muon yet")
+            name, marks=pytest.mark.skipif(name == "muon" and not hasattr(torch.optim, "Muon"), reason="no Muon yet")
         )
         for name in OPTIMIZERS
     ],
