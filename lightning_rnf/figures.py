@@ -113,8 +113,9 @@ def retention(results: Sequence[StreamResult]) -> Figure:
             }
             bars.append(capacity.bar(places, free, width=width, **look))
     compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
-    looks = [("--", size / 2), ("-", size)][-len(compared) :]  # other markers, too: the last task's line is a point
-    for result, (style, points) in zip(compared, looks, strict=True):
+    # Other markers, too: the last task's line is a point.
+    looks = [("dashed, small", "--", size / 2), ("solid", "-", size)][-len(compared) :]
+    for result, (_, style, points) in zip(compared, looks, strict=True):
         for task in range(tasks):
             _line(right, list(steps)[task:], 100 * result.matrices[:, task:, task], style, **_of_task(task), ms=points)
     of_tasks = [right.plot([], [], ls="none", **_of_task(task), ms=5)[0] for task in range(tasks)]
@@ -129,7 +130,7 @@ def retention(results: Sequence[StreamResult]) -> Figure:
     left.patch.set_visible(False)
     of_compared = shortened([result.method for result in compared], most=18)
     if len(of_compared) > 1:
-        of_compared = [f"{name} ({how})" for name, how in zip(of_compared, ("dashed, small", "solid"), strict=True)]
+        of_compared = [f"{name} ({look})" for name, (look, *_) in zip(of_compared, looks, strict=True)]
     right.set_title(literal(f"Each task: {' and '.join(of_compared)}"), fontsize=10, wrap=True)
     right.set_ylabel("test accuracy, %")
     for axes in (left, right):
