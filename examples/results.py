@@ -205,7 +205,7 @@ def _retention(summary: Mapping[str, Any]) -> Figure:
     for name in _drawn(summary):
         runs = summary["methods"][name]["runs"]
         results.append(StreamResult(name, runs[0]["tasks"], torch.stack([matrix(run) for run in runs]), _free(runs)))
-    figure = retention(results)
+    figure = retention(results, methods=DRAWN)
     figure.suptitle(f"{caption(summary)}; {_seeds(summary['methods'])}", fontsize=9, wrap=True)
     return figure
 

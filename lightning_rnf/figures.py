@@ -56,7 +56,9 @@ class StreamResult:
         return torch.stack([average_accuracy(matrix) for matrix in self.matrices])
 
 
-def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -> None:
+def plot_retention(
+    results: Sequence[StreamResult], path: str | PathLike[str], *, methods: Sequence[str] | None = None
+) -> None:
     """Draw average accuracy with free capacity, and each task's accuracy with the first and the last method.
 
     The layout of the paper's Figure 2. The first method is drawn dashed, as what the others are compared with; of each
@@ -66,31 +68,31 @@ def plot_retention(results: Sequence[StreamResult], path: str | PathLike[str]) -
     Args:
         results: of one stream, one to four.
         path: where to write the figure; the ending says in which format.
+        methods: names of all methods that a set of figures compares, one to four, the results' among them: each looks
+            the same in every figure. None: the results' own.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plots``).
-        ValueError: if there is no result, or more than four: so many lines can't be told apart.
+        ValueError: if there is no result, or more than four: so many lines can't be told apart; if the methods leave
+            out a result's.
     """
-    retention(results).savefig(path, dpi=120)
+    retention(results, methods=methods).savefig(path, dpi=120)
 
 
-def retention(results: Sequence[StreamResult]) -> Figure:
+def retention(results: Sequence[StreamResult], *, methods: Sequence[str] | None = None) -> Figure:
     """The figure of `plot_retention`."""
     from matplotlib.ticker import MaxNLocator
 
     if not 1 <= len(results) <= 4:
         raise ValueError(f"there are results of {len(results)} methods, expected one to four: draw some of them")
-    if len(results) == 1:
-        styles, colours = ["-"], ["tab:blue"]
-    else:
-        styles, colours = ["--", "-", "-.", ":"], ["0.45", "tab:blue", "tab:red", "tab:green"]
+    places = _places([result.method for result in results], methods)
     names = shortened(list(results[0].tasks), most=_NAME)
     tasks = len(names)
     freezing = [result for result in results if len(result.free_capacity)]
     of_methods = shortened([result.method for result in results], most=_NAME)
     of_freezing = [f"free units, {name}" for name, one in zip(of_methods, results, strict=True) if one in freezing]
-    methods = [*of_methods, *of_freezing]
-    rows = max(_rows(methods, _HALF), _rows(names, _HALF))
+    on_left = [*of_methods, *of_freezing]
+    rows = max(_rows(on_left, _HALF), _rows(names, _HALF))
     figure = new_figure(10, 3.7 + _ROW * rows)
     left, right = cast("Sequence[Axes]", figure.subplots(1, 2))
     steps = range(1, tasks + 1)
@@ -98,20 +100,20 @@ def retention(results: Sequence[StreamResult]) -> Figure:
     capacity = left.twinx()
     drawn: list[Any] = []
     bars: list[Any] = []
-    for result, style, colour, marker in zip(results, styles, colours, _MARKERS, strict=False):
+    for result, place in zip(results, places, strict=True):
+        style, colour, marker, hatch = _METHODS[place]
         drawn += _line(left, steps, 100 * result.averages, style, color=colour, marker=marker, ms=size, lw=2)
         if result in freezing:
-            place = len(bars)
             width = 0.6 / len(freezing)
-            places = [step - 0.3 + width * (place + 0.5) for step in steps]
+            middles = [step - 0.3 + width * (len(bars) + 0.5) for step in steps]
             free = [100 * share for share in result.free_capacity]
             look: dict[str, Any] = {
                 "facecolor": _faded(colour),
                 "edgecolor": colour,
                 "lw": 0.7,
-                "hatch": _HATCHES[place],
+                "hatch": hatch,
             }
-            bars.append(capacity.bar(places, free, width=width, **look))
+            bars.append(capacity.bar(middles, free, width=width, **look))
     compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
     # Other markers, too: the last task's line is a point.
     looks = [("dashed, small", "--", size / 2), ("solid", "-", size)][-len(compared) :]
@@ -137,7 +139,7 @@ def retention(results: Sequence[StreamResult]) -> Figure:
         axes.set(xlabel="tasks trained", xlim=(0.5, tasks + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5}  # letters: under the axis' name
-    _legend(left, [*drawn, *bars], methods, _HALF, **below)
+    _legend(left, [*drawn, *bars], on_left, _HALF, **below)
     _legend(right, of_tasks, names, _HALF, **below)
     return figure
 
@@ -282,6 +284,14 @@ _COLOURS = (
 
 _MARKERS = "os^Dv<>p*h"
 _FILLS = ("full", "none", "left")
+_METHODS = (
+    ("--", "0.45", _MARKERS[0], "xxxx"),
+    ("-", "tab:blue", _MARKERS[1], ""),
+    ("-.", "tab:red", _MARKERS[2], "////"),
+    (":", "tab:green", _MARKERS[3], "...."),
+)
+"""Line, colour, marker and hatch of up to four; the first is what others are compared with."""
+
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "oo", "----", "++++")
 
 _DOT = ".....|.....|..#..|.....|....."
@@ -308,6 +318,16 @@ def _of_task(task: int) -> dict[str, Any]:
     """How a task's line looks: up to 30 differ without their colours."""
     fill = _FILLS[task // len(_MARKERS) % len(_FILLS)]
     return {"color": _COLOURS[task % len(_COLOURS)], "marker": _MARKERS[task % len(_MARKERS)], "fillstyle": fill}
+
+
+def _places(drawn: Sequence[str], methods: Sequence[str] | None) -> list[int]:
+    """How each method looks: its place in `_METHODS`."""
+    if methods is None:
+        return [1] if len(drawn) == 1 else list(range(len(drawn)))  # one alone is not what others are compared with
+    if len(methods) > len(_METHODS) or any(name not in methods for name in drawn):
+        drawn_ones = ", ".join(map(repr, drawn))
+        raise ValueError(f"methods is {list(methods)}, expected one to four, with {drawn_ones} among them")
+    return [list(methods).index(name) for name in drawn]
 
 
 def _faded(colour: str) -> tuple[float, float, float, float]:

@@ -86,6 +86,25 @@ def test_of_each_task_it_is_said_which_method_is_which_line(others):
     assert {line.get_linestyle() for line in alone.get_lines() if len(line.get_ydata())} == {"-"}
 
 
+def test_a_method_looks_the_same_whatever_it_is_drawn_with():
+    def looks(drawn, among):
+        results = [StreamResult(name, RESULT.tasks, RESULT.matrix, RESULT.free_capacity) for name in drawn]
+        left, _, capacity = figures.retention(results, methods=among).axes
+        lines = [(line.get_linestyle(), line.get_color(), line.get_marker()) for line in left.get_lines()]
+        bars = [(bars.patches[0].get_edgecolor(), bars.patches[0].get_hatch()) for bars in capacity.containers]
+        return dict(zip(drawn, zip(lines, bars, strict=True), strict=True))
+
+    names = ["naive", "paper", "exact", "best"]
+    of_all = looks(names, names)
+    assert of_all == looks(names, None)
+    for some in (["naive", "best"], ["paper", "best"], ["exact"]):
+        assert looks(some, names) == {name: of_all[name] for name in some}
+    assert looks(["naive", "best"], None)["best"] != of_all["best"]
+    for wrong in (["naive", "paper"], [*names, "fifth"], []):
+        with pytest.raises(ValueError, match="expected one to four, with 'best' among them"):
+            looks(["best"], wrong)
+
+
 def test_several_seeds_are_a_mean_in_a_band_of_a_deviation():
     matrix = torch.stack([RESULT.matrix, RESULT.matrix - 0.2])
     figure = figures.retention([StreamResult("freezing", RESULT.tasks, matrix, RESULT.free_capacity)])
