@@ -74,6 +74,14 @@ def test_imagenet_is_kept_before_the_stand_in_for_adience(run):  # noqa: F811
         assert naive["held_out"][0] > naive["held_out"][1]
 
 
+@has(FACES, NETWORK, SAMPLE, "tinyimagenet200")
+def test_on_validation_the_first_task_s_other_images_are_not_looked_at(run):  # noqa: F811
+    options = ["--fast", "--samples", "40", "--epochs", "1", "--method", "naive", "--on-validation"]
+    options += ["--set", "stream.imagenet_size=64"]
+    summary = run("imagenet_to_adience", "--settings", settings("imagenet_to_adience_utkface"), *options)
+    assert "held_out" not in of(summary, "naive")
+
+
 def settings(name: str) -> str:
     from test_examples import EXAMPLES
 
