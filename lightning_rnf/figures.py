@@ -61,20 +61,21 @@ def plot_retention(
 ) -> None:
     """Draw average accuracy with free capacity, and each task's accuracy with the first and the last method.
 
-    The layout of the paper's Figure 2. The first method is drawn dashed, as what the others are compared with; of each
-    task's lines the last method's are solid, with larger markers. With several seeds, a band around a line is one
-    standard deviation wide on either side.
+    The layout of the paper's Figure 2. On the left each method has a line and a colour of its own; the first, as what
+    the others are compared with, is dashed. Of each task's lines on the right the first result's are dashed, the last
+    one's solid, with larger markers. With several seeds, a band around a line is one standard deviation wide on either
+    side.
 
     Args:
         results: of one stream, one to four.
         path: where to write the figure; the ending says in which format.
-        methods: names of all methods that a set of figures compares, one to four, the results' among them: each looks
-            the same in every figure. None: the results' own.
+        methods: names of all methods that a set of figures compares, at most four: each looks the same on the left of
+            every figure. None: those of these results; one alone is solid.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plots``).
-        ValueError: if there is no result, or more than four: so many lines can't be told apart; if the methods leave
-            out a result's.
+        ValueError: if there is no result, or there are more than four results or methods: so many lines can't be told
+            apart; if a result's method is not among the methods.
     """
     retention(results, methods=methods).savefig(path, dpi=120)
 
@@ -85,7 +86,7 @@ def retention(results: Sequence[StreamResult], *, methods: Sequence[str] | None 
 
     if not 1 <= len(results) <= 4:
         raise ValueError(f"there are results of {len(results)} methods, expected one to four: draw some of them")
-    places = _places([result.method for result in results], methods)
+    looks = _looks([result.method for result in results], methods)
     names = shortened(list(results[0].tasks), most=_NAME)
     tasks = len(names)
     freezing = [result for result in results if len(result.free_capacity)]
@@ -100,24 +101,18 @@ def retention(results: Sequence[StreamResult], *, methods: Sequence[str] | None 
     capacity = left.twinx()
     drawn: list[Any] = []
     bars: list[Any] = []
-    for result, place in zip(results, places, strict=True):
-        style, colour, marker, hatch = _METHODS[place]
+    for result, (style, colour, marker, hatch) in zip(results, looks, strict=True):
         drawn += _line(left, steps, 100 * result.averages, style, color=colour, marker=marker, ms=size, lw=2)
         if result in freezing:
             width = 0.6 / len(freezing)
             middles = [step - 0.3 + width * (len(bars) + 0.5) for step in steps]
             free = [100 * share for share in result.free_capacity]
-            look: dict[str, Any] = {
-                "facecolor": _faded(colour),
-                "edgecolor": colour,
-                "lw": 0.7,
-                "hatch": hatch,
-            }
-            bars.append(capacity.bar(middles, free, width=width, **look))
+            bar: dict[str, Any] = {"facecolor": _faded(colour), "edgecolor": colour, "lw": 0.7, "hatch": hatch}
+            bars.append(capacity.bar(middles, free, width=width, **bar))
     compared = [results[0], results[-1]][: len(results)]  # more would be too many lines to read
     # Other markers, too: the last task's line is a point.
-    looks = [("dashed, small", "--", size / 2), ("solid", "-", size)][-len(compared) :]
-    for result, (_, style, points) in zip(compared, looks, strict=True):
+    of_lines = [("dashed, small", "--", size / 2), ("solid", "-", size)][-len(compared) :]
+    for result, (_, style, points) in zip(compared, of_lines, strict=True):
         for task in range(tasks):
             _line(right, list(steps)[task:], 100 * result.matrices[:, task:, task], style, **_of_task(task), ms=points)
     of_tasks = [right.plot([], [], ls="none", **_of_task(task), ms=5)[0] for task in range(tasks)]
@@ -132,7 +127,7 @@ def retention(results: Sequence[StreamResult], *, methods: Sequence[str] | None 
     left.patch.set_visible(False)
     of_compared = shortened([result.method for result in compared], most=18)
     if len(of_compared) > 1:
-        of_compared = [f"{name} ({look})" for name, (look, *_) in zip(of_compared, looks, strict=True)]
+        of_compared = [f"{name} ({said})" for name, (said, *_) in zip(of_compared, of_lines, strict=True)]
     right.set_title(literal(f"Each task: {' and '.join(of_compared)}"), fontsize=10, wrap=True)
     right.set_ylabel("test accuracy, %")
     for axes in (left, right):
@@ -284,14 +279,15 @@ _COLOURS = (
 
 _MARKERS = "os^Dv<>p*h"
 _FILLS = ("full", "none", "left")
-_METHODS = (
+_LOOKS = (
     ("--", "0.45", _MARKERS[0], "xxxx"),
     ("-", "tab:blue", _MARKERS[1], ""),
     ("-.", "tab:red", _MARKERS[2], "////"),
     (":", "tab:green", _MARKERS[3], "...."),
 )
-"""Line, colour, marker and hatch of up to four; the first is what others are compared with."""
+"""Line, colour, marker and hatch of up to four methods."""
 
+_ALONE = ("-", "tab:blue", _MARKERS[0], "")
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "oo", "----", "++++")
 
 _DOT = ".....|.....|..#..|.....|....."
@@ -320,14 +316,16 @@ def _of_task(task: int) -> dict[str, Any]:
     return {"color": _COLOURS[task % len(_COLOURS)], "marker": _MARKERS[task % len(_MARKERS)], "fillstyle": fill}
 
 
-def _places(drawn: Sequence[str], methods: Sequence[str] | None) -> list[int]:
-    """How each method looks: its place in `_METHODS`."""
+def _looks(drawn: Sequence[str], methods: Sequence[str] | None) -> list[tuple[str, str, str, str]]:
+    """Line, colour, marker and hatch of each method that is drawn."""
     if methods is None:
-        return [1] if len(drawn) == 1 else list(range(len(drawn)))  # one alone is not what others are compared with
-    if len(methods) > len(_METHODS) or any(name not in methods for name in drawn):
-        drawn_ones = ", ".join(map(repr, drawn))
-        raise ValueError(f"methods is {list(methods)}, expected one to four, with {drawn_ones} among them")
-    return [list(methods).index(name) for name in drawn]
+        return [_ALONE] if len(drawn) == 1 else list(_LOOKS[: len(drawn)])
+    known = list(methods)
+    if len(known) > len(_LOOKS) or not set(drawn) <= set(known):
+        names = ", ".join(map(repr, drawn))
+        raise ValueError(f"methods is {known}, expected one to four names, with {names} among them")
+    of = dict(zip(known, _LOOKS, strict=False))
+    return [of[name] for name in drawn]
 
 
 def _faded(colour: str) -> tuple[float, float, float, float]:

@@ -749,6 +749,19 @@ def test_tables_have_means_deviations_and_seeds_and_call_a_stand_in_one(shown):
     assert re.search(r"^before\n.*\nbetween\n<!-- results:b -->\n\nNot run yet.\n.*\nafter\n$", text, flags=re.DOTALL)
 
 
+def test_a_method_looks_the_same_in_every_experiment_s_figure(shown):
+    from results import figures
+
+    def looks(methods):
+        left = figures("a", {**summary, "methods": methods})["a.png"]().axes[0]
+        return dict(zip(methods, [(line.get_linestyle(), line.get_color()) for line in left.get_lines()], strict=True))
+
+    summary = json.loads((shown / "results" / "a.json").read_text())
+    two = summary["methods"]
+    four = looks({"naive": two["naive"], "paper": two["best"], "exact": two["best"], "best": two["best"]})
+    assert looks(two) == {"naive": four["naive"], "best": four["best"]}
+
+
 def test_methods_of_other_seeds_are_not_passed_off_as_compared(shown):
     from results import table
 

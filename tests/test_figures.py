@@ -100,9 +100,19 @@ def test_a_method_looks_the_same_whatever_it_is_drawn_with():
     for some in (["naive", "best"], ["paper", "best"], ["exact"]):
         assert looks(some, names) == {name: of_all[name] for name in some}
     assert looks(["naive", "best"], None)["best"] != of_all["best"]
-    for wrong in (["naive", "paper"], [*names, "fifth"], []):
-        with pytest.raises(ValueError, match="expected one to four, with 'best' among them"):
+    for wrong in (["naive", "paper"], [*names, "fifth"], [], "best"):
+        with pytest.raises(ValueError, match="expected one to four names, with 'best' among them"):
             looks(["best"], wrong)
+
+
+def test_one_method_alone_is_a_solid_line_with_plain_bars(tmp_path):
+    left, _, capacity = figures.retention([RESULT]).axes
+    (line,), bars = left.get_lines(), capacity.patches
+    assert (line.get_linestyle(), line.get_color(), line.get_marker()) == ("-", "tab:blue", "o")
+    assert {bar.get_hatch() for bar in bars} <= {None, ""}
+    plot_retention([RESULT], tmp_path / "alone.png")
+    plot_retention([RESULT], tmp_path / "third.png", methods=["naive", "paper", "freezing"])
+    assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "third.png").read_bytes()
 
 
 def test_several_seeds_are_a_mean_in_a_band_of_a_deviation():
