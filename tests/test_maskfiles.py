@@ -353,7 +353,7 @@ print((peak() - before) * 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
 def test_a_unit_takes_a_byte_and_no_more(tmp_path):
     _, _, small = saved(tmp_path, Mlp)
     plain = json.loads(metadata(small)["lightning_rnf"])

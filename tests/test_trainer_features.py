@@ -237,7 +237,8 @@ def accuracy_now(model, task):
 
 
 def averaging():
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    from lightning.pytorch import callbacks
+
     if not hasattr(callbacks, "WeightAveraging"):
         pytest.skip("WeightAveraging is there from Lightning 2.6 on")
     ema = torch.optim.swa_utils.get_ema_avg_fn(0.9)
