@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -156,17 +157,10 @@ def _by_layer(flat: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return dict(zip(sizes, (part.clone() for part in flat.split(list(sizes.values()))), strict=True))
 
 
-_BITS = torch.tensor([1 << place for place in range(7, -1, -1)], dtype=torch.uint8)
-
-
 def _packed(mask: Tensor) -> Tensor:
     """Eight units a byte, the first in the highest bit; the last byte is filled up with zeros."""
-    filled = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8))
-    return (filled.view(-1, 8) * _BITS).sum(dim=1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.numpy()))
 
 
 def _unpacked(packed: Tensor, units: int) -> Tensor:
-    mask = torch.empty(8 * len(packed), dtype=torch.bool)
-    for place, bit in enumerate(_BITS):
-        mask[place::8] = (packed & bit).ne(0)
-    return mask[:units]
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=units)).view(torch.bool)
