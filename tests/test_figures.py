@@ -100,8 +100,8 @@ def test_a_method_looks_the_same_whatever_it_is_drawn_with():
     for some in (["naive", "best"], ["paper", "best"], ["exact"]):
         assert looks(some, names) == {name: of_all[name] for name in some}
     assert looks(["naive", "best"], None)["best"] != of_all["best"]
-    for wrong in (["naive", "paper"], [*names, "fifth"], [], "best"):
-        with pytest.raises(ValueError, match="expected one to four names, with 'best' among them"):
+    for wrong in (["naive", "paper"], [*names, "fifth"], ["best", "best"], [], "best"):
+        with pytest.raises(ValueError, match="expected one to four different names, with 'best' among them"):
             looks(["best"], wrong)
 
 
