@@ -75,7 +75,7 @@ def plot_retention(
     Raises:
         ImportError: if matplotlib is not installed (extra ``plots``).
         ValueError: if there is no result, or there are more than four results or methods: so many lines can't be told
-            apart; if a method is named twice, or a result's is not among them.
+            apart; with ``methods``, if one is there or among the results twice, or a result's is not there.
     """
     retention(results, methods=methods).savefig(path, dpi=120)
 
@@ -321,9 +321,10 @@ def _looks(drawn: Sequence[str], methods: Sequence[str] | None) -> list[tuple[st
     if methods is None:
         return [_ALONE] if len(drawn) == 1 else list(_LOOKS[: len(drawn)])
     known = list(methods)
-    if len(known) > len(_LOOKS) or len(set(known)) < len(known) or not set(drawn) <= set(known):
+    are_distinct = all(len(set(some)) == len(some) for some in (known, drawn))
+    if len(known) > len(_LOOKS) or not are_distinct or not set(drawn) <= set(known):
         names = ", ".join(map(repr, drawn))
-        raise ValueError(f"methods is {known}, expected one to four different names, with {names} among them")
+        raise ValueError(f"methods is {known}, expected one to four different names, with {names} once each")
     of = dict(zip(known, _LOOKS, strict=False))
     return [of[name] for name in drawn]
 

@@ -101,8 +101,10 @@ def test_a_method_looks_the_same_whatever_it_is_drawn_with():
         assert looks(some, names) == {name: of_all[name] for name in some}
     assert looks(["naive", "best"], None)["best"] != of_all["best"]
     for wrong in (["naive", "paper"], [*names, "fifth"], ["best", "best"], [], "best"):
-        with pytest.raises(ValueError, match="expected one to four different names, with 'best' among them"):
+        with pytest.raises(ValueError, match="expected one to four different names, with 'best' once each"):
             looks(["best"], wrong)
+    with pytest.raises(ValueError, match="with 'best', 'best' once each"):
+        looks(["best", "best"], names)
 
 
 def test_one_method_alone_is_a_solid_line_with_plain_bars(tmp_path):
