@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.demo import MLP, digits
+from lightning_rnf.commands.demo import MLP, digits
 
 
 def main(arguments: Sequence[str] | None = None) -> RelevanceFreezing:

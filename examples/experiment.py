@@ -28,7 +28,7 @@ from results import table
 from torch import Tensor
 
 from lightning_rnf import MultiHead, RelevanceFreezing
-from lightning_rnf.masks import free_capacity_over_tasks
+from lightning_rnf.memory import free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting
 from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream
 

@@ -22,8 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_rnf import MultiHead, RelevanceFreezing, UnitMap
-from lightning_rnf.heatmaps import Drift, heatmaps
+from lightning_rnf import Drift, MultiHead, RelevanceFreezing, UnitMap, heatmaps
 from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream, split_by_class
 
 SHOWN = 2

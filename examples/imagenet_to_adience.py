@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.evaluation import measure
-from lightning_rnf.guard import evaluating
+from lightning_rnf.anatomy import measure
+from lightning_rnf.runtime import evaluating
 from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream
 
 IMAGENET = "imagenet"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from experiment import Experiment
 from images import Data, mnist
 
-from lightning_rnf.demo import MLP
+from lightning_rnf.commands.demo import MLP
 from lightning_rnf.streams import TaskDataModule, split_by_class
 
 

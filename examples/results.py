@@ -26,8 +26,8 @@ from PIL import Image
 from result_files import read
 from torch import Tensor
 
-from lightning_rnf.figures import StreamResult, retention
-from lightning_rnf.heatmaps import Drift, compare
+from lightning_rnf import Drift, StreamResult, compare_heatmaps
+from lightning_rnf.report.figures import retention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,7 +218,7 @@ def _heatmaps(summary: Mapping[str, Any]) -> Figure:
     }
     drifts = {name: [Drift(**drift) for drift in run["drift"]] for name, run in first.items()}
     run = next(iter(first.values()))
-    figure = compare(from_text(run["images"]), maps, drifts)
+    figure = compare_heatmaps(from_text(run["images"]), maps, drifts)
     figure.suptitle(f"{caption(summary)}; 1 seed, drift over {run['images compared']} images", fontsize=9)
     return figure
 

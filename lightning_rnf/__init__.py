@@ -1,19 +1,15 @@
 """A PyTorch Lightning callback that stops catastrophic forgetting: Relevance-based Neural Freezing."""
 
+from lightning_rnf.anatomy import UnitLayer, UnitMap
 from lightning_rnf.callback import RelevanceFreezing
-from lightning_rnf.criteria import (
-    AccuracyDrop,
-    ComputeBudget,
-    Criterion,
-    FreeCapacity,
-    MetricDrop,
-    SubnetworkScore,
-)
+from lightning_rnf.freezing import reduce_free_rows
 from lightning_rnf.heads import MultiHead
-from lightning_rnf.report import RetentionReport
-from lightning_rnf.state import FreezeState, TaskRecord
-from lightning_rnf.summary import RichUnitSummary, UnitSummary
-from lightning_rnf.units import UnitLayer, UnitMap
+from lightning_rnf.memory import FreezeState, TaskRecord
+from lightning_rnf.recall import Size, size_of
+from lightning_rnf.relevance import Drift, compare_heatmaps, heatmaps
+from lightning_rnf.report import RetentionReport, StreamResult, plot_retention
+from lightning_rnf.search import AccuracyDrop, ComputeBudget, Criterion, FreeCapacity, MetricDrop, SubnetworkScore
+from lightning_rnf.tasks import RichUnitSummary, UnitSummary
 
 __version__ = "0.1.0.dev0"
 
@@ -21,6 +17,7 @@ __all__ = [
     "AccuracyDrop",
     "ComputeBudget",
     "Criterion",
+    "Drift",
     "FreeCapacity",
     "FreezeState",
     "MetricDrop",
@@ -28,9 +25,16 @@ __all__ = [
     "RelevanceFreezing",
     "RetentionReport",
     "RichUnitSummary",
+    "Size",
+    "StreamResult",
     "SubnetworkScore",
     "TaskRecord",
     "UnitLayer",
     "UnitMap",
     "UnitSummary",
+    "compare_heatmaps",
+    "heatmaps",
+    "plot_retention",
+    "reduce_free_rows",
+    "size_of",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_rnf.evaluation import answers
+from lightning_rnf.anatomy import answers
 
 
 def average_accuracy(matrix: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class AccuracyMatrix(Metric):
 
         Args:
             logits: ``(N, classes)``.
-            target: as `evaluation.predict_checked` gives it.
+            target: as `anatomy.predict_checked` gives it.
             trained: index of the last task that was trained, from 0.
             task: index of the task that the batch belongs to.
 

@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_rnf.anatomy import Predict, predict_checked, supervised
 from lightning_rnf.callback import RelevanceFreezing
-from lightning_rnf.evaluation import Predict, predict_checked, supervised
-from lightning_rnf.guard import evaluating
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
-from lightning_rnf.reference import on_device, set_up
+from lightning_rnf.runtime import evaluating
+from lightning_rnf.tasks import on_device, set_up
 
 
 class TaskDataModule(LightningDataModule):

@@ -16,13 +16,24 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassF1Score
 from torchmetrics.functional.classification import multiclass_f1_score
-from training import Classifier, ConvClassifier, allocated, clusters, inputs, loader, task_data, train, trainer
+from training import (
+    Classifier,
+    ConvClassifier,
+    allocated,
+    clusters,
+    frozen_rows,
+    inputs,
+    loader,
+    task_data,
+    train,
+    trainer,
+)
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf import AccuracyDrop, ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
-from lightning_rnf.reference import ReferenceData
-from lightning_rnf.sizes import measure
-from lightning_rnf.state import FreezeState
+from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.recall.sizes import size_of
+from lightning_rnf.tasks.reference import ReferenceData
 
 MODELS = pytest.mark.parametrize("model_type", [Classifier, ConvClassifier])
 pytestmark = pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
@@ -31,16 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:no free units are left:UserWarni
 @pytest.fixture(autouse=True)
 def _seed():
     pl.seed_everything(0, verbose=False)
-
-
-def frozen_rows(model, callback):
-    """Every row of a unit that is relevant to a finished task, by parameter."""
-    parameters = dict(model.named_parameters())
-    return {
-        name: parameters[name].detach()[callback.state.frozen()[layer.name]].clone()
-        for layer in callback.state.layers
-        for name in layer.parameters
-    }
 
 
 @MODELS
@@ -574,7 +575,7 @@ def test_a_compute_budget_is_kept_by_the_exported_sub_network(model_type):
     train(model, rnf, "a")
     record = rnf.state.tasks["a"]
     taken = next(one.score for one in record.evaluations if one.score.cutoff == record.cutoff)
-    whole, small = measure(model, inputs()).flops, measure(rnf.export(model, "a"), inputs()).flops
+    whole, small = size_of(model, inputs()).flops, size_of(rnf.export(model, "a"), inputs()).flops
     assert taken.baseline_values["flops"] == whole
     assert taken.values["flops"] == small <= 0.5 * whole < taken.values["flops_before"]
 
@@ -1054,11 +1055,15 @@ def test_arguments_out_of_range_are_refused_by_name(option, value):
 
 
 def test_defaults_are_the_documented_ones():
-    assert RelevanceFreezing().criterion == AccuracyDrop(0.02)
+    assert RelevanceFreezing().ending.criterion == AccuracyDrop(0.02)
     paper = RelevanceFreezing.paper(criterion=0.05)
-    assert (paper.retention, paper.selection.candidates, paper.selection.normalize) == ("paper", "all", "none")
-    assert (paper.recovery_epochs, paper.selection.recalibrate_norm) == (0, False)
-    assert paper.criterion == AccuracyDrop(0.05)
+    assert (paper.retention, paper.ending.selection.candidates, paper.ending.selection.normalize) == (
+        "paper",
+        "all",
+        "none",
+    )
+    assert (paper.ending.recovery.epochs, paper.ending.selection.recalibrate_norm) == (0, False)
+    assert paper.ending.criterion == AccuracyDrop(0.05)
     assert RelevanceFreezing().state_dict() == FreezeState().to_plain()
 
 

@@ -90,6 +90,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-malloc", action="store_true", help="leave the environment of the process alone")
 
 
+def add_data(parser: argparse.ArgumentParser, samples: int, reference: int, attributed: int) -> None:
+    """Options of runs that end tasks, with these defaults."""
+    parser.add_argument("--samples", type=int, default=samples, help="trained on in an epoch (%(default)s)")
+    parser.add_argument("--reference", type=int, default=reference, help="samples for accuracy (%(default)s)")
+    parser.add_argument("--attributed", type=int, default=attributed, help="of them for relevance (%(default)s)")
+
+
 def prepare(options: argparse.Namespace) -> None:
     """Start again in the environment that times are comparable in, and say nothing but results."""
     if not options.default_malloc:

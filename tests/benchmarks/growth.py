@@ -1,6 +1,6 @@
 """How the costs grow with the units of a network and with finished tasks. No test: run it apart.
 
-    PYTHONPATH=tests:examples python tests/benchmarks/growth.py --accelerator cpu
+    PYTHONPATH=tests/support:examples python tests/benchmarks/growth.py --accelerator cpu
 
 Over the units: an MLP of two hidden layers, of which the second has always the same width, so that a unit has the same
 number of weights and a forward pass takes time in proportion to the units: what the search adds is seen beyond that.
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 
 import torch
-from benchmark import Benchmark, Rows, markdown, spread, trainer
+from benchmark import Benchmark, Rows, add_data, markdown, spread, trainer
 from lightning.pytorch import LightningModule, seed_everything
 from measured import ADAM, TASKS, Network
 from step import Clock
@@ -26,7 +26,7 @@ from task_end import Counting, clusters, sizes
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_rnf.figures import new_figure
+from lightning_rnf.report.figures import new_figure
 
 INPUTS, SECOND = 64, 50
 OF_RECALL = ("entry", "forward")
@@ -247,9 +247,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, default=10, help="of one network (%(default)s)")
     parser.add_argument("--width", type=int, default=1000, help="units of that network (%(default)s)")
     parser.add_argument("--ration", type=float, default=0.2, help="of its free units for each task (%(default)s)")
-    parser.add_argument("--samples", type=int, default=2000, help="trained on (%(default)s)")
-    parser.add_argument("--reference", type=int, default=1000, help="samples for accuracy (%(default)s)")
-    parser.add_argument("--attributed", type=int, default=200, help="of them for relevance (%(default)s)")
+    add_data(parser, samples=2_000, reference=1000, attributed=200)
     parser.add_argument("--recalls", type=int, default=30, help="in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="each measures all once (%(default)s)")
 

@@ -3,7 +3,7 @@
 Avalanche is no dependency of this project, so the peers get an environment of their own, outside of the repository:
 
     python -m venv ../peers && ../peers/bin/pip install -r tests/benchmarks/peers_requirements.txt -e .
-    PYTHONPATH=tests:examples ../peers/bin/python tests/benchmarks/peers.py --data FOLDER \
+    PYTHONPATH=tests/support:examples ../peers/bin/python tests/benchmarks/peers.py --data FOLDER \
         --output tests/benchmarks/results/peers_cpu.json
 
 All systems learn the same tasks in the same order from the same samples (a tenth of each task's is held out:
@@ -65,7 +65,7 @@ from run import README, RESULTS, filled
 from torch import Tensor, nn
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.demo import MLP
+from lightning_rnf.commands.demo import MLP
 from lightning_rnf.metrics import AccuracyMatrix, average_accuracy, backward_transfer
 from lightning_rnf.streams import TaskDataModule
 

@@ -1,7 +1,8 @@
 """All benchmarks of this project by one command, into one JSON, one Markdown and a figure. No test: run it apart.
 
-    PYTHONPATH=tests:examples python tests/benchmarks/run.py --accelerator cpu --output tests/benchmarks/results
-    PYTHONPATH=tests:examples python tests/benchmarks/run.py --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed \
+    PYTHONPATH=tests/support:examples python tests/benchmarks/run.py --accelerator cpu --output tests/benchmarks/results
+    PYTHONPATH=tests/support:examples python tests/benchmarks/run.py \
+        --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed \
         --parts step --output tests/benchmarks/results
 
 The files are ``suite_cpu.json``, ``suite_cpu.md`` and ``growth_cpu.png``, on a GPU ``suite_gpu…``, with the precision

@@ -1,6 +1,7 @@
 """How many bytes are kept for each finished task. No test: run it apart.
 
-    PYTHONPATH=tests:examples python tests/benchmarks/state.py --networks mlp zenke resnet18-narrow --accelerator cpu
+    PYTHONPATH=tests/support:examples python tests/benchmarks/state.py \
+        --networks mlp zenke resnet18-narrow --accelerator cpu
 
 Records of real tasks, with few samples: the size depends on the network, on the number of measured cutoffs (some dozens
 of bytes each), and not on the data.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 
-from benchmark import Benchmark, Rows, markdown
+from benchmark import Benchmark, Rows, add_data, markdown
 from measured import NETWORKS
 from task_end import ended, sizes
 
@@ -45,9 +46,7 @@ def table(rows: Rows) -> str:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["mlp", "zenke", "resnet18-narrow"])
-    parser.add_argument("--samples", type=int, default=512, help="trained on (%(default)s)")
-    parser.add_argument("--reference", type=int, default=256, help="samples for accuracy (%(default)s)")
-    parser.add_argument("--attributed", type=int, default=64, help="of them for relevance (%(default)s)")
+    add_data(parser, samples=512, reference=256, attributed=64)
 
 
 STATE = Benchmark(

@@ -1,7 +1,9 @@
 """What a training step costs with `RelevanceFreezing`, as a multiple of a plain Lightning step. No test: run it apart.
 
-    PYTHONPATH=tests:examples python tests/benchmarks/step.py --networks mlp zenke resnet18-narrow --accelerator cpu
-    PYTHONPATH=tests:examples python tests/benchmarks/step.py --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed
+    PYTHONPATH=tests/support:examples python tests/benchmarks/step.py \
+        --networks mlp zenke resnet18-narrow --accelerator cpu
+    PYTHONPATH=tests/support:examples python tests/benchmarks/step.py \
+        --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed
 
 In several processes, behind ``python -m torch.distributed.run --standalone --nproc-per-node 2`` in ``python``'s place.
 Each network without the callback, and with it while a share of its units is frozen. All are measured in turns in one
@@ -23,8 +25,8 @@ from measured import FIRST_TWO, NETWORKS, TASKS, freeze
 from torch.utils.data import DataLoader
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.freezing import elasticities
-from lightning_rnf.state import FreezeState
+from lightning_rnf.freezing.freezer import elasticities
+from lightning_rnf.memory.state import FreezeState
 
 PLAIN = "without the callback"
 SHARES = {f"{share:.0%} frozen": share for share in (0.0, 0.5, 0.75, 0.95, 1.0)}

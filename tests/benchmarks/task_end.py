@@ -1,6 +1,6 @@
 """What the end of a task costs, as a share of one training epoch over 50,000 samples. No test: run it apart.
 
-    PYTHONPATH=tests:examples python tests/benchmarks/task_end.py --networks mlp --accelerator cpu
+    PYTHONPATH=tests/support:examples python tests/benchmarks/task_end.py --networks mlp --accelerator cpu
 
 An MLP of 2 × 1,000 units by default, relevance on 1,000 reference samples, accuracy on 5,000. The data are clusters
 that can be learned, so that the search has something to find. Forward passes are counted in samples and compared with
@@ -19,16 +19,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from benchmark import Benchmark, Rows, markdown, spread, trainer
+from benchmark import Benchmark, Rows, add_data, markdown, spread, trainer
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from measured import NETWORKS, TASKS
 from peak_memory import PeakMemory
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.maskfiles import save
-from lightning_rnf.search import about, rank
-from lightning_rnf.selection import Selection
+from lightning_rnf.memory.maskfiles import save
+from lightning_rnf.search.cutoff import about
+from lightning_rnf.search.ranking import rank
+from lightning_rnf.tasks.selection import Selection
 
 
 def clusters(samples: int, shape: tuple[int, ...], seed: int, task: int = 0) -> TensorDataset:
@@ -207,9 +208,7 @@ def table(rows: Rows) -> str:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["mlp"])
-    parser.add_argument("--samples", type=int, default=50_000, help="in the epoch (%(default)s)")
-    parser.add_argument("--reference", type=int, default=5000, help="samples for accuracy (%(default)s)")
-    parser.add_argument("--attributed", type=int, default=1000, help="of them for relevance (%(default)s)")
+    add_data(parser, samples=50_000, reference=5000, attributed=1000)
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
 
 

@@ -1,0 +1,285 @@
+"""Unit layers: what belongs to each unit, and which layers of a traced model have units that can be followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_rnf.anatomy.trace import Call, Trace
+
+OUTPUT_AXIS: dict[type[nn.Module], int] = {
+    nn.Linear: -1,
+    nn.Conv1d: -2,
+    nn.Conv2d: -3,
+    nn.Conv3d: -4,
+    nn.ConvTranspose1d: -2,
+    nn.ConvTranspose2d: -3,
+    nn.ConvTranspose3d: -4,
+}
+"""Unit layers and the axis of their output that counts units, from the end."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+"""Norms that treat each channel by itself, as a `nn.GroupNorm` of one channel per group does."""
+
+
+@dataclass(frozen=True)
+class UnitLayer:
+    """A layer whose outputs are units.
+
+    Attributes:
+        name: of the module.
+        units: how many.
+        axis: of the output that counts units, negative: -1 for linear, -3 for two-dimensional convolution.
+        parameters: names of the parameters that belong to the units: weight, bias, those of the norm, slopes. Each has
+            units along its first dimension, but for the weight of a transposed convolution: see `spread`.
+        norm: name of the norm that directly follows, or None.
+        slopes: name of the ``PReLU`` with a slope per unit that directly follows the layer or its norm, or None.
+        transposed: of a transposed convolution its number of groups, and of inputs per group; else None.
+    """
+
+    name: str
+    units: int
+    axis: int
+    parameters: tuple[str, ...]
+    norm: str | None = None
+    slopes: str | None = None
+    transposed: tuple[int, int] | None = None
+
+    @property
+    def speaker(self) -> str:
+        """Name of the module whose output is what the units say to the rest of the network."""
+        return self.slopes or self.norm or self.name
+
+    def leading_shape(self, parameter: str) -> tuple[int, ...]:
+        """The dimensions of one of its parameters that tell units apart: ``(units,)``, in general.
+
+        The weight of a transposed convolution is ``(groups · inputs, units / groups, …)``, and unit
+        ``group · units / groups + j`` owns the column ``j`` of its group's inputs.
+        """
+        if self.transposed is None or parameter != f"{self.name}.weight":
+            return (self.units,)
+        groups, inputs = self.transposed
+        return (groups * inputs, self.units // groups)
+
+    def spread(self, parameter: str, values: Tensor) -> Tensor:
+        """Give each slice of a parameter the value of the unit that it belongs to.
+
+        Args:
+            parameter: one of `parameters`.
+            values: ``(units,)``.
+
+        Returns:
+            Of `leading_shape`.
+        """
+        if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
+            return values
+        groups, inputs = self.transposed
+        return values.reshape(groups, 1, -1).expand(-1, inputs, -1).reshape(self.leading_shape(parameter))
+
+    def by_unit(self, parameter: str, values: Tensor) -> Tensor:
+        """What each unit has of a parameter, or of anything of its shape: ``(units, …)``, a copy or a view."""
+        if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
+            return values
+        groups, inputs = self.transposed
+        columns: Tensor = values.unflatten(0, (groups, inputs))
+        return columns.transpose(1, 2).flatten(0, 1)
+
+
+def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
+    """Check that a model's modules, by name, are of the kinds that a layer, its norm and its slopes have to be.
+
+    Raises:
+        ValueError: naming the one that is not.
+    """
+    module = modules.get(layer.name)
+    axis = next((axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind)), None)
+    if axis != layer.axis or isinstance(module, TRANSPOSED) != (layer.transposed is not None):
+        kind = "transposed convolution" if layer.transposed else "layer"
+        raise ValueError(
+            f"layer {layer.name!r} was a {kind} with its units along dimension {layer.axis} when a task ended, in this "
+            f"model it is {_described(module)}"
+        )
+    for role, name, is_kind in (("norm", layer.norm, _is_per_channel_norm), ("slopes", layer.slopes, _is_prelu)):
+        if name is not None and (name not in modules or not is_kind(modules[name])):
+            raise ValueError(
+                f"layer {layer.name!r} had {name!r} for its {role} when a task ended, in this model that is "
+                f"{_described(modules.get(name))}"
+            )
+
+
+def layer_calls(trace: Trace) -> Iterator[Call]:
+    """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
+    for call in trace.calls:
+        if isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)) and (call.node is None or trace.reached(call)):
+            yield call
+
+
+def select(trace: Trace, head: str, globs: Sequence[str] | None) -> list[str]:
+    """Names of the unit layers, in execution order.
+
+    Args:
+        trace: of the model.
+        head: name of the module that is none of them.
+        globs: of their names; None: all.
+
+    Raises:
+        ValueError: naming a glob that matches none.
+    """
+    names = [
+        name
+        for name in dict.fromkeys(call.name for call in layer_calls(trace))
+        if not inside(name, head) and _has_rows(trace, name)
+    ]
+    for glob in globs or ():
+        if not any(fnmatchcase(name, glob) for name in names):
+            found = "matches no unit layer"
+            if glob in trace.modules:
+                kind = type(trace.modules[glob]).__name__
+                found = f"names a {kind}, whose parameters can't be assigned to units"
+            if inside(glob, head):
+                found = f"names the head {head!r}, which is never made of units"
+            raise ValueError(f"units={glob!r} {found}; this model's unit layers are {_listed(names)}")
+    return [name for name in names if globs is None or matches(name, globs)]
+
+
+def unit_layer(trace: Trace, name: str) -> UnitLayer:
+    """The layer of that name, with the norm and the slopes that are its units' own.
+
+    Raises:
+        ValueError: if it is used in a way that units can't follow.
+    """
+    module = trace.modules[name]
+    calls = [call for call in trace.calls if call.name == name]
+    found = None
+    if is_parametrized(module):
+        found = "is parametrized: its weight is computed, so no row of it can be pinned"
+    elif len(calls) > 1:
+        found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
+    for key, parameter in trace.own_parameters(name).items():
+        if len(trace.owners[parameter]) > 1:
+            found = f"shares {key!r} with {sorted(set(trace.owners[parameter]) - {key})}"
+        elif parameter in trace.leaves and trace.edges[trace.leaves[parameter]] > 1 and len(calls) == 1:
+            found = f"has its {key!r} used a second time outside the layer"
+    if found:
+        raise ValueError(f"layer {name!r} {found}; leave it out of units= and it is frozen whole after the first task")
+    (call,) = calls
+    weight = trace.own_parameters(name)[f"{name}.weight"]
+    axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
+    units, transposed = len(weight), None
+    if isinstance(module, TRANSPOSED):
+        units, transposed = module.groups * weight.shape[1], (module.groups, len(weight) // module.groups)
+    norm = _follower(trace, call, units, axis, _is_per_channel_norm)
+    slopes = _follower(trace, norm or call, units, axis, _is_prelu)
+    parameters = [
+        key for owner in (call, norm, slopes) if owner is not None for key in trace.own_parameters(owner.name)
+    ]
+    return UnitLayer(
+        name,
+        units,
+        axis,
+        tuple(parameters),
+        norm=None if norm is None else norm.name,
+        slopes=None if slopes is None else slopes.name,
+        transposed=transposed,
+    )
+
+
+def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer]) -> str:
+    """Why a parameter that took part in the forward belongs to no unit and no head, in few words."""
+    name = parameter.rpartition(".")[0]
+    module = trace.modules[name]
+    kind = type(module).__name__
+    calls = [call for call in trace.calls if call.name == name]
+    others = [other for other in trace.owners[trace.own_parameters(name)[parameter]] if other != parameter]
+    if others:
+        return f"tied to {', '.join(others)}"
+    if not calls:
+        return "used functionally, the module itself did not run"
+    if all(call.output is not None and not trace.reached(call) for call in calls):
+        return f"{kind} ran detached from the logits, or unseen (no_grad, reentrant checkpointing)"
+    if isinstance(module, tuple(OUTPUT_AXIS)):
+        return "left out by units=" if _has_rows(trace, name) else f"{kind} has more to it than one row for each output"
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return "PReLU with one slope for all channels"
+    if _is_per_channel_norm(module) or _is_prelu(module):
+        return f"{kind} {_why_not_a_unit_s(trace, calls, layers)}"
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+        return f"{kind} mixes channels"
+    return f"{kind}'s own, no layer's" if any(module.children()) else f"{kind} is no unit layer"
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether one of the globs matches."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def inside(name: str, ancestor: str) -> bool:
+    """Whether a module is another one or a part of it."""
+    return name == ancestor or name.startswith(f"{ancestor}.")
+
+
+def _has_rows(trace: Trace, name: str) -> bool:
+    """Whether the layer's parameters are its rows alone; an adapter's, say, compute something else and are shared."""
+    keys = {key.rpartition(".")[2] for key in trace.own_parameters(name)}
+    return is_parametrized(trace.modules[name]) or (
+        {"weight"} <= keys <= {"weight", "bias"} and not any(trace.modules[name].children())
+    )
+
+
+def _is_per_channel_norm(module: nn.Module) -> bool:
+    """Whether it treats every channel by itself. Others mix channels: what is silenced would be heard after them."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups == module.num_channels
+    return isinstance(module, CHANNEL_NORMS)
+
+
+def _described(module: nn.Module | None) -> str:
+    return "missing" if module is None else f"of type {type(module).__name__}"
+
+
+def _is_prelu(module: nn.Module) -> bool:
+    return isinstance(module, nn.PReLU)
+
+
+def _follower(trace: Trace, call: Call, units: int, axis: int, is_kind: Callable[[nn.Module], bool]) -> Call | None:
+    """The run of a module of some kind that reads this output along the axis of its units, if nothing else does."""
+    # Modules of these kinds count channels along dimension 1 of their input.
+    if call.output is None or call.output.ndim + axis != 1 or trace.edges[call.node] != 1:
+        return None
+    for other in trace.calls:
+        if other.source is not call.node or trace.runs[other.name] != 1 or not trace.reached(other):
+            continue
+        own = trace.own_parameters(other.name).values()
+        is_units_own = all(parameter.shape == (units,) and len(trace.owners[parameter]) == 1 for parameter in own)
+        if is_kind(trace.modules[other.name]) and is_units_own:
+            return other
+    return None
+
+
+_SUMS = {"CatBackward0": "a concatenation", "AddBackward0": "a sum", "SubBackward0": "a difference"}
+
+
+def _why_not_a_unit_s(trace: Trace, calls: Sequence[Call], layers: Iterable[UnitLayer]) -> str:
+    """For a norm or slopes that would be the units' own directly behind them."""
+    if len(calls) > 1:
+        return f"runs {len(calls)} times in one forward"
+    (call,) = calls
+    made_by = "" if call.source is None else type(call.source).__name__
+    if made_by in _SUMS:
+        return f"reads {_SUMS[made_by]}, whose channels no layer owns"
+    read = [other.name for other in trace.calls if call.source is not None and other.node is call.source]
+    if not {name for layer in layers for name in (layer.name, layer.norm)}.intersection(read):
+        return "does not directly follow a unit layer"
+    if trace.edges[call.source] > 1:
+        return "is not alone in reading the layer before it"
+    return "does not go along the units of the layer before it"
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,225 @@
+"""Which units, heads and shared parameters a model has: found by tracing one forward, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from lightning_rnf.anatomy.layers import (
+    OUTPUT_AXIS,
+    UnitLayer,
+    inside,
+    layer_calls,
+    matches,
+    select,
+    unit_layer,
+    why_shared,
+)
+from lightning_rnf.anatomy.predict import Predict, supervised
+from lightning_rnf.anatomy.trace import Trace
+
+__all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """What each parameter of a model belongs to: a unit, the active head, all units (shared), or nothing that ran.
+
+    Attributes:
+        layers: in execution order.
+        head: name of the module that made the logits.
+        head_parameters: parameters of the head.
+        shared: parameters that belong to no unit and no head; of modules that ran detached from the logits, too.
+        idle: parameters that took no part in the forward: other tasks' heads, or unused.
+        buffers: of the modules that ran, and any others that were read: norms' statistics, and whatever else may move.
+        reasons: why each shared parameter is shared, by its name, in few words.
+        kinds: type names of all modules, by module name.
+    """
+
+    layers: tuple[UnitLayer, ...]
+    head: str
+    head_parameters: tuple[str, ...]
+    shared: tuple[str, ...]
+    idle: tuple[str, ...]
+    buffers: tuple[str, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict, repr=False)
+    kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        example_batch: Any,
+        predict: Predict = supervised,
+        units: str | Sequence[str] | None = None,
+        heads: str | Sequence[str] | None = None,
+    ) -> UnitMap:
+        """Trace one forward, in eval mode and eagerly, and leave the module as it was.
+
+        Args:
+            module: the model, with the task's head active.
+            example_batch: on the module's device.
+            predict: how to get logits of a batch.
+            units: globs of module names; None: every layer of `OUTPUT_AXIS` outside the head.
+            heads: globs of module names; None: the module whose output is the logits. If it stands in a ``ModuleDict``
+                or ``ModuleList`` whose other entries did not run, the whole entry is the head.
+
+        Raises:
+            ValueError: if no head or no unit layer is found, if a unit layer is used in a way that units can't follow
+                (it runs twice, shares its weight, is parametrized), or if ``units`` or ``heads`` match nothing usable.
+        """
+        trace = Trace.of(module, example_batch, predict)
+        head = _find_head(trace, _globs(heads))
+        layers = tuple(unit_layer(trace, name) for name in select(trace, head, _globs(units)))
+        if not layers:
+            raise ValueError(
+                f"no unit layers: no Linear or convolution ran before the head {head!r}, or units={units!r} excludes "
+                "all of them; a network needs a hidden layer for units to freeze"
+            )
+        of_head, shared, idle = _assign(trace, layers, head)
+        return cls(
+            layers,
+            head,
+            of_head,
+            shared,
+            idle,
+            _buffers(trace),
+            reasons={name: why_shared(trace, name, layers) for name in shared},
+            kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
+        )
+
+    def __str__(self) -> str:
+        """A line for each unit layer, the head, and each module with shared or idle parameters, the shared with why."""
+        rows = []
+        for layer in self.layers:
+            followers = [
+                f"{self._kind(name)} {name}".strip() for name in (layer.norm, layer.slopes) if name is not None
+            ]
+            rows.append((layer.name, self._kind(layer.name), f"{layer.units:5} units", ", ".join(followers)))
+        units = sum(layer.units for layer in self.layers)
+        lines = [
+            f"{units} units in {_count(rows, 'layer')}, each with the norm and slopes that follow it:",
+            *_table(rows),
+        ]
+        lines += ["head:", *_table([(self.head, self._kind(self.head), _count(self.head_parameters, "parameter"))])]
+        if self.shared:
+            by_reason = groupby(self.shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))
+            lines.append("shared, frozen whole after the first task:")
+            lines += _table([(module, _keys(names), reason) for (module, reason), names in by_reason])
+        if self.idle:
+            by_module = groupby(self.idle, lambda name: name.rpartition(".")[0])
+            lines.append("idle, took no part (heads of other tasks, or unused):")
+            lines += _table([(module, _keys(names)) for module, names in by_module])
+        return "\n".join(lines)
+
+    def _kind(self, name: str) -> str:
+        return self.kinds.get(name, "")
+
+
+def _find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
+    if globs is not None:
+        return _named_head(trace, globs)
+    makers = [
+        call.name
+        for call in trace.calls
+        if call.output is not None
+        and call.output.numel() == trace.logits.numel()
+        and call.output.untyped_storage().data_ptr() == trace.logits.untyped_storage().data_ptr()
+        and any(True for _ in trace.modules[call.name].parameters())
+    ]
+    if not makers or makers[0] == "" or _is_all(trace, makers[0]):
+        raise ValueError(
+            "head not found: no module's output is the logits (they are computed from it by a function, or by the "
+            "LightningModule itself); name the heads' modules with heads=, for example heads='heads.*'"
+        )
+    return _whole_entry(trace, makers[0]) or makers[0]
+
+
+def _is_all(trace: Trace, name: str) -> bool:
+    """Whether a module with parts holds every layer: then it makes logits of its parts' by a function of its own."""
+    return any(trace.modules[name].children()) and all(inside(call.name, name) for call in layer_calls(trace))
+
+
+def _named_head(trace: Trace, globs: tuple[str, ...]) -> str:
+    matched = [name for name in trace.modules if name and matches(name, globs) and trace.runs[name]]
+    outermost = [name for name in matched if not any(inside(name, other) for other in matched if other != name)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"head not found: heads={list(globs)} matches {outermost or 'no module'} of those that ran, expected "
+            "exactly one, the active task's"
+        )
+    (found,) = outermost
+    # A glob may name the container of all heads: the head is the entry that ran last.
+    parts = [call.name for call in trace.calls if inside(call.name, found) and trace.own_parameters(call.name)]
+    entry = _whole_entry(trace, parts[-1]) if parts else None
+    return entry if entry is not None and inside(entry, found) else found
+
+
+def _whole_entry(trace: Trace, name: str) -> str | None:
+    """The outermost entry of a container of alternatives that ``name`` is in, if there is one."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        container = trace.modules[".".join(parts[:depth])]
+        entry = ".".join(parts[: depth + 1])
+        if not isinstance(container, (nn.ModuleDict, nn.ModuleList)):
+            continue
+        others = [f"{'.'.join(parts[:depth])}.{key}" for key, _ in container.named_children()]
+        others.remove(entry)
+        # One entry alone is an alternative in a dict of heads; in a list it may as well be the only block of a stack.
+        alternatives = bool(others) or isinstance(container, nn.ModuleDict)
+        leaves_units = any(call.name and not inside(call.name, entry) for call in layer_calls(trace))
+        if alternatives and leaves_units and not any(trace.runs[other] for other in others):
+            return entry
+    return None
+
+
+def _assign(trace: Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tuple[str, ...], ...]:
+    """Head parameters, shared parameters, idle parameters: every parameter outside the layers exactly once."""
+    of_units = {name for layer in layers for name in layer.parameters}
+    of_head, shared, idle = [], [], []
+    for parameter, owners in trace.owners.items():
+        if not of_units.isdisjoint(owners):
+            continue
+        if all(inside(name, head) for name in owners):
+            of_head.append(owners[0])
+        elif trace.used(parameter):
+            shared.append(owners[0])
+        else:
+            idle.append(owners[0])
+    return tuple(of_head), tuple(shared), tuple(idle)
+
+
+def _buffers(trace: Trace) -> tuple[str, ...]:
+    """Those of modules that ran, and any that a function was given: a norm's statistics, say, used without the norm.
+
+    Others may be anything: a replay memory in the outermost module, say, that is not read when it predicts.
+    """
+    return tuple(
+        f"{name}.{key}" if name else key
+        for name, module in trace.modules.items()
+        for key, buffer in module.named_buffers(recurse=False)
+        if (name and trace.runs[name]) or id(buffer) in trace.read
+    )
+
+
+def _globs(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _keys(names: Iterable[str]) -> str:
+    """What a module calls its parameters."""
+    return ", ".join(name.rpartition(".")[2] for name in names)
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"

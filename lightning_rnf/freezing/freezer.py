@@ -1,0 +1,362 @@
+"""Keep frozen rows where they are while an optimizer works on the rest, and slow elastic ones down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.freezing import rows as layer_rows
+from lightning_rnf.memory import FreezeState
+from lightning_rnf.runtime import sharding
+
+ElasticityOption = float | dict[str, float]
+"""A factor on the learning rate, or factors by glob of module names (the first match counts; no match: the default)."""
+
+
+def elasticities(
+    state: FreezeState,
+    elasticity: ElasticityOption = 0.0,
+    irrelevant_elasticity: ElasticityOption = 1.0,
+    inside: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The factor on the learning rate of every parameter that the finished tasks know.
+
+    Args:
+        state: the finished tasks.
+        elasticity: of relevant units and shared parameters (the paper's lr_frozen as a factor). Without a match: 0.
+        irrelevant_elasticity: of units that are relevant to no task (the paper's lr_irrelevant). Without a match: 1.
+        inside: bool ``(units,)`` by layer: units of the sub-network that is being trained. All others are 0.
+
+    Returns:
+        By parameter name: one factor per slice along the dimensions that tell units apart (`UnitLayer.leading_shape`:
+        ``(units,)``, in general), or one for the whole, ``()``. Heads of finished tasks are 0: they never train again.
+    """
+    factors: dict[str, Tensor] = {}
+    all_frozen = state.frozen()
+    for layer in state.layers:
+        frozen = all_frozen[layer.name]
+        relevant = torch.tensor(_factor(elasticity, layer.name, 0.0))
+        irrelevant = torch.tensor(_factor(irrelevant_elasticity, layer.name, 1.0))
+        of_units = torch.where(frozen, relevant, irrelevant)
+        if inside is not None:
+            of_units = of_units.masked_fill(~inside[layer.name], 0.0)
+        for name in layer.parameters:
+            factors[name] = layer.spread(name, of_units)
+    for name in state.shared:
+        factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
+    for record in state.tasks.values():
+        for name in record.head_parameters:
+            factors[name] = torch.tensor(0.0)
+    return factors
+
+
+def check_globs(name: str, option: ElasticityOption, units: UnitMap) -> None:
+    """Check that each glob names a module that it can be about.
+
+    Raises:
+        ValueError: naming the glob that does not.
+    """
+    names = [*(layer.name for layer in units.layers), *(shared.rpartition(".")[0] for shared in units.shared)]
+    for glob in option if isinstance(option, Mapping) else ():
+        if not any(fnmatchcase(module, glob) for module in names):
+            raise ValueError(f"{name}: {glob!r} matches no unit layer and no module with shared parameters: {names}")
+
+
+def check_elasticity(name: str, option: ElasticityOption) -> ElasticityOption:
+    """Return ``option`` if every factor is finite and at least 0.
+
+    Raises:
+        ValueError: naming the factor that is not.
+    """
+    for key, factor in (option if isinstance(option, Mapping) else {"": option}).items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
+            raise ValueError(f"{name}{f'[{key!r}]' if key else ''} is {factor!r}, expected a factor of at least 0")
+    return option
+
+
+@torch.no_grad()
+def hold_in_copy(tensors: Mapping[str, Tensor], module: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    """Give a copy of a module's parameters the module's own frozen rows.
+
+    For a state dict on its way into a checkpoint: one of averaged weights has those rows rounded.
+
+    Args:
+        tensors: by parameter name.
+        module: whose frozen rows are right.
+        factors: by parameter name, as from `elasticities`.
+    """
+    for name, rows in _rows(module, factors).items():
+        frozen = rows.where(rows.factor == 0)
+        if frozen is not None and name in tensors:
+            frozen.write(tensors[name], frozen.read(rows.parameter))
+
+
+class Freezer:
+    """Holds a module's parameters to their elasticities for the length of one fit.
+
+    Elasticity 0 means bit-equal: gradients of frozen rows are zeroed as they arrive, so that clipping, accumulation and
+    moments see zeros, *and* the rows are put back after every optimizer step, since weight decay and warm moments move
+    what has no gradient. Other factors scale the update: a scaled gradient makes no difference to Adam. Of a parameter
+    that is sharded by rows (FSDP2), each process holds those that it has.
+
+    Args:
+        module: the bare model.
+        factors: by parameter name, as from `elasticities`.
+    """
+
+    def __init__(self, module: nn.Module, factors: Mapping[str, Tensor]) -> None:
+        self._module = module
+        self._rows = _rows(module, factors)
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._stopped: list[_Rows] = []
+        self._held: dict[Tensor, _Rows] = {}
+        self._handles: list[Any] = []
+        self._nested_steps = 0
+
+    @property
+    def attached(self) -> bool:
+        """Whether rows are being held."""
+        return bool(self._handles)
+
+    def stop_gradients(self) -> None:
+        """Take parameters that are frozen whole out of training. Before the strategy wraps the model."""
+        for rows in self._rows.values():
+            if rows.is_whole and rows.parameter.requires_grad:
+                self._stopped.append(rows)
+                rows.parameter.requires_grad_(False)
+
+    def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Start to mask gradients and to hold rows at the values they have now.
+
+        Call it when weights are loaded and on their device, and the optimizers are there.
+
+        Raises:
+            TypeError: if an optimizer has no step hooks to hold rows with.
+        """
+        self._remove_hooks()
+        if sharding.is_sharded(self._module):  # since the setup, with other parameters in the places of the old ones
+            sharding.reshard(self._module)
+            for name, rows in self._rows.items():
+                rows.parameter = self._module.get_parameter(name)
+        self.follow(optimizers)
+        for rows in self._rows.values():
+            rows.hold()
+            self._held[rows.parameter] = rows
+            if rows.frozen is not None:
+                self._handles.append(rows.mask_gradients())
+        self._spare_gradients()
+
+    def change(self, factors: Mapping[str, Tensor]) -> None:
+        """Hold to other elasticities from here on; if rows are being held, with the same optimizers."""
+        if self.attached:
+            self.pin()
+        self._rows = _rows(self._module, factors)
+        if self.attached:
+            self.attach(list(self._optimizers))
+
+    def follow(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Hold rows against these optimizers too, if they are new, and check that the parameters are still the same.
+
+        Raises:
+            TypeError: if an optimizer has no step hooks to hold rows with.
+            ValueError: if somebody has put another parameter in the place of one that is held.
+        """
+        sharding.reshard(self._module)
+        new = [one for one in optimizers if not any(one is known for known in self._optimizers)]
+        for optimizer in new:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise TypeError(
+                    f"optimizer {type(optimizer).__name__} has no step hooks, so frozen rows can't be held: "
+                    "use a torch.optim.Optimizer"
+                )
+        for name, rows in self._rows.items():
+            if self._module.get_parameter(name) is not rows.parameter:
+                raise ValueError(
+                    f"parameter {name!r} was replaced by another during the fit, so its frozen rows can't be held: "
+                    "write into the one that is there"
+                )
+        for optimizer in new:
+            self._optimizers.append(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def detach(self) -> None:
+        """Pin once more, remove every hook and give back the flags. Safe to call twice."""
+        sharding.reshard(self._module)
+        if self.attached:
+            self.pin()
+        self._remove_hooks()
+        while self._stopped:
+            self._stopped.pop().parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def pin(self, *, written_only: bool = False) -> None:
+        """Put frozen rows back, whoever moved them: averaging or clamping callbacks write past the optimizer.
+
+        Args:
+            written_only: only where torch has counted a write since the last time; writes to ``.data`` it doesn't.
+        """
+        for rows in self._rows.values():
+            if not written_only or sharding.writes(rows.parameter) != rows.pinned_writes:
+                rows.pin()
+
+    def free_rows(self, parameter: Tensor) -> Tensor | None:
+        """As `communication.FreeRows`: rows whose gradients are not masked now."""
+        rows = self._held.get(parameter)
+        return None if rows is None else rows.free
+
+    def forget_failed_step(self) -> None:
+        """After an exception in a step that somebody caught: its second hook never ran."""
+        self._nested_steps = 0
+
+    def _spare_gradients(self) -> None:
+        """Let layers not even work out the gradients that are masked, where that can be done and pays."""
+        for name, rows in self._rows.items() if not sharding.is_sharded(self._module) else ():
+            layer, _, kind = name.rpartition(".")
+            if kind == "weight" and rows.factor.ndim == 1:
+                found = layer_rows.learning(self._module.get_submodule(layer), rows.factor == 0)
+                if found is not None:
+                    rows.learn, handle = found
+                    self._handles.append(handle)
+
+    def _remove_hooks(self) -> None:
+        self._nested_steps = 0
+        self._optimizers.clear()
+        self._held.clear()
+        while self._handles:
+            self._handles.pop().remove()
+
+    # An optimizer whose step calls its base's runs these hooks once for each.
+
+    @torch.no_grad()
+    def _before_step(self, *args: object) -> None:
+        if self._nested_steps == 0:
+            for rows in self._rows.values():
+                rows.remember()
+        self._nested_steps += 1
+
+    @torch.no_grad()
+    def _after_step(self, *args: object) -> None:
+        self._nested_steps -= 1
+        self.pin()
+        if self._nested_steps == 0:
+            for rows in self._rows.values():
+                rows.slow_down()
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """Some rows of a parameter: an index for each of its leading dimensions; None: all of it.
+
+    Two leading dimensions are rare, one has its own faster functions.
+    """
+
+    index: tuple[Tensor, ...] | None
+
+    def read(self, parameter: Tensor) -> Tensor:
+        rows = sharding.local(parameter)
+        if self.index is None:
+            return rows.clone()
+        return rows.index_select(0, *self.index) if len(self.index) == 1 else rows[self.index]
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        rows = sharding.local(parameter)
+        if self.index is None:
+            rows.copy_(value)
+            return
+        value = value.to(rows)  # after the fit the parameter may be on another device
+        index = tuple(one.to(rows.device) for one in self.index)
+        if len(index) == 1:
+            rows.index_copy_(0, *index, value)
+        else:
+            rows.index_put_(index, value)
+
+    def zero(self, tensor: Tensor) -> None:
+        tensor = sharding.local(tensor)
+        # Filled, not multiplied: zero times NaN is NaN.
+        if self.index is None:
+            tensor.zero_()
+        elif len(self.index) == 1:
+            tensor.index_fill_(0, *self.index, 0.0)
+        else:
+            tensor[self.index] = 0.0
+
+
+def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
+    sharding.reshard(module)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {name: _Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()}
+
+
+class _Rows:
+    """One parameter's frozen rows and its elastic ones, of those that this process has."""
+
+    def __init__(self, parameter: nn.Parameter, factor: Tensor) -> None:
+        self.parameter = parameter
+        self.factor = factor
+        self.is_whole = not bool(factor.any())
+        self.frozen: _Slice | None = None
+        self.free: Tensor | None = None
+        self.elastic: _Slice | None = None
+        self.pinned: Tensor
+        self.pinned_writes = -1
+        self.before: Tensor
+        self.weight: Tensor
+        self.learn: layer_rows.LearnRows | None = None
+
+    def hold(self) -> None:
+        factor = sharding.local_rows(self.parameter, self.factor)
+        elastic = (factor != 0) & (factor != 1)
+        self.frozen = self.where(factor == 0)
+        self.elastic = self.where(elastic)
+        self.free = None if self.frozen is None else factor.nonzero().to(self.parameter.device)
+        if self.frozen is not None:
+            self.pinned = self.frozen.read(self.parameter)
+        if self.elastic is not None:
+            factors = factor if self.elastic.index is None else factor[elastic]
+            inner = [1] * (self.parameter.ndim - factor.ndim)
+            self.weight = factors.view((*factors.shape, *inner)).to(sharding.local(self.parameter))
+
+    def where(self, chosen: Tensor) -> _Slice | None:
+        if not chosen.any():
+            return None
+        return _Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))
+
+    def mask_gradients(self) -> Any:
+        # What the user keeps from training may be let go later (BackboneFinetuning), but takes no hook until then.
+        flag = self.parameter.requires_grad
+        handle = self.parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._mask_gradient)
+        self.parameter.requires_grad_(flag)
+        return handle
+
+    @torch.no_grad()
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        assert self.frozen is not None
+        if self.learn is None or not self.learn.has_made(parameter.grad):
+            self.frozen.zero(parameter.grad)
+
+    def remember(self) -> None:
+        if self.elastic is not None:
+            self.before = self.elastic.read(self.parameter)
+
+    def pin(self) -> None:
+        if self.frozen is not None:
+            self.frozen.write(self.parameter, self.pinned)
+            self.pinned_writes = sharding.writes(self.parameter)
+
+    def slow_down(self) -> None:
+        if self.elastic is not None:
+            self.elastic.write(self.parameter, torch.lerp(self.before, self.elastic.read(self.parameter), self.weight))
+
+
+def _factor(option: ElasticityOption, module_name: str, default: float) -> float:
+    if not isinstance(option, Mapping):
+        return float(option)
+    return next((float(factor) for glob, factor in option.items() if fnmatchcase(module_name, glob)), default)

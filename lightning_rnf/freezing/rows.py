@@ -1,0 +1,230 @@
+"""Linear layers and convolutions that work on some of their rows only.
+
+What is silent need not be computed, and what is frozen needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_rnf.anatomy import SilentHook
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+FEWEST = 32
+"""With fewer vectors to multiply, copying the rows takes longer than what is saved (measured on a CPU)."""
+
+LARGEST_SHARE = 0.9
+"""Of the rows, for the same reason."""
+
+LARGEST_LEARNING_SHARE = {"linear": 0.75, "convolution": 0.5}
+"""With more free rows than that, their gradient alone takes as long as that of all (measured on a CPU)."""
+
+FEWEST_PRODUCTS = 2**22
+"""The same for a linear layer with fewer multiplications in its weight's gradient."""
+
+FEWEST_WEIGHTS = 288
+"""The same for a convolution with fewer weights a row."""
+
+
+@contextmanager
+def computed(layer: Any, relevant: Tensor) -> Iterator[None]:
+    """Inside the context and without gradients, the layer computes its relevant rows; all others of its output are 0.
+
+    The product of fewer rows may be rounded in another way than the same rows of the whole product. It is always the
+    same way for the same rows, layer and batch, so what has been measured is what recall repeats.
+
+    Args:
+        layer: left as it is if it is no plain linear layer or ungrouped convolution, or has a forward of the user's.
+        relevant: bool ``(units,)``.
+    """
+    kept = int(relevant.sum())
+    if not can_choose_rows(layer) or not 0 < kept <= LARGEST_SHARE * len(relevant):
+        yield
+        return
+    whole = layer.forward
+    chosen = relevant.nonzero().view(-1)
+
+    def forward(input: Tensor) -> Tensor:
+        nonlocal chosen
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if torch.is_grad_enabled() or type(weight) is not nn.Parameter or not _pays(layer, input):
+            result: Tensor = whole(input)
+            return result
+        chosen = chosen.to(weight.device)
+        rows = weight.index_select(0, chosen)
+        of_bias = None if bias is None else bias.index_select(0, chosen)
+        if isinstance(layer, nn.Linear):
+            some = nn.functional.linear(input, rows, of_bias)
+            return some.new_zeros(*some.shape[:-1], len(weight)).index_copy_(-1, chosen, some)
+        some = layer._conv_forward(input, rows, of_bias)
+        return _like(some, len(weight)).index_copy_(1, chosen, some)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+class LearnRows(SilentHook):
+    """A forward hook: of the weight's gradient only the rows of free units are worked out, all others are zero.
+
+    The layer computes what it always does, so its output has the same bits. Only the graph behind it is another one.
+    Where the hook does not act (a compiled module does not see it) the gradient is that of all rows. When it acts is
+    told by sizes and not by a clock: rows of a smaller product may be rounded in another way, and the same seed has to
+    give the same masks.
+
+    Args:
+        free: indices of the rows to learn, ``(rows,)``.
+        share: of the layer's rows that these are.
+    """
+
+    def __init__(self, free: Tensor, share: float) -> None:
+        self.free = free
+        self.share = share
+        self._made: tuple[int, int] | None = None
+
+    def note(self, gradient: Tensor) -> None:
+        """Remember the weight's gradient that has just been made."""
+        self._made = gradient.data_ptr(), gradient._version
+
+    def has_made(self, gradient: Tensor) -> bool:
+        """Whether this very gradient was the last one noted and nothing has been added to it since; asked once."""
+        made, self._made = self._made, None
+        return made == (gradient.data_ptr(), gradient._version)
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """The output with another graph behind it; None: as it is."""
+        weight = layer._parameters.get("weight")
+        if (
+            type(weight) is not nn.Parameter
+            or not (torch.is_grad_enabled() and weight.requires_grad)
+            or weight.device.type != "cpu"  # elsewhere it was not measured
+            or torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or torch._C._are_functorch_transforms_active()
+            or not args
+            or not self._pays(layer, weight, args[0])
+        ):
+            return None
+        bias = layer._parameters.get("bias")
+        of_convolution = None if isinstance(layer, nn.Linear) else (layer.stride, layer.padding, layer.dilation)
+        learned: Tensor = _Learn.apply([output.detach()], args[0], weight, bias, self, of_convolution)
+        return learned
+
+    def _pays(self, layer: Any, weight: Tensor, x: Tensor) -> bool:
+        if isinstance(layer, nn.Linear):
+            enough = x.ndim > 1 and x.numel() * len(weight) >= FEWEST_PRODUCTS
+            return enough and self.share <= LARGEST_LEARNING_SHARE["linear"]
+        return (
+            self.share <= LARGEST_LEARNING_SHARE["convolution"]
+            and weight[0].numel() >= FEWEST_WEIGHTS
+            and x.ndim == weight.ndim  # a batch, no single one
+        )
+
+
+def learning(layer: Any, frozen: Tensor) -> tuple[LearnRows, Any] | None:
+    """Let only the rows that are not frozen learn, from here on: the hook and its handle; None if it can't be done.
+
+    Args:
+        layer: any module.
+        frozen: bool ``(units,)``: whose gradient nobody needs.
+    """
+    if not can_choose_rows(layer) or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    if isinstance(getattr(layer, "padding", 0), str) or not 0 < int(frozen.sum()) < len(frozen):
+        return None
+    free = (~frozen).nonzero().view(-1).to(layer._parameters["weight"].device)
+    # First of all hooks: those of the user's are to see the output that the gradient arrives at.
+    hook = LearnRows(free, len(free) / len(frozen))
+    return hook, layer.register_forward_hook(hook, prepend=True)
+
+
+class _Learn(torch.autograd.Function):
+    """The output of a layer that has run already, in a list so that it counts as new and not as a view of an input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: list[Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hook: LearnRows,
+        of_convolution: Sequence[Any] | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.hook, ctx.of_convolution = hook, of_convolution
+        return output.pop()
+
+    @staticmethod
+    def backward(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x, of_rows = x.to(arrived.dtype), weight.to(arrived.dtype)  # what autocast has made of them
+        backward = _linear_backward if ctx.of_convolution is None else _convolution_backward
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
+        at_x, rows = backward(arrived, x, of_rows, ctx.hook.free, ctx.of_convolution, (needs_x, needs_weight))
+        at_weight = at_bias = None
+        if rows is not None:
+            at_weight = torch.zeros_like(weight).index_copy_(0, ctx.hook.free, rows.to(weight.dtype))
+            ctx.hook.note(at_weight)
+        if needs_bias:
+            axis = arrived.ndim - 1 if ctx.of_convolution is None else 1
+            at_bias = arrived.sum(dim=[dimension for dimension in range(arrived.ndim) if dimension != axis])
+        return None, at_x, at_weight, at_bias, None, None
+
+
+_Needs = tuple[bool, bool]
+
+
+def _linear_backward(
+    arrived: Tensor, x: Tensor, weight: Tensor, free: Tensor, how: None, needs: _Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    at_x = arrived @ weight if needs[0] else None
+    if not needs[1]:
+        return at_x, None
+    return at_x, arrived.flatten(0, -2).index_select(1, free).t() @ x.flatten(0, -2)
+
+
+def _convolution_backward(
+    arrived: Tensor, x: Tensor, weight: Tensor, free: Tensor, how: Sequence[Any], needs: _Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation = how
+    rest = (None, stride, padding, dilation, False, [0] * len(stride), 1)
+    backward = torch.ops.aten.convolution_backward
+    at_x = backward(arrived, x, weight, *rest, (True, False, False))[0] if needs[0] else None
+    if not needs[1]:
+        return at_x, None
+    some = arrived.index_select(1, free), x, weight.index_select(0, free)
+    return at_x, backward(*some, *rest, (False, True, False))[1]
+
+
+def can_choose_rows(layer: Any) -> bool:
+    """Whether it is one of torch's own layers whose rows stand for themselves, and does what torch says."""
+    if "forward" in vars(layer) or is_parametrized(layer):
+        return False
+    return type(layer) is nn.Linear or (type(layer) in CONVOLUTIONS and bool(layer.groups == 1))
+
+
+def _pays(layer: Any, x: Tensor) -> bool:
+    if isinstance(layer, nn.Linear):
+        return bool(x.numel() >= FEWEST * x.shape[-1])
+    return bool(
+        x.ndim == layer.get_parameter("weight").ndim and x.numel() >= FEWEST * x.shape[1]
+    )  # a batch, no single one
+
+
+def _like(some: Tensor, channels: int) -> Tensor:
+    """Zeros of the same form and memory format with so many channels."""
+    shape = (some.shape[0], channels, *some.shape[2:])
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(some.ndim, torch.contiguous_format)
+    is_last = some.is_contiguous(memory_format=last) and not some.is_contiguous()
+    memory = last if is_last else torch.contiguous_format
+    return torch.empty(shape, dtype=some.dtype, device=some.device, memory_format=memory).zero_()

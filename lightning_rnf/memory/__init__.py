@@ -1,0 +1,25 @@
+"""What is remembered of a finished task: its record, all records as the state, and the files that hold them.
+
+Values only: nothing here runs a model. What comes from a file is checked before it is believed, and a fingerprint tells
+whether what was frozen is still what it was.
+"""
+
+from lightning_rnf.memory import hub, maskfiles, masks
+from lightning_rnf.memory.fingerprints import Audit, changed, fingerprints
+from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
+from lightning_rnf.memory.plain import readable
+from lightning_rnf.memory.state import FreezeState, TaskRecord
+
+__all__ = [
+    "Audit",
+    "FreezeState",
+    "TaskRecord",
+    "changed",
+    "fingerprints",
+    "free_capacity_over_tasks",
+    "hub",
+    "maskfiles",
+    "masks",
+    "readable",
+    "shortened",
+]

@@ -1,0 +1,22 @@
+"""How a sub-network runs: alone in its network, with the norms' statistics of its task, or cut out of it.
+
+Silencing is filling with zeros, so that recall is exact whatever the other units have become. The same plan of what is
+dead counts operations and cuts the small module that `export` returns.
+"""
+
+from lightning_rnf.recall import norms, subnetwork
+from lightning_rnf.recall.export import export
+from lightning_rnf.recall.norms import NormStatistics
+from lightning_rnf.recall.prefix import Prefix
+from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
+
+__all__ = [
+    "NormStatistics",
+    "Prefix",
+    "Size",
+    "SubnetworkFlops",
+    "export",
+    "norms",
+    "size_of",
+    "subnetwork",
+]

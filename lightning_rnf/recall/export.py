@@ -1,0 +1,207 @@
+"""A finished task's sub-network as a small, dense, ordinary module: the units it does without are gone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_rnf.anatomy import (
+    CHANNEL_NORMS,
+    LAYERS,
+    TRANSPOSED,
+    Traced,
+    UnitLayer,
+    bare,
+    by_group,
+    folded,
+    layer_form,
+    silenced,
+    tensor_copy,
+    torch_class,
+)
+from lightning_rnf.memory import TaskRecord
+from lightning_rnf.recall.pruning import Plan, plan
+from lightning_rnf.recall.subnetwork import recall
+from lightning_rnf.runtime import borrowed
+
+log = logging.getLogger(__name__)
+
+_FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may name as norm and slopes
+
+
+def export(
+    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool = True
+) -> fx.GraphModule:
+    """Cut a finished task's sub-network out of a model; the model itself stays as it is.
+
+    What comes back is made of torch's own modules and functions (and whatever functions of others the forward calls):
+    it loads and runs without this package and without the model's class. Its logits are those of recall up to the
+    rounding of sums. It is in eval mode; its parameters are copies that share nothing with the model's.
+
+    Example::
+
+        small = rnf.export(model, "digits-01")
+        torch.save(small, "digits-01.pt")                       # torch.load(path, weights_only=False)
+        torch.onnx.export(small, (x,), "digits-01.onnx")
+        print(size_of(model, x), size_of(small, x))
+
+    Irrelevant units go wherever nothing has to count them. They stay, with zero weights, where they share channels with
+    relevant ones (the sum of a residual network), where a grouped convolution needs groups of equal size, and where an
+    operation reads them that mixes channels (LayerNorm, GroupNorm, attention) or that is not known. At least one
+    channel of each layer stays.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        record: of the task.
+        masked: as in recall; if not, all units stay.
+
+    Returns:
+        A module that takes what the model's ``forward`` takes, in batches, and returns the task's logits.
+
+    Raises:
+        ValueError: if ``torch.fx`` can't trace the model, or its forward runs another head than the task's.
+    """
+    layers = tuple(layers)
+    with borrowed(module), recall(module, (), record, masked=masked):
+        traced = Traced.of(module, layers)
+        if not any(f"{name}.".startswith(f"{record.head}.") for name in traced.called):
+            raise ValueError(
+                f"the model runs another head than {record.head!r}, which is that of task {record.name!r}: activate "
+                "it before the export (lightning_rnf.MultiHead does so by itself)"
+            )
+        nobody = {layer.name: torch.zeros(layer.units, dtype=torch.bool) for layer in layers}
+        silent = {name: ~record.relevant[name].cpu() for name in nobody} if masked else nobody
+        small = _build(traced, layers, silent)
+    before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (module, small))
+    log.info("%s: exported with %d of the model's %d parameters", record.name, after, before)
+    return small
+
+
+@torch.no_grad()
+def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, Tensor]) -> fx.GraphModule:
+    found = plan(traced, silent)
+    memo: dict[int, Tensor] = {}
+    parts: dict[str, Any] = {name: bare(leaf, memo) for name, leaf in traced.modules.items()}
+    tensors = traced.tensors.items()
+    parts.update({name: tensor_copy(value, memo) if isinstance(value, Tensor) else value for name, value in tensors})
+    by_name = {layer.name: layer for layer in layers}
+    quiet = {name: _silence(parts, layer, silent[name]) for name, layer in by_name.items()}
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and node in found.outputs:
+            _cut(parts[node.target], node, found)
+        elif node in found.literals:
+            _resize(node, found)
+        elif node.target is silenced:
+            source, name = node.args
+            if quiet[name]:
+                node.replace_all_uses_with(source)
+            else:
+                _fill(traced.graph, node, by_name[name].axis, silent[name], parts)
+            traced.graph.erase_node(node)
+    traced.graph.lint()
+    return fx.GraphModule(parts, traced.graph).eval()
+
+
+def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool:
+    """Zero the rows of silent units. False if that does not silence them, because a forward is not torch's."""
+    modules = [_part(parts, name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
+    if not silent.any():
+        return True
+    if any(module is None or torch_class(module) not in (*LAYERS, *_FOLLOWERS) for module in modules):
+        return False
+    own, *followers = modules
+    grouped = by_group(own, own.weight)  # a view: (groups, units, features, ...)
+    grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
+    # Zeros stay zeros in a norm without shift, and in a slope that is a number: those of silent units may be NaN.
+    rows = [(own, "bias", 0)]
+    for follower in followers:
+        rows += [(follower, name, 0) for name in ("weight", "bias", "running_mean")] + [(follower, "running_var", 1)]
+    for module, name, value in rows:
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            tensor[silent.to(tensor.device)] = value
+    return True
+
+
+def _part(parts: Mapping[str, Any], name: str) -> Any:
+    """A copied module by the name of its original, also inside a module that stays whole."""
+    for target, part in parts.items():
+        if isinstance(part, nn.Module) and f"{name}.".startswith(f"{target}."):
+            return part.get_submodule(name[len(target) + 1 :])
+    return None
+
+
+def _fill(graph: fx.Graph, node: fx.Node, axis: int, silent: Tensor, parts: dict[str, Any]) -> None:
+    """Fill the output with zero as recall does: that works with any forward."""
+    name = f"silent_{str(node.args[1]).replace('.', '_')}"
+    tensors = (tensor for part in parts.values() if isinstance(part, nn.Module) for tensor in part.parameters())
+    parts[name] = silent.view(-1, *[1] * (-axis - 1)).to(next(tensors, silent).device)
+    with graph.inserting_before(node):
+        filled = graph.call_method("masked_fill", (node.args[0], graph.get_attr(name), 0.0))
+    node.replace_all_uses_with(filled)
+
+
+def _cut(module: Any, node: fx.Node, found: Plan) -> None:
+    if torch_class(module) in LAYERS:
+        _cut_layer(module, node, found)
+        return
+    if node not in found.inputs:
+        return
+    kept = found.kept(found.inputs[node])
+    for tensors in (module._parameters, module._buffers):
+        for key, value in tensors.items():
+            if value is not None and value.ndim == 1:
+                tensors[key] = _rows(value, kept)
+    setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", int(kept.sum()))
+
+
+def _cut_layer(module: Any, node: fx.Node, found: Plan) -> None:
+    features, units, groups, _ = layer_form(module)
+    said, read = found.kept_outputs(node, units), found.kept_inputs(node, features)
+    if node in found.inputs:
+        _fold(module, found.inputs[node].constant.masked_fill(read, 0.0).nan_to_num(0.0))
+    weight = by_group(module, module.weight.detach())
+    sides = [(units, inputs) for units, inputs in zip(said.view(groups, -1), read.view(groups, -1), strict=True)]
+    parts = [
+        weight[group][units.to(weight.device)][:, inputs.to(weight.device)]
+        for group, (units, inputs) in enumerate(sides)
+        if units.any() or inputs.any()
+    ]
+    cut = torch.stack(parts)
+    cut = cut.transpose(1, 2) if isinstance(module, TRANSPOSED) else cut
+    module.weight = nn.Parameter(cut.flatten(0, 1).contiguous())
+    if module.bias is not None:
+        module.bias = _rows(module.bias, said)
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = int(read.sum()), int(said.sum())
+    else:
+        module.in_channels, module.out_channels, module.groups = int(read.sum()), int(said.sum()), len(parts)
+
+
+def _fold(module: Any, constant: Tensor) -> None:
+    """Take constant inputs that go into the bias."""
+    if not constant.any():
+        return
+    added = folded(module, constant).to(module.weight)
+    bias = torch.zeros_like(added) if module.bias is None else module.bias.detach()
+    module.bias = nn.Parameter(bias + added)
+
+
+def _rows(value: Tensor, kept: Tensor) -> Tensor:
+    rows = value.detach()[kept.to(value.device)]
+    return nn.Parameter(rows) if isinstance(value, nn.Parameter) else rows
+
+
+def _resize(node: fx.Node, found: Plan) -> None:
+    literal, source = found.literals[node], found.outputs[node]
+    size = int(found.kept(source).sum()) * literal.width
+    if literal.nested:
+        sizes: Any = node.args[1]
+        node.update_arg(1, (*sizes[: literal.position], size, *sizes[literal.position + 1 :]))
+    else:
+        node.update_arg(literal.position, size)

@@ -1,0 +1,209 @@
+"""Running statistics of norms: estimated anew for a sub-network, held for silent channels, pinned for frozen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from lightning_rnf.memory import FreezeState
+from lightning_rnf.runtime import ALONE, Ranks
+
+NormStatistics = Literal["per_task", "pinned", "shared"]
+"""``"per_task"``: recall brings back the statistics of a task's end. ``"pinned"``: besides, frozen channels normalise
+with their stored statistics in training, too. ``"shared"``: later tasks move them, and recall is not exact."""
+
+
+def with_statistics(module: nn.Module, buffers: Iterable[str]) -> dict[str, nn.Module]:
+    """The norms that keep running statistics among the owners of these buffers, by name."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in buffers)
+    norms = {name: module.get_submodule(name) for name in owners}
+    return {name: norm for name, norm in norms.items() if isinstance(norm, _NormBase) and norm.running_mean is not None}
+
+
+@contextmanager
+def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ranks = ALONE) -> Iterator[None]:
+    """Inside the context the statistics are estimated anew: the mean over the batches that ``run`` sends through.
+
+    The statistics of a whole network are wrong for its sub-network, whose silent units shift and shrink what the next
+    layers get. A norm that no batch reaches keeps its own.
+
+    Args:
+        norms: with running statistics.
+        run: runs the network, in eval mode but for these norms, on batches of more than one sample.
+        ranks: over whose batches the mean is taken, each batch by its own statistics: a synchronised norm does not
+            synchronise here.
+    """
+    buffers = [(norm, buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+    @torch.no_grad()
+    def put_back(only_unseen: bool) -> None:
+        unseen = {norm for norm, _, _ in buffers if not int(norm.get_buffer("num_batches_tracked"))}
+        for norm, buffer, before in buffers:
+            if not only_unseen or norm in unseen:
+                buffer.copy_(before)
+
+    try:
+        with ExitStack() as flags:
+            for norm in {norm for norm, _, _ in buffers}:
+                assert isinstance(norm, _NormBase)
+                flags.callback(norm.__dict__.update, training=norm.training, momentum=norm.momentum)
+                if isinstance(norm, nn.SyncBatchNorm):
+                    flags.enter_context(_unsynchronised(norm))
+                norm.reset_running_stats()
+                norm.training, norm.momentum = True, None  # None: the mean over batches, each with the same weight
+            with torch.no_grad():
+                ranks.agreed(run)
+                _average(buffers, ranks)
+        put_back(only_unseen=True)
+        yield
+    finally:
+        put_back(only_unseen=False)
+
+
+def _average(buffers: Iterable[tuple[nn.Module, Tensor, Tensor]], ranks: Ranks) -> None:
+    """The mean over the batches of all ranks: how many each norm has seen may differ."""
+    if ranks.size == 1:
+        return
+    own = [(int(norm.get_buffer("num_batches_tracked")), buffer.double().cpu()) for norm, buffer, _ in buffers]
+    for (_, buffer, _), shares in zip(buffers, zip(*ranks.gather(own), strict=True), strict=True):
+        batches = sum(seen for seen, _ in shares)
+        if buffer.is_floating_point() and batches:
+            buffer.copy_(sum(seen / batches * value for seen, value in shares))
+        else:
+            buffer.fill_(batches)  # how many were tracked
+
+
+@contextmanager
+def _unsynchronised(norm: nn.SyncBatchNorm) -> Iterator[None]:
+    """Ranks may have unequal numbers of batches: a norm that waits for the others' would wait for ever."""
+    own = norm.__dict__.get("forward")
+    norm.forward = partial(_BatchNorm.forward, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del norm.__dict__["forward"]
+        if own is not None:
+            norm.__dict__["forward"] = own
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Statistics of some channels of a norm.
+
+    Attributes:
+        channels: bool ``(channels,)``: which.
+        mean: ``(channels,)``; of use where they are chosen.
+        var: the same.
+    """
+
+    channels: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def stored(state: FreezeState, module: nn.Module) -> dict[str, Stored]:
+    """The statistics with which finished tasks are recalled, of the channels that belong to them, by norm.
+
+    A unit's are those of the first task that it is relevant to. A norm that belongs to no unit layer is frozen whole,
+    and all its channels are the first task's.
+    """
+    found: dict[str, Stored] = {}
+    layer_of = {layer.norm: layer.name for layer in state.layers if layer.norm}
+    for record in state.tasks.values():
+        for name in with_statistics(module, record.norm_statistics):
+            mean, var = (record.norm_statistics[f"{name}.{key}"] for key in ("running_mean", "running_var"))
+            own = record.relevant[layer_of[name]] if name in layer_of else torch.ones(len(mean), dtype=torch.bool)
+            if name in found:
+                before = found[name]
+                mean, var = (
+                    torch.where(before.channels, before.mean, mean),
+                    torch.where(before.channels, before.var, var),
+                )
+                own = own | before.channels
+            found[name] = Stored(own, mean, var)
+    return found
+
+
+@contextmanager
+def pinned(module: nn.Module, statistics: Mapping[str, Stored]) -> Iterator[None]:
+    """Inside the context these channels have these statistics, and normalise with them in training mode, too.
+
+    Args:
+        module: the model, on its device.
+        statistics: by name of a norm with running statistics.
+    """
+    with ExitStack() as hooks:
+        for name, own in statistics.items():
+            norm = module.get_submodule(name)
+            if own.channels.any():
+                pin = _Pinned(norm, own)
+                pin.put_back(norm)
+                # Before all other hooks: after FSDP's the norm's weight is not whole any more.
+                hooks.callback(norm.register_forward_hook(pin, prepend=True).remove)
+        yield
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Inside the context a channel that is the same in a whole batch leaves its statistics as they are.
+
+    Silent units are such channels, and so is what is made of them alone. Their variance would fall to 0, and when the
+    units speak again their norm would multiply by ``eps ** -0.5``: layer upon layer that overflows.
+
+    Args:
+        module: the model, on its device.
+    """
+    with ExitStack() as hooks:
+        for norm in module.modules():
+            if isinstance(norm, _NormBase) and norm.running_mean is not None:
+                hold = _Held()
+                hooks.callback(norm.register_forward_pre_hook(hold.note).remove)
+                hooks.callback(norm.register_forward_hook(hold, prepend=True, with_kwargs=True).remove)
+        yield
+
+
+class _Held:
+    """Two hooks around a norm's forward: note its statistics, and put those of constant channels back."""
+
+    def note(self, norm: Any, args: tuple[Tensor, ...]) -> None:
+        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+
+    def __call__(self, norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        (x,) = (*args, *kwargs.values())
+        if norm.training and x.ndim > 1 and x.shape[1] == len(self.mean):  # instance norms take a single sample, too
+            others = [axis for axis in range(x.ndim) if axis != 1]
+            _put_back(norm, x.detach().amax(others) == x.detach().amin(others), self.mean, self.var)
+
+
+class _Pinned:
+    """A forward hook that puts back a norm's statistics for some channels, and their output as it is with those."""
+
+    def __init__(self, norm: nn.Module, own: Stored) -> None:
+        like = norm.get_buffer("running_mean")
+        self.channels = own.channels.to(like.device)
+        self.mean, self.var = own.mean.to(like), own.var.to(like)
+
+    def put_back(self, norm: Any) -> None:
+        _put_back(norm, self.channels, self.mean, self.var)
+
+    def __call__(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if not norm.training:
+            return None
+        self.put_back(norm)
+        as_stored = nn.functional.batch_norm(
+            args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
+        return torch.where(self.channels.view(-1, *[1] * (output.ndim - 2)), as_stored, output)
+
+
+def _put_back(norm: Any, channels: Tensor, mean: Tensor, var: Tensor) -> None:
+    for buffer, value in ((norm.running_mean, mean), (norm.running_var, var)):
+        # Through .data: backward counts writes to the buffers, though in training mode it doesn't read them.
+        buffer.data.copy_(torch.where(channels, value, buffer.data))

@@ -1,0 +1,283 @@
+"""Which channels of every tensor in a model's graph a sub-network can do without.
+
+Whoever reads a known constant can do without it: a linear layer or convolution takes it into its bias. What only
+silenced units read is not needed either. Channels that are one go if none of them is missed. What an unknown operation
+reads stays.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lightning_rnf.anatomy import (
+    LAYERS,
+    Channels,
+    Effect,
+    Known,
+    LiteralArgument,
+    Read,
+    Traced,
+    absorbs,
+    constant_output,
+    effect_of_function,
+    effect_of_module,
+    function_name,
+    layer_form,
+    node_argument,
+    silenced,
+    torch_class,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of every tensor.
+
+    Attributes:
+        inputs: channels of what a layer or norm reads, one per feature; absent if all of it stays.
+        outputs: channels of what each node puts out; absent if all of it stays.
+        keep: bool by id of a channel.
+        literals: sizes to change.
+    """
+
+    inputs: Mapping[fx.Node, Channels]
+    outputs: Mapping[fx.Node, Channels]
+    keep: Tensor
+    literals: Mapping[fx.Node, LiteralArgument]
+
+    def kept(self, channels: Channels) -> Tensor:
+        """Bool ``(channels,)``."""
+        return self.keep[channels.ids]
+
+    def kept_inputs(self, node: fx.Node, features: int) -> Tensor:
+        """Bool ``(features,)``: which features of its input a module is left with."""
+        return self.kept(self.inputs[node]) if node in self.inputs else torch.ones(features, dtype=torch.bool)
+
+    def kept_outputs(self, node: fx.Node, units: int) -> Tensor:
+        """Bool ``(units,)``: which units a layer is left with."""
+        return self.kept(self.outputs[node]) if node in self.outputs else torch.ones(units, dtype=torch.bool)
+
+
+def plan(traced: Traced, silent: Mapping[str, Tensor]) -> Plan:
+    """Find out what can go.
+
+    Args:
+        traced: the model.
+        silent: bool ``(units,)`` by layer: the units that put out zero.
+    """
+    return _Analysis(traced, silent).plan()
+
+
+class _Analysis:
+    """One walk along the graph for what is constant, one back for what is needed, then who has to stay with whom."""
+
+    def __init__(self, traced: Traced, silent: Mapping[str, Tensor]) -> None:
+        self.traced = traced
+        self.silent = silent
+        self.known = Known()
+        self.effects: dict[fx.Node, Effect] = {}
+        self.reads: dict[fx.Node, list[Read]] = defaultdict(list)
+        self.parents: list[int] = []
+        self.pinned: list[Tensor] = []
+
+    def plan(self) -> Plan:
+        for node in self.traced.graph.nodes:
+            self._follow(node)
+        return Plan(
+            {node: effect.inputs for node, effect in self.effects.items() if effect.inputs is not None},
+            self.known.channels,
+            self._keep(),
+            {node: effect.literal for node, effect in self.effects.items() if effect.literal is not None},
+        )
+
+    # -- forward: constants -------------------------------------------------------------------------------------------
+
+    def _follow(self, node: fx.Node) -> None:
+        if self._asks_for_size(node):
+            return
+        effect = self._effect(node)
+        if effect is None:
+            self._pin(node)
+        else:
+            self.effects[node] = effect
+            self.known.channels[node] = effect.channels
+            self.reads[node].extend(effect.reads)
+            for ids, others in effect.ties:
+                self._tie(ids, others)
+
+    def _effect(self, node: fx.Node) -> Effect | None:
+        if node in self.traced.aliased:
+            return None
+        if node.op in {"call_function", "call_method"}:
+            if node.target is silenced:
+                return self._silenced(node)
+            return effect_of_function(node, self.known) if _is_of_torch(node) else None
+        if node.op != "call_module" or node.target in self.traced.bound or len(node.all_input_nodes) != 1:
+            return None
+        module = self.traced.modules[str(node.target)]
+        if torch_class(module) in LAYERS:
+            return self._layer(node, module)
+        return effect_of_module(node, module, self.known) if node.all_input_nodes[0] in self.known.channels else None
+
+    def _pin(self, node: fx.Node) -> None:
+        """Nothing is known about this operation: it gets what it gets today."""
+        for source in node.all_input_nodes:
+            for known in (self.known.channels, self.known.sizes, self.known.counts):
+                if source in known:
+                    self.pinned.append(known[source].ids)
+            if source in self.known.channels:
+                self.reads[node].append(Read(source, _everything(len(self.known[source].ids))))
+
+    def _layer(self, node: fx.Node, module: Any) -> Effect | None:
+        """A linear layer or convolution: new channels, except where each unit reads one feature only."""
+        source = node.all_input_nodes[0]
+        features, units, groups, axis = layer_form(module)
+        known = self.known.channels.get(source)
+        read = known.spread(features) if known is not None and known.axis == axis else None
+        if known is None or read is None:
+            self._pin(node)
+            unknown = torch.full((units,), torch.nan, dtype=torch.float64)
+            return Effect(Channels(self._new(units), unknown, axis, None if axis == -1 else 1 - axis), ())
+
+        def wanted(live: Tensor) -> Tensor:
+            return known.gather(live.view(groups, -1).any(dim=1).repeat_interleave(features // groups))
+
+        ids = read.ids.repeat_interleave(units // groups) if 1 < features == groups else self._new(units)
+        channels = Channels(
+            ids,
+            constant_output(module, read.constant),
+            axis,
+            read.ndim if axis == -1 else 1 - axis,
+            single=read.single and absorbs(module),
+        )
+        return Effect(channels, (Read(source, wanted, absorbs(module)),), inputs=read)
+
+    def _silenced(self, node: fx.Node) -> Effect | None:
+        source, silent = node.all_input_nodes[0], self.silent[str(node.args[1])]
+        known = self.known.channels.get(source)
+        said = None if known is None else known.spread(len(silent))
+        if known is None or said is None:
+            return None
+        return Effect(replace(said, constant=said.constant.masked_fill(silent, 0.0)), (Read(source, known.gather),))
+
+    def _asks_for_size(self, node: fx.Node) -> bool:
+        """Whether a node asks a tensor for its form; then what it is told is noted, and nothing has to stay for it."""
+        name, source = function_name(node), node.args[0] if node.args else None
+        if node.op not in {"call_function", "call_method"} or not isinstance(source, fx.Node):
+            return False
+        if name == "getitem" and (source in self.known.sizes or _is_shape(source)):
+            return self._count(node, self.known.sizes.get(source), node.args[1])
+        if name == "size" and node_argument(node, 1, "dim") is not None:
+            return self._count(node, self.known.channels.get(source), node_argument(node, 1, "dim"))
+        if _is_shape(node):
+            if source in self.known.channels:
+                self.known.sizes[node] = self.known[source]
+            return True
+        return name in {"dim", "ndimension"} or (name == "getattr" and node.args[1] in {"ndim", "dtype", "device"})
+
+    def _count(self, node: fx.Node, channels: Channels | None, index: Any) -> bool:
+        if index == 0:  # the samples come first, whatever else there is
+            self.known.samples.add(node)
+        elif channels is not None and channels.ndim is not None and isinstance(index, int):
+            if index % channels.ndim - channels.ndim == channels.axis:
+                self.known.counts[node] = channels
+        elif channels is not None:
+            self.pinned.append(channels.ids)
+        return True
+
+    # -- backward: needs ----------------------------------------------------------------------------------------------
+
+    def _keep(self) -> Tensor:
+        """Bool by id."""
+        keep = self._missed()
+        roots = torch.tensor([self._root(index) for index in range(len(self.parents))], dtype=torch.int64)
+        by_root = torch.zeros_like(keep)
+        by_root[roots[keep]] = True
+        layers = [
+            self._grouped(node, roots)
+            for node in self.effects
+            if node.op == "call_module" and torch_class(self.traced.modules[str(node.target)]) in LAYERS
+        ]
+        while any([_complete(by_root, read, said) for read, said in layers]):  # noqa: C419, each of them has to run
+            pass
+        return by_root[roots]
+
+    def _missed(self) -> Tensor:
+        """Bool by id: what is not constant and needed, and constants that are in use."""
+        missed = torch.zeros(len(self.parents), dtype=torch.bool)
+        for ids in self.pinned:
+            missed[ids] = True
+        needed = {node: torch.zeros(len(value.ids), dtype=torch.bool) for node, value in self.known.channels.items()}
+        for node in reversed(self.traced.graph.nodes):
+            live = torch.empty(0, dtype=torch.bool)
+            if node in needed:
+                channels = self.known[node]
+                live = needed[node] & channels.constant.isnan()
+                missed[channels.ids[live]] = True
+            for read in self.reads[node]:
+                wanted, channels = read.wanted(live), self.known[read.source]
+                needed[read.source] |= wanted
+                if not read.absorbs:
+                    missed[channels.ids[wanted & ~channels.constant.isnan() & (channels.constant != 0)]] = True
+        return missed
+
+    # -- channels that are one ----------------------------------------------------------------------------------------
+
+    def _grouped(self, node: fx.Node, roots: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Ids that a layer reads and puts out, ``(groups, channels of a group)``."""
+        effect, groups = self.effects[node], layer_form(self.traced.modules[str(node.target)])[2]
+        read = None if effect.inputs is None else roots[effect.inputs.ids].view(groups, -1)
+        return read, roots[effect.channels.ids].view(groups, -1)
+
+    def _new(self, count: int) -> Tensor:
+        start = len(self.parents)
+        self.parents.extend(range(start, start + count))
+        return torch.arange(start, start + count)
+
+    def _root(self, index: int) -> int:
+        while self.parents[index] != index:
+            self.parents[index] = self.parents[self.parents[index]]
+            index = self.parents[index]
+        return index
+
+    def _tie(self, ids: Tensor, others: Tensor) -> None:
+        for one, other in zip(ids.tolist(), others.tolist(), strict=True):
+            self.parents[self._root(one)] = self._root(other)
+
+
+def _complete(keep: Tensor, read: Tensor | None, said: Tensor) -> bool:
+    """Let all groups of a layer have the same number of channels, and at least one. True if more stay now."""
+    present = keep[said].any(dim=1) if read is None else keep[read].any(dim=1) | keep[said].any(dim=1)
+    if read is None and len(said) > 1:
+        present = torch.ones_like(present)  # what is read stays, and with it all groups
+    if not present.any():
+        present = torch.arange(len(present)) == 0
+    before = int(keep.sum())
+    for ids in [said] if read is None else [read, said]:
+        counts = keep[ids].sum(dim=1)
+        most = max(1, int(counts.max()))
+        for group in (present & (counts < most)).nonzero().flatten().tolist():
+            spare = ids[group][~keep[ids[group]]]
+            keep[spare[: most - int(counts[group])]] = True
+    return int(keep.sum()) > before
+
+
+def _everything(count: int) -> Any:
+    return lambda live: torch.ones(count, dtype=torch.bool)
+
+
+def _is_shape(node: fx.Node) -> bool:
+    name = function_name(node)
+    return (name == "getattr" and str(node.args[1]) == "shape") or (name == "size" and len(node.args) == 1)
+
+
+def _is_of_torch(node: fx.Node) -> bool:
+    """Whether a name means what it means in torch."""
+    origin = getattr(node.target, "__module__", None) or "torch"
+    return node.op == "call_method" or origin.partition(".")[0] in {"torch", "_operator"}

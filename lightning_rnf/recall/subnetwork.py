@@ -1,0 +1,112 @@
+"""Let only a task's relevant units speak: while searching, and in recall for ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import UnitLayer, UnitMap
+from lightning_rnf.freezing import rows
+from lightning_rnf.heads import MultiHead
+from lightning_rnf.memory import TaskRecord
+from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating
+
+
+@contextmanager
+def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context all units that are not relevant put out zero.
+
+    The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled again
+    after the norm and the slopes that follow: a norm's shift leaks through a zeroed filter. Without gradients, the
+    silent units of a layer are not even computed where that pays, see `rows.computed`.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        relevant: bool ``(units,)`` by layer name.
+    """
+    with ExitStack() as hooks:
+        hooks.enter_context(attention_by_its_parts())
+        for layer in layers:
+            irrelevant = ~relevant[layer.name]
+            if not irrelevant.any():
+                continue
+            # The layer has a weight to tell the device by; a norm may have none.
+            device = module.get_parameter(f"{layer.name}.weight").device
+            fill = _filler(irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device))
+            for name in (layer.name, layer.norm, layer.slopes):
+                if name is not None:
+                    hooks.callback(module.get_submodule(name).register_forward_hook(fill).remove)
+            hooks.enter_context(rows.computed(module.get_submodule(layer.name), relevant[layer.name]))
+        yield
+
+
+@contextmanager
+def recall(
+    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool = True
+) -> Iterator[None]:
+    """Run the model as a finished task's sub-network: in eval mode, with the task's head if it is in a `MultiHead`.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        record: of the task.
+        masked: silence the units that are irrelevant to the task and use the statistics that its norms had at its end.
+            If not, the whole network speaks (the paper).
+    """
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(module))
+        head = module.get_submodule(record.head)
+        for multi_head in module.modules():
+            if isinstance(multi_head, MultiHead):
+                for task, candidate in multi_head.tasks.items():
+                    if candidate is head:
+                        stack.enter_context(multi_head.running(task))
+        if masked:
+            stack.enter_context(silence(module, layers, record.relevant))
+            stack.enter_context(_swapped(module, record.norm_statistics))
+        yield
+
+
+@contextmanager
+def with_leading_buffers(module: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Inside the context all ranks have the buffers of rank 0, which a checkpoint gets: statistics differ by rank."""
+    leading: dict[str, Tensor] = {}
+    if ranks.size > 1:
+        leading = ranks.decided(lambda: {name: buffer.detach().cpu() for name, buffer in module.named_buffers()})
+    with _swapped(module, leading):
+        yield
+
+
+def statistics(module: nn.Module, units: UnitMap) -> dict[str, Tensor]:
+    """What `recall` brings back: copies on the CPU of the buffers of the modules that ran."""
+    own = dict(module.named_buffers(remove_duplicate=False))
+    return {name: own[name].detach().to("cpu", copy=True) for name in units.buffers}
+
+
+def _filler(silent: Tensor) -> Any:
+    def fill(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return torch.where(silent, 0.0, output)  # masked_fill would make channels_last contiguous: a slow way to pool
+
+    return fill
+
+
+@contextmanager
+def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    own = dict(module.named_buffers(remove_duplicate=False))
+    # Most buffers never change, and some can't be written to (a mask that is an expanded view).
+    buffers = {name: value for name, value in buffers.items() if not torch.equal(own[name].cpu(), value.cpu())}
+    before = {name: own[name].clone() for name in buffers}
+    with torch.no_grad():
+        for name, value in buffers.items():
+            own[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                own[name].copy_(value)

@@ -1,0 +1,27 @@
+"""How relevance is propagated from the true class to every unit, and other importances to compare it with.
+
+Zennit's rules for layers, rules of our own for functions between them, and an account of where relevance was lost.
+Equations are those of the paper's section 3.1.
+"""
+
+from lightning_rnf.relevance.attribution import Attribution, attribute
+from lightning_rnf.relevance.conservation import Conservation
+from lightning_rnf.relevance.heatmaps import Drift, Gallery, compare_heatmaps, heatmaps, images_of
+from lightning_rnf.relevance.importance import IMPORTANCES, Importance, ImportanceName, Summed, check_scores, random
+
+__all__ = [
+    "IMPORTANCES",
+    "Attribution",
+    "Conservation",
+    "Drift",
+    "Gallery",
+    "Importance",
+    "ImportanceName",
+    "Summed",
+    "attribute",
+    "check_scores",
+    "compare_heatmaps",
+    "heatmaps",
+    "images_of",
+    "random",
+]

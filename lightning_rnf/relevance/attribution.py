@@ -1,0 +1,305 @@
+"""Relevance of every unit on reference batches: Zennit's layer-wise relevance propagation on a borrowed module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlus
+from zennit.core import Composite
+
+from lightning_rnf.anatomy import BATCH_NORMS, Predict, UnitLayer, predict_checked, supervised, true_labels
+from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
+from lightning_rnf.relevance.functions import FunctionRules
+from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
+
+_LOST_IN_ONE = torch.finfo(torch.float32).tiny
+"""An epsilon for norms of variance 1: added to it nothing changes, and it is not 0, which torch 2.11 refuses."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Relevance of every unit, and how well it was conserved on its way.
+
+    Attributes:
+        relevance: by layer, float64 ``(units,)`` on the CPU: the signed sum over samples and positions.
+        conservation: empty for scores that are no relevance.
+    """
+
+    relevance: dict[str, Tensor]
+    conservation: Conservation = field(default_factory=Conservation)
+
+
+def attribute(
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict = supervised,
+    composite: Composite | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
+    ranks: Ranks = ALONE,
+    arrived: Callable[[Sequence[Tensor], Sequence[Tensor | None]], None] = lambda roots, relevance: None,
+) -> Attribution:
+    """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
+
+    A sample with several labels starts it from the logits of all of them, one without a label from none.
+
+    Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was; hooks
+    of the user's on the gradients of its submodules do not run.
+    Relevance is reduced while it flows, so memory depends on the size of a batch and not on how many there are.
+
+    Args:
+        module: the bare model, not a wrapper around it.
+        layers: its unit layers.
+        batches: on the module's device; of several ranks, this one's share.
+        predict: how to get logits and labels of a batch.
+        composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
+            convolutions, on a network whose layers have the batch norms that directly follow merged into them.
+            `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
+        progress: called after each batch with the number of samples so far.
+        ranks: whose sums are added up; they all get the same.
+        arrived: called after each batch with the inputs of the layers and the relevance that arrived at each; the
+            leaves among them are the network's input.
+
+    Raises:
+        ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
+            `anatomy.predict_checked`.
+    """
+    rules = _applicable(EpsilonPlus() if composite is None else composite)
+    journal = Journal(layers)
+    functions = FunctionRules()
+
+    def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
+        return logits * true_labels(logits, target)
+
+    def summed(layer: UnitLayer, output: Tensor, relevance: Tensor) -> Tensor:
+        return over_positions(layer, relevance).sum(dim=0)
+
+    @contextmanager
+    def applied(module: nn.Module) -> Iterator[None]:
+        with rules.context(module):
+            context: dict[str, Any] = {}  # after the canonizers, which may add modules
+            ruled = {
+                name
+                for name, submodule in module.named_modules()
+                if rules.module_map(context, name, submodule) is not None
+            }
+            # What a composite of the user's own has no rule for is to be a plain gradient.
+            left = {
+                name for name, submodule in module.named_modules() if composite is not None and _is_layer(submodule)
+            }
+            with journal.recording(module, ruled), functions.attached(module, ruled | left):
+                yield
+
+    def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        with functions:
+            logits, target = predict(module, batch)
+        journal.read(logits)
+        return logits, target
+
+    def prepare(module: nn.Module) -> None:
+        if composite is None:
+            _merge_norms(module, layers)
+
+    def note(sent: Tensor, roots: Sequence[Tensor], at_roots: Sequence[Tensor | None]) -> None:
+        journal.add(sent, roots, at_roots)
+        arrived(roots, at_roots)
+
+    relevance = propagate(
+        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, note, ranks
+    )
+    journal.join(ranks)
+    return Attribution(relevance, journal.conservation(relevance))
+
+
+def _applicable(composite: Composite) -> Composite:
+    """Without rules for attention: Zennit takes it for an activation, and fails on its three inputs."""
+
+    def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
+        return None if isinstance(module, nn.MultiheadAttention) else composite.module_map(context, name, module)
+
+    return Composite(module_map, composite.canonizers)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return is_of_torch(module) and not any(module.children())
+
+
+def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
+    """For a borrowed module: a layer and its batch norm become one layer, and the norm an identity.
+
+    The pairs are those that the trace has found. Zennit's canonizers could do the same to pairs with weights, but leave
+    parameters in the graph.
+    """
+    for layer in layers:
+        norm = module.get_submodule(layer.norm) if layer.norm else None
+        if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
+            continue  # other norms, and those that always use the batch's statistics
+        submodule = module.get_submodule(layer.name)
+        with torch.no_grad():
+            scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+            shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+            weight = submodule.get_parameter("weight")
+            bias = shift if submodule._parameters["bias"] is None else submodule._parameters["bias"] * scale + shift
+            of_rows = layer.spread(f"{layer.name}.weight", scale)
+            merged = {"weight": weight * of_rows[(...,) + (None,) * (weight.ndim - of_rows.ndim)], "bias": bias}
+            for name, value in merged.items():
+                submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
+            norm._parameters.update(weight=None, bias=None)
+            norm._buffers.update(running_mean=torch.zeros_like(scale), running_var=torch.ones_like(scale))
+            norm.eps = _LOST_IN_ONE
+
+
+def propagate(
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    batches: Iterable[Any],
+    predict: Predict,
+    start: Callable[[Tensor, Tensor], Tensor],
+    reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor],
+    rules: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+    progress: Callable[[int], None] = lambda samples: None,
+    prepare: Callable[[nn.Module], None] = lambda module: None,
+    arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """Send something back from the logits and add up what arrives at the units, on a borrowed module.
+
+    Args:
+        module: the bare model.
+        layers: its unit layers.
+        batches: on the module's device; of several ranks, this one's share.
+        predict: how to get logits and labels of a batch.
+        start: ``(logits, target)`` to what is sent back from the logits, ``(N, classes)``.
+        reduce: ``(layer, output, what arrives at it)`` to one number per unit, ``(units,)``; called while it flows.
+        rules: entered around each batch: how it flows. None: as gradients do.
+        progress: called after each batch with the number of samples so far.
+        prepare: called once with the borrowed module, which it may change.
+        arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
+        ranks: whose sums are added up; they all get the same.
+
+    Returns:
+        By layer: float64 ``(units,)`` on the CPU, summed over batches and ranks.
+
+    Raises:
+        ValueError: as `attribute`.
+    """
+    sums = {layer.name: _Sum(layer, reduce) for layer in layers}
+
+    def of_share() -> tuple[int, dict[str, Tensor | None]]:
+        samples = 0
+        with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
+            module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter's gradient
+            _widen(module)
+            forget_gradient_hooks(module)
+            prepare(module)
+            roots: list[Tensor] = []
+            for layer in layers:
+                submodule = module.get_submodule(layer.name)
+                hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
+                hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
+            for batch in batches:
+                roots.clear()
+                # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
+                with rules(module):
+                    logits, target = predict_checked(
+                        predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
+                    )
+                    sent, ends = (
+                        start(logits.detach(), target),
+                        tuple(roots),
+                    )  # checkpointed layers run again, add to it
+                    arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
+                samples += len(target)
+                progress(samples)
+        return samples, {name: total.of_share() for name, total in sums.items()}
+
+    shares = ranks.each(of_share)
+    if not any(samples for samples, _ in shares):
+        raise ValueError("no reference sample to attribute")
+    return {layer.name: _total(layer, [found[layer.name] for _, found in shares]) for layer in layers}
+
+
+def over_positions(layer: UnitLayer, values: Tensor) -> Tensor:
+    """Sum the values at a layer's output over positions: ``(N, units)`` in float64 (MPS has none: float32)."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    positions = [axis for axis in range(1, values.ndim) if axis != values.ndim + layer.axis]
+    return values.sum(dim=positions, dtype=wide) if positions else values.to(wide)
+
+
+class _Sum:
+    """What arrives at one layer's output, reduced to units and summed over batches."""
+
+    def __init__(self, layer: UnitLayer, reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor]) -> None:
+        self.layer = layer
+        self.reduce = reduce
+        self.total: Tensor | None = None
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        value = output.detach()  # an in-place ReLU behind it shows: a negative output whose gradient is 0 anyway
+
+        def add(arrived: Tensor) -> None:
+            summed = self.reduce(self.layer, value, arrived)
+            self.total = summed if self.total is None else self.total + summed
+
+        output.register_hook(add)
+
+    def of_share(self) -> Tensor | None:
+        return None if self.total is None else self.total.to("cpu", torch.float64)
+
+
+def _total(layer: UnitLayer, shares: Sequence[Tensor | None]) -> Tensor:
+    found = [share for share in shares if share is not None]
+    if not found:
+        raise ValueError(f"no relevance reached layer {layer.name!r}: the logits do not depend on it")
+    total = sum(found[1:], start=found[0])
+    if not total.isfinite().all():
+        raise ValueError(
+            f"relevance of layer {layer.name!r} is not finite in {int((~total.isfinite()).sum())} of "
+            f"{layer.units} units"
+        )
+    return total
+
+
+def _rooted(name: str, roots: list[Tensor]) -> Any:
+    """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in."""
+
+    def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not torch.is_grad_enabled():
+            how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
+            raise ValueError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
+        if args[0].requires_grad:
+            roots.append(args[0])  # if it is the user's own leaf nothing else ends in it
+            return None
+        roots.append(args[0].detach().requires_grad_())
+        return (roots[-1], *args[1:])
+
+    return root
+
+
+def _autocast_off(module: nn.Module) -> torch.autocast:
+    device = next(module.parameters()).device
+    return torch.autocast(device.type, enabled=False)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Half precision is too coarse to propagate relevance in."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _widen(module: nn.Module) -> None:
+    # Other tensors in the old ones' places: new data in the same ones would cut off DDP's hooks.
+    for submodule in module.modules():
+        if vars(submodule).get("_dtype") in (torch.float16, torch.bfloat16):
+            vars(submodule)["_dtype"] = torch.float32  # a LightningModule's own, which its forward may ask for
+        for name, parameter in submodule._parameters.items():
+            if parameter is not None and _wide(parameter) is not parameter:
+                submodule._parameters[name] = nn.Parameter(_wide(parameter.detach()), requires_grad=False)
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = _wide(buffer)

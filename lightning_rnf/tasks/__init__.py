@@ -1,0 +1,33 @@
+"""How a task begins and ends, and what a finished one can do.
+
+Reference data are drawn, units are selected, a record is made and witnessed; after that the task can be recalled,
+reported, saved, exported. The Trainer's events that call all this are in `lightning_rnf.callback`.
+"""
+
+from lightning_rnf.tasks import checkpoints, runs
+from lightning_rnf.tasks.ending import CriterionOption, Ending, Recovery
+from lightning_rnf.tasks.finished import FinishedTasks, Retention
+from lightning_rnf.tasks.holding import Holding
+from lightning_rnf.tasks.reference import Reference, ReferenceSource, on_device, set_up
+from lightning_rnf.tasks.runs import TaskOption
+from lightning_rnf.tasks.selection import Selection
+from lightning_rnf.tasks.summary import RichUnitSummary, UnitSummary
+
+__all__ = [
+    "CriterionOption",
+    "Ending",
+    "FinishedTasks",
+    "Holding",
+    "Recovery",
+    "Reference",
+    "ReferenceSource",
+    "Retention",
+    "RichUnitSummary",
+    "Selection",
+    "TaskOption",
+    "UnitSummary",
+    "checkpoints",
+    "on_device",
+    "runs",
+    "set_up",
+]

@@ -1,0 +1,127 @@
+"""Finished tasks in Lightning's checkpoints: a file of its own for every task that ends, and what files say."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_rnf.memory import Audit, FreezeState
+
+_KEY = "RelevanceFreezing"
+_LONGEST = 200  # bytes of a task's name in a file's, of which file systems allow 255
+
+
+def keep(trainer: Trainer, task: str) -> str | None:
+    """Save a task that has just ended, where the Trainer saves checkpoints at all; every rank has to call it.
+
+    ``ModelCheckpoint`` has saved before: its files know nothing of the task. So ``<task>-ended.ckpt`` is written beside
+    them, and ``last.ckpt``, where it is asked for, again. Those of certain epochs (the best, say) stay as they are:
+    they hold other weights than those that were attributed.
+
+    Returns:
+        The path of the first of them; None: nothing is saved.
+    """
+    savers = [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        and callback.dirpath
+        and (callback.save_top_k != 0 or callback.save_last)
+    ]
+    if not savers:
+        return None
+    path = os.path.join(str(savers[0].dirpath), file_name(task))
+    for each in dict.fromkeys([path, *(saver.last_model_path for saver in savers if saver.last_model_path)]):
+        trainer.save_checkpoint(each)
+    return path
+
+
+def file_name(task: str) -> str:
+    """Of the checkpoint of a task's end: the task's name, without what no file system likes, and not too long for one.
+
+    >>> file_name("digits 0/1")
+    'digits_0_1-ended.ckpt'
+    """
+    name = re.sub(r"[^\w.=+-]+", "_", task)
+    if len(name.encode()) > _LONGEST:
+        told_apart = hashlib.sha256(task.encode(errors="surrogatepass")).hexdigest()[:8]
+        name = f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{told_apart}"
+    return f"{name}-ended.ckpt"
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint of Lightning, on the CPU. Nothing in it can run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is none, is cut off, or holds more than tensors and plain values.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {os.fspath(path)!r}")
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file of a stranger makes of the reader
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{os.fspath(path)!r} can't be read: it is cut off, or no checkpoint, or holds more than tensors and plain "
+            f"values ({type(error).__name__}: {said:.120})"
+        ) from error
+    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
+        raise ValueError(f"{os.fspath(path)!r} is no checkpoint of Lightning: it has no 'state_dict'")
+    return found
+
+
+def finished_tasks(checkpoint: Mapping[str, Any]) -> FreezeState:
+    """The finished tasks in a checkpoint that was `read`.
+
+    Raises:
+        ValueError: if there are none of ours, or they are of a newer version, or damaged.
+    """
+    if not has_finished_tasks(checkpoint):
+        raise ValueError("the checkpoint has no finished tasks: it was saved without RelevanceFreezing")
+    return FreezeState.from_plain(checkpoint["callbacks"][_KEY])
+
+
+def has_finished_tasks(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was saved with `RelevanceFreezing`."""
+    callbacks = checkpoint.get("callbacks")
+    return isinstance(callbacks, dict) and _KEY in callbacks
+
+
+def audit_of(checkpoint: Mapping[str, Any], state: FreezeState) -> Audit | None:
+    """Whether frozen rows are in a checkpoint as they were at their tasks' ends; None: it lacks some of the weights.
+
+    Raises:
+        ValueError: if the weights have another shape than the finished tasks'.
+    """
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    needed = {name for layer in state.layers for name in layer.parameters}.union(state.shared)
+    needed.update(*(record.head_parameters for record in state.tasks.values()))
+    if not needed.issubset(weights):
+        return None
+    state.check_parameters(weights)
+    return Audit.of(weights, state)
+
+
+def check(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Check that a checkpoint's weights are those of a model, before anything is done to it.
+
+    Raises:
+        ValueError: naming a parameter or buffer that only one of them has, or that has another shape.
+    """
+    saved, own = checkpoint["state_dict"], module.state_dict()
+    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (saved, own)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        in_file, in_model = (str(one[name]) if name in one else "missing" for one in shapes)
+        if in_file != in_model:
+            raise ValueError(
+                f"the checkpoint is of another model: {name!r} is {in_file} in it, and {in_model} in this one"
+            )

@@ -1,0 +1,372 @@
+"""Finished tasks as a user meets them: recalled by name and in evaluation runs, exported, reported, saved, loaded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, hub, maskfiles
+from lightning_rnf.recall import export, subnetwork
+from lightning_rnf.report import RetentionReport
+from lightning_rnf.runtime import Ranks, sharding
+from lightning_rnf.tasks.probes import drifts
+from lightning_rnf.tasks.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
+from lightning_rnf.tasks.witnesses import Witnesses
+
+Retention = Literal["exact", "paper"]
+
+T = TypeVar("T", bound="FinishedTasks")
+
+_OF_LIGHTNING = ("log", "log_dict")  # methods of the module that the Trainer leaves in each callback
+
+
+class FinishedTasks(Callback):
+    """What finished tasks can do without a fit; `RelevanceFreezing` adds the fits that finish them.
+
+    Args:
+        retention: whether only the task's relevant units speak in recall (``"exact"``), or all (``"paper"``).
+        task: the task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``.
+    """
+
+    def __init__(self, retention: Retention = "exact", task: TaskOption = None) -> None:
+        self.retention = retention
+        self.task = task
+        self.state = FreezeState()
+        self._model: Callable[[], Any] = lambda: None  # of the last fit, or of what was protected since
+        self._recalled = ExitStack()
+        self._witnesses = Witnesses()
+        self._tested: list[str | None] = []
+        self._has_older_weights = False
+
+    # -- what a user asks ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def recall(self, task: str, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Run the model as the sub-network of a finished task: only the units relevant to it speak.
+
+        Inside the context the model is in eval mode, has the norm statistics of that task's end, and runs that task's
+        head if the heads are a `MultiHead` (activate heads of your own yourself). Its logits are bit-identical at any
+        later time, on the same device with the same dtype, batch and kernels.
+
+        Args:
+            task: name of the task.
+            model: None: the model of the last fit, or of a `RelevanceFreezing.protect` since.
+
+        Raises:
+            KeyError: if there is no such finished task.
+            ValueError: if there is no model, or it lacks something that the task uses.
+        """
+        record = self.state.task(task)
+        module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
+        if module is None:
+            raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
+        self.state.check_module(module)
+        with subnetwork.recall(module, self.state.layers, record, masked=self.retention == "exact"):
+            yield
+
+    def export(self, model: torch.nn.Module, task: str) -> torch.nn.Module:
+        """Cut the sub-network of a finished task out of a model, as a small, dense, ordinary module in eval mode.
+
+        Its logits are those of recall within 1e-5; see `recall.export` for what goes and what stays, and to
+        measure both sizes. The model itself stays as it is.
+
+        Example::
+
+            small = rnf.export(model, "digits-01")
+            torch.save(small, "digits-01.pt")                   # loads without this package
+            torch.onnx.export(small, (x,), "digits-01.onnx")
+
+        Args:
+            model: with the weights of any later time.
+            task: name of the task.
+
+        Raises:
+            KeyError: if there is no such finished task.
+            ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
+                traced.
+        """
+        record = self.state.task(task)
+        module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+        if sharding.is_sharded(module):
+            raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
+        self.state.check_module(module)
+        return export(module, self.state.layers, record, masked=self.retention == "exact")
+
+    @property
+    def free_capacity(self) -> float:
+        """Share of the units that are relevant to no finished task, in [0, 1]."""
+        frozen = self.state.frozen()
+        total = sum(len(units) for units in frozen.values())
+        return 1.0 - sum(int(units.sum()) for units in frozen.values()) / total if total else 1.0
+
+    def capacity(self) -> dict[str, float]:
+        """Free capacity of each unit layer, in execution order."""
+        return {name: 1.0 - int(units.sum()) / len(units) for name, units in self.state.frozen().items()}
+
+    def report(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        matrix: Tensor | None = None,
+        metric: str | None = None,
+        baseline: Tensor | None = None,
+    ) -> RetentionReport:
+        """What was kept, what it cost, and what is left; and an audit of what was promised.
+
+        Example::
+
+            report = rnf.report()
+            print(report)
+            report.plot("retention.png")
+
+        Args:
+            model: that is audited: its frozen rows, and the logits of a few samples of each task that has ended since
+                the program was started; None: the same as for `recall`, if it is still there.
+            matrix: accuracy ``(tasks, tasks)`` as `metrics` says; None: what ``trainer.test`` has logged.
+            metric: which of the logged metrics the matrix is of; None: the first that has "acc" in its name.
+            baseline: accuracy of each task before any training, ``(tasks,)``: for the forward transfer.
+
+        Raises:
+            ValueError: if the model is another one, the matrix has another shape, or the metric was never logged.
+        """
+        module = self._model() if model is None else getattr(model, "_orig_mod", model)
+        looked_at = None
+        if module is not None and not sharding.is_sharded(module):
+            self.state.check_module(module)
+            drift = drifts(module, self.state, self._witnesses.probes, masked=self.retention == "exact")
+            looked_at = Audit.of(dict(module.named_parameters(remove_duplicate=False)), self.state, drift)
+        return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, audit=looked_at)
+
+    def save(self, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
+        """Write the finished tasks into a small file to hand on: a bit for each unit and task, no weights.
+
+        Example::
+
+            rnf.save("masks.safetensors")
+            RelevanceFreezing().load("masks.safetensors", model)  # of the same architecture, with the same weights
+
+        Args:
+            path: of the file (safetensors).
+            relevance: of every unit, too: four bytes for each unit and task.
+
+        Raises:
+            ValueError: if no task has ended.
+        """
+        maskfiles.save(self.state, path, relevance=relevance)
+
+    def load(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> None:
+        """Take over the finished tasks of a file of `save`: nothing in it can run, a refused one changes nothing.
+
+        Args:
+            path: of the file.
+            model: to be checked against the file; None: it is checked when it is first used.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it can't be read, is of another model, or lacks a task that has ended here.
+        """
+        state = maskfiles.load(path)
+        if model is not None:
+            state.check_module(getattr(model, "_orig_mod", model))
+        lost = [name for name in self.state.tasks if name not in state.tasks]
+        if lost:
+            raise ValueError(
+                f"{os.fspath(path)!r} lacks {', '.join(map(repr, lost))}, finished here: load it into a new callback"
+            )
+        self._take(state)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        repository: str,
+        *,
+        revision: str | None = None,
+        model: torch.nn.Module | None = None,
+        **options: Any,
+    ) -> T:
+        """A callback with the finished tasks that somebody has pushed to the Hugging Face hub.
+
+        Args:
+            repository: ``"owner/name"``.
+            revision: branch, tag or commit.
+            model: to be checked against the file.
+            options: of the callback.
+
+        Raises:
+            ImportError: if huggingface-hub is not installed (extra ``hub``).
+            ValueError: as `load`.
+        """
+        path = hub.download(repository, revision)
+        callback = cls(**options)
+        callback.load(path, model)
+        return callback
+
+    def push_to_hub(self, repository: str, *, relevance: bool = False, private: bool | None = None) -> str:
+        """Put the file of `save` into a repository of the Hugging Face hub, which is made if there is none.
+
+        Args:
+            repository: ``"owner/name"``.
+            relevance: as for `save`.
+            private: whether a new repository is; None: as the owner's settings say.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: if huggingface-hub is not installed (extra ``hub``).
+            ValueError: if no task has ended.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, hub.FILE)
+            self.save(path, relevance=relevance)
+            return hub.upload(path, repository, private)
+
+    # -- test, validate, predict ---------------------------------------------------------------------------------------
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Recall the task if it is a finished one, until the run ends."""
+        self._recall_finished(trainer, pl_module)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Recall another task if this loader has one of its own."""
+        if batch_idx == 0:
+            self._recall_finished(trainer, pl_module, dataloader_idx)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the recall, and note what was logged: it is a row of the report's accuracy matrix.
+
+        Not of ``fast_dev_run``; nor, with a warning, of a part of the data or of another model than the last task's.
+        """
+        self._recalled.close()
+        self._note_test(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the recall."""
+        self._recalled.close()
+
+    on_predict_end = on_validation_end
+    on_validation_start = on_predict_start = on_test_start
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
+    def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule, loader: int | None = None) -> None:
+        if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
+            return
+        of_loaders = tasks_of_loaders(trainer)
+        if loader is None:
+            self._tested = of_loaders
+        if not any(of_loaders):
+            if loader is None:
+                name, is_known = task_of_evaluation(self.task, self.state, trainer, module)
+                self._tested = [name]
+                self._recall(name, is_known, module)
+        elif loader is not None:
+            self._recall(of_loaders[loader], of_loaders[loader] is not None, module)
+
+    def _recall(self, name: str | None, is_known: bool, module: pl.LightningModule) -> None:
+        self._recalled.close()
+        if name in self.state.tasks:
+            self._recalled.enter_context(self.recall(name, module))
+        elif not is_known:
+            rank_zero_warn(
+                "which task this is can't be told, so nothing is recalled: use a data module with a task attribute, "
+                "or wrap the call in rnf.recall(task)"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The finished tasks, as plain data for a checkpoint."""
+        return self.state.to_plain()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the finished tasks of a checkpoint.
+
+        A checkpoint from before some of the finished tasks had ended does not make them forgotten: ``ModelCheckpoint``
+        saves its best before the task's end, and Lightning restores it in ``test(ckpt_path="best")``.
+
+        Raises:
+            ValueError: if it is no such state, or of a newer version.
+        """
+        state = FreezeState.from_plain(state_dict)
+        lost = self._lacks(state)
+        if lost and set(state.tasks) <= set(self.state.tasks):
+            rank_zero_warn(
+                f"{lost}: these tasks are kept, but their units belong to later weights than the loaded ones"
+            )
+            self._has_older_weights = True  # until the next run
+            return
+        self._take(state)
+
+    def _lacks(self, state: FreezeState) -> str:
+        """What is to be said of a checkpoint that lacks finished tasks; nothing if it has them all."""
+        lost = sorted(set(self.state.tasks) - set(state.tasks))
+        return f"the checkpoint was saved before {', '.join(map(repr, lost))} ended" if lost else ""
+
+    def _agree(self, ranks: Ranks) -> None:
+        """Go on with the finished tasks of the first rank in all of them."""
+        of_first = ranks.decided(lambda: self.state)
+        if ranks.rank > 0:
+            self._take(of_first)
+
+    def _take(self, state: FreezeState) -> None:
+        """Go on with other finished tasks; what was kept beside the old ones goes, but for those that are the same."""
+        rows = {name: record.rows for name, record in self.state.tasks.items()}
+        same = [name for name, record in state.tasks.items() if record.rows and record.rows == rows.get(name)]
+        self._witnesses = self._witnesses.of(same)
+        self.state = state
+
+    def _end_run(self) -> None:
+        self._recalled.close()
+        self._has_older_weights = False
+        for name in _OF_LIGHTNING:  # they would keep the model alive
+            vars(self).pop(name, None)
+
+    def _note_test(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        tested, self._tested = self._tested, []
+        if not self.state.tasks or self._has_older_weights or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        last = next(reversed(self.state.tasks.values()))
+        if other := self._other_than_at(last, module):
+            rank_zero_warn(
+                f"the model that was tested is not the one in which {last.name!r} has ended ({', '.join(other)} "
+                "differ), so the test is left out of the report"
+            )
+            return
+        left_out = batches_left_out(trainer)
+        for index, task in enumerate(tested):
+            if task is None or tested.count(task) > 1:
+                continue
+            if left_out[index]:
+                rank_zero_warn(f"{task!r} was tested on {left_out[index]}, so the test is left out of the report")
+                continue
+            suffix = f"/dataloader_idx_{index}"
+            logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            if len(tested) > 1:
+                logged = {name[: -len(suffix)]: value for name, value in logged.items() if name.endswith(suffix)}
+            if logged:
+                last.tests[task] = logged
+
+    def _other_than_at(self, record: TaskRecord, module: pl.LightningModule) -> tuple[str, ...]:
+        """What of a task's own a model doesn't have as it was at the task's end; of a sharded one that isn't known."""
+        if sharding.is_sharded(module):
+            return ()
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        return changed(parameters, self.state, record.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a callback that has no run under way.
+        kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
+        return {**kept, "_model": None, "_recalled": None, "_witnesses": Witnesses()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _model=lambda: None, _recalled=ExitStack())

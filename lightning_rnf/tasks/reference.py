@@ -1,0 +1,419 @@
+"""Reference data: a random sample of a task's own held-out data, drawn once and kept on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torchmetrics import Metric
+
+from lightning_rnf.anatomy import Predict, measure, supervised
+from lightning_rnf.runtime import ALONE, Ranks, alone, arguments, evaluating, joined, transferred
+from lightning_rnf.search import Measured
+from lightning_rnf.tasks.runs import data_module, ranks_of
+
+ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
+"""Where reference data comes from: a data module's validation data; a loader; a function ``(trainer, module)`` that
+returns one of them, for a source per task, and is called several times in a fit; or None: the fit's validation data."""
+
+
+_EMPTY = "reference data is empty: give labelled samples of the task as reference, or a fit some validation data"
+
+
+@dataclass(frozen=True)
+class ReferenceData:
+    """Batches on the device; accuracy is measured on all of them, relevance on the first ``attributed``.
+
+    Of several ranks, each holds the share of whole batches that is its own: a batch is the same batch as in one
+    process, and with it what batch norms see.
+
+    Attributes:
+        batches: in random order where the data could be indexed.
+        attributed: number of leading batches for relevance.
+        samples: number of samples in all batches of all ranks.
+        predict: how to get logits and labels of a batch.
+        forward_context: entered around each forward of `accuracy`: the fit's precision.
+        convert: applied to each batch before that forward, for the same reason.
+        ranks: that have a share each.
+    """
+
+    batches: list[Any]
+    attributed: int
+    samples: int
+    predict: Predict = supervised
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    convert: Callable[[Any], Any] = lambda batch: batch
+    ranks: Ranks = ALONE
+
+    @property
+    def example(self) -> Any:
+        """One batch, in the fit's precision. Of several ranks only rank 0 is sure to have one."""
+        return self.convert(self.batches[0])
+
+    @property
+    def for_attribution(self) -> list[Any]:
+        """The batches on which relevance is measured, in the fit's precision."""
+        return [self.convert(batch) for batch in self.batches[: self.attributed]]
+
+    def measure(
+        self,
+        module: nn.Module,
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        finite: bool = True,
+        lowest: float | None = None,
+    ) -> Measured:
+        """Accuracy of ``module`` on all batches of all ranks, in [0, 1], and the metrics; see `measure`."""
+        return measure(
+            module,
+            map(self.convert, self.batches),
+            self.predict,
+            self.forward_context,
+            metrics,
+            finite=finite,
+            ranks=self.ranks,
+            lowest=lowest,
+            expected=self.samples,
+        )
+
+    def run(self, module: nn.Module) -> None:
+        """Run ``module`` on the inputs of the batches for attribution, but for much smaller ones and single samples.
+
+        Each batch weighs the same in statistics that are estimated from them.
+        """
+        batches = self.for_attribution
+        sizes = [extract_batch_size(batch) for batch in batches]
+        for batch, size in zip(batches, sizes, strict=True):
+            if size > 1 and size >= max(sizes) / 2:
+                with torch.no_grad(), self.forward_context():
+                    self.predict(module, batch)
+
+
+class Reference:
+    """Draws reference data, for a fit or without one.
+
+    Args:
+        source: see `ReferenceSource`.
+        samples: at most so many are drawn; None: all.
+        attribution_samples: at most so many of them are attributed; None: all.
+        predict: how to get logits and labels of a batch; None: for batches ``(x, y)``.
+        seed: of the drawing.
+
+    Raises:
+        TypeError, ValueError: if an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        source: ReferenceSource = None,
+        samples: int | None = 5000,
+        attribution_samples: int | None = 1000,
+        predict: Predict | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.samples: int | None = arguments.at_least("reference_samples", samples, 1, or_none=True)
+        self.attribution_samples = arguments.at_least("attribution_samples", attribution_samples, 1, or_none=True)
+        self.predict = arguments.of_type("predict", predict, Callable, "a function (module, batch)") or supervised
+        self.seed = arguments.of_type("seed", seed, int, "a whole number")
+
+    def of(self, source: ReferenceSource) -> Reference:
+        """The same of another source."""
+        return Reference(source, self.samples, self.attribution_samples, self.predict, self.seed)
+
+    def size(self, trainer: Trainer) -> int | None:
+        """How many samples would be drawn; None: only drawing can tell.
+
+        Raises:
+            ValueError: if a data set that can be indexed is not the same in all processes.
+        """
+        ranks = ranks_of(trainer)
+        with self._loader(trainer) as loader:
+            if _can_be_indexed(loader, ranks):
+                length = _length(loader.dataset, ranks)
+                return length if self.samples is None else min(length, self.samples)
+            sampler: object = getattr(loader, "sampler", None)
+            batch_size: int | None = getattr(loader, "batch_size", None)
+            if not isinstance(sampler, Sized) or batch_size is None:
+                return None
+            if self.samples is None:
+                return len(sampler)
+            return min(len(sampler), math.ceil(self.samples / batch_size) * batch_size)
+
+    def example(self, trainer: Trainer) -> Any:
+        """One batch on the device, in the fit's precision; None in all ranks but the first.
+
+        Raises:
+            ValueError: if there is no reference data, or more than one loader.
+        """
+        ranks = ranks_of(trainer)
+
+        def first(loader: Any) -> Any:
+            for batch in loader if ranks.rank == 0 else ():
+                return trainer.precision_plugin.convert_input(on_device(batch, trainer))
+            if ranks.rank == 0:
+                raise ValueError(_EMPTY)
+            return None
+
+        with self._loader(trainer) as loader, _validating(trainer):
+            return ranks.agreed(lambda: first(loader))
+
+    def draw(self, trainer: Trainer) -> ReferenceData:
+        """Draw the task's reference data and put it on the device; of several ranks, this one's share.
+
+        A plain DataLoader's dataset is indexed at random; other loaders are walked from their start, by every rank.
+
+        Raises:
+            ValueError: if there is no reference data, or more than one loader.
+        """
+        precision = trainer.precision_plugin
+        with self._loader(trainer) as loader, _validating(trainer):
+            return self._drawn(
+                loader,
+                ranks_of(trainer),
+                lambda batch: on_device(batch, trainer),
+                precision.forward_context,
+                precision.convert_input,
+            )
+
+    def draw_alone(self, module: nn.Module) -> ReferenceData:
+        """As `draw`, where no Trainer runs: in this process, on the module's device, in its own precision.
+
+        A data module is prepared, set up for validation and torn down. Batches go through the transfer hooks of the
+        data module, or of a LightningModule, which find a `NoTrainer` in the Trainer's place.
+
+        Raises:
+            TypeError: if the source is a function, which only a fit can call, or can be walked only once.
+            ValueError: if there is no reference data, or more than one loader.
+        """
+        source = self.source
+        if callable(source):
+            raise TypeError(
+                "reference is a function (trainer, module), and no Trainer is running: give what it returns"
+            )
+        with alone(module, source), evaluating(module):
+            data = source.val_dataloader() if isinstance(source, LightningDataModule) else source
+            loader = _single(data, "reference" if data is source else "reference.val_dataloader()")
+            return self._drawn(loader, ALONE, lambda batch: transferred(batch, module, source))
+
+    def _drawn(
+        self,
+        loader: Any,
+        ranks: Ranks,
+        to_device: Callable[[Any], Any],
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        convert: Callable[[Any], Any] = lambda batch: batch,
+    ) -> ReferenceData:
+        draw = self._random_parts if _can_be_indexed(loader, ranks) else self._leading_parts
+        samples, *parts = draw(loader, ranks)
+        first, rest = ranks.agreed(lambda: [[to_device(batch) for batch in part] for part in parts])
+        if samples == 0:
+            raise ValueError(_EMPTY)
+        return ReferenceData(first + rest, len(first), samples, self.predict, forward_context, convert, ranks)
+
+    def _random_parts(self, loader: DataLoader[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
+        dataset: Any = loader.dataset
+        drawn = torch.randperm(_length(dataset, ranks), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        drawn = drawn[: self.samples]
+        attributed = len(drawn) if self.attribution_samples is None else self.attribution_samples
+        # The border falls between batches.
+        first, rest = _chunks(drawn[:attributed], loader.batch_size), _chunks(drawn[attributed:], loader.batch_size)
+
+        def batches(indices: list[list[int]]) -> Iterable[Any]:
+            return DataLoader(
+                dataset,
+                batch_sampler=indices,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                worker_init_fn=loader.worker_init_fn,
+            )
+
+        return len(drawn), batches(ranks.share(first)), batches(ranks.share(rest, len(first)))
+
+    def _leading_parts(self, loader: Iterable[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
+        if ranks.size > 1:  # samplers that draw should draw the same
+            torch.set_rng_state(ranks.gather(torch.get_rng_state())[0])
+        batches = ranks.agreed(lambda: list(_leading(loader, self.samples)))
+        attributed = len(list(_leading(batches, self.attribution_samples)))
+        if ranks.size == 1:
+            return _count(batches), batches[:attributed], batches[attributed:]
+        seen = ranks.each(lambda: [_fingerprint(batch) for batch in batches])
+        if all(other == seen[0] for other in seen):
+            rank_zero_warn(
+                f"reference data can't be indexed: each of {ranks.size} processes walks through all of it and keeps "
+                f"every {ranks.size}-th batch"
+            )
+            first, rest = batches[:attributed], batches[attributed:]
+            return _count(batches), ranks.share(first), ranks.share(rest, attributed)
+        rank_zero_warn(
+            f"reference data can't be indexed, and the {ranks.size} processes see different batches: each is taken to "
+            "see a share of its own, and a sample that several see counts several times; give reference= a data set "
+            "that can be indexed, or one that is the same in all processes"
+        )
+        batches = list(_leading(batches, _part(self.samples, ranks)))
+        attributed = len(list(_leading(batches, _part(self.attribution_samples, ranks))))
+        return sum(ranks.gather(_count(batches))), batches[:attributed], batches[attributed:]
+
+    @contextmanager
+    def _loader(self, trainer: Trainer) -> Iterator[Any]:
+        ranks = ranks_of(trainer)
+        given = self.source
+        source = ranks.agreed(lambda: given(trainer, trainer.lightning_module) if callable(given) else given)
+        if source is None or source is data_module(trainer):
+            yield ranks.agreed(lambda: _single(_validation_data(trainer), "the fit's validation data"))
+        elif isinstance(source, LightningDataModule):
+            with set_up(source, trainer, "validate"):
+                yield ranks.agreed(lambda: _single(source.val_dataloader(), "reference.val_dataloader()"))
+        else:
+            yield ranks.agreed(lambda: _single(source, "reference"))
+
+
+def on_device(batch: Any, trainer: Trainer) -> Any:
+    """The batch on the Trainer's device, through the transfer hooks that batches of its own loops go through."""
+    return trainer.strategy.batch_to_device(trainer.lightning_module._on_before_batch_transfer(batch))
+
+
+def gathered(batches: list[Any], ranks: Ranks) -> list[Any]:
+    """The batches of all ranks, in the order of one process, on this rank's device."""
+    if ranks.size == 1:
+        return batches
+    devices: list[torch.device] = []
+
+    def to_cpu(tensor: Tensor) -> Tensor:
+        devices.append(tensor.device)
+        return tensor.cpu()
+
+    shares = ranks.each(lambda: [apply_to_collection(batch, Tensor, to_cpu, allow_frozen=True) for batch in batches])
+    device = devices[0] if devices else torch.device("cpu")  # only a rank without any batch knows none
+    return [
+        apply_to_collection(batch, Tensor, lambda one: one.to(device), allow_frozen=True) for batch in joined(shares)
+    ]
+
+
+def _length(dataset: Any, ranks: Ranks) -> int:
+    lengths = ranks.each(lambda: len(dataset))
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the data set of the reference data has {', '.join(map(str, lengths))} samples, by process: give all of "
+            "them the whole of it, each then draws a share of its own"
+        )
+    return lengths[0]
+
+
+def _chunks(indices: list[int], batch_size: int | None) -> list[list[int]]:
+    assert batch_size is not None
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def _leading(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """Whole batches until there are so many samples."""
+    seen = 0
+    for batch in batches:
+        if samples is not None and seen >= samples:
+            break
+        yield batch
+        seen += extract_batch_size(batch)
+
+
+def _count(batches: Iterable[Any]) -> int:
+    return sum(extract_batch_size(batch) for batch in batches)
+
+
+def _part(samples: int | None, ranks: Ranks) -> int | None:
+    return None if samples is None else math.ceil(samples / ranks.size)
+
+
+def _fingerprint(batch: Any) -> list[str]:
+    """Sums of a batch's tensors: enough to see whether several processes walk through the same data."""
+    sums: list[str] = []
+    apply_to_collection(batch, Tensor, lambda one: sums.append(f"{tuple(one.shape)} {one.double().sum().item()}"))
+    return sums
+
+
+def _can_be_indexed(loader: object, ranks: Ranks) -> bool:
+    # A sampler of the user's own says which samples belong to the task; a subclass may do anything. In several
+    # processes torch's distributed one only says which of them each is to see.
+    samplers = (SequentialSampler, RandomSampler, *((DistributedSampler,) if ranks.size > 1 else ()))
+    return (
+        type(loader) is DataLoader
+        and loader.batch_size is not None
+        and not isinstance(loader.dataset, IterableDataset)
+        and type(loader.sampler) in samplers
+    )
+
+
+def _single(loaders: Any, where: str) -> Any:
+    if loaders is None:
+        raise ValueError(f"no reference data: {where} is missing; give the task validation data, or set reference=")
+    if not isinstance(loaders, Iterable) or iter(loaders) is loaders:
+        raise TypeError(
+            f"{where} is of type {type(loaders).__name__}, expected a data module or a loader that can be walked twice"
+        )
+    if isinstance(loaders, DataLoader):
+        return loaders
+    several = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    if not isinstance(several, (list, tuple)):
+        return loaders
+    if len(several) == 1 and isinstance(several[0], DataLoader):
+        return several[0]
+    if all(isinstance(one, DataLoader) for one in several) and several:
+        raise ValueError(
+            f"{where} has {len(several)} loaders, and which of them belongs to the task can't be told: "
+            "set the task's own as reference= (a function of trainer and module, or rnf.reference before each fit)"
+        )
+    return loaders  # batches in a list
+
+
+def _validation_data(trainer: Trainer) -> Any:
+    if trainer.enable_validation and trainer.world_size > 1:
+        # As the user gave them: Lightning deals its own out to the processes, and repeats samples until that comes out.
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    if trainer.enable_validation:
+        # Lightning does this at the first validation; here it may be asked for earlier.
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        return trainer.val_dataloaders
+    for source in (data_module(trainer), trainer.lightning_module):
+        if source is not None and is_overridden("val_dataloader", source):
+            return source.val_dataloader()
+    return None
+
+
+@contextmanager
+def set_up(data: LightningDataModule, trainer: Trainer, stage: str) -> Iterator[None]:
+    """The life cycle that Lightning gives only to the Trainer's own data module."""
+    ranks = ranks_of(trainer)
+    before, data.trainer = data.trainer, trainer
+    try:
+        prepares = trainer.is_global_zero or (data.prepare_data_per_node and trainer.local_rank == 0)
+        ranks.agreed(lambda: data.prepare_data() if prepares else None)  # nobody goes on before
+        ranks.agreed(lambda: data.setup(stage))
+        try:
+            yield
+        finally:
+            data.teardown(stage)
+    finally:
+        data.trainer = before
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    """Transfer hooks of the user's ask the Trainer, or the module, whether to augment."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        with evaluating(trainer.lightning_module):
+            yield
+    finally:
+        trainer.state.stage = stage

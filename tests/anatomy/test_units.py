@@ -1,0 +1,837 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import CLASSES, Built, labelled, mlp
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
+
+from lightning_rnf.anatomy.units import UnitLayer, UnitMap
+from lightning_rnf.heads import MultiHead
+
+ROWS = (4,)
+IMAGES = (2, 4, 4)
+
+
+def units_of(net: nn.Module, *shape: int, **options: Any) -> UnitMap:
+    return UnitMap.of(net, labelled(4, *(shape or ROWS)), **options)
+
+
+def names(units: UnitMap) -> list[str]:
+    return [layer.name for layer in units.layers]
+
+
+def everything(units: UnitMap) -> list[str]:
+    """Each parameter as often as it is named."""
+    of_units = [name for layer in units.layers for name in layer.parameters]
+    return sorted([*of_units, *units.head_parameters, *units.shared, *units.idle])
+
+
+def parameters(net: nn.Module) -> list[str]:
+    return sorted(name for name, _ in net.named_parameters())
+
+
+def two_layers(forward: Callable[[Any, Tensor], Tensor] | None = None, **more: nn.Module | nn.Parameter) -> Built:
+    """Layers first and second, head, and what else is given."""
+    parts = {"first": nn.Linear(4, 4), "second": nn.Linear(4, 4), "head": nn.Linear(4, CLASSES), **more}
+    return Built(forward or (lambda net, x: net.head(net.second(net.first(x).relu()).relu())), **parts)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_come_in_the_order_they_run_in():
+    net = Built(
+        lambda net, x: net.head(net.b(net.c(net.a(x)))),
+        head=nn.Linear(4, CLASSES),
+        c=nn.Linear(4, 4),
+        b=nn.Linear(4, 4),
+        a=nn.Linear(4, 4),
+    )
+    assert names(units_of(net)) == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Linear(4, 5), (4,), -1),
+        (nn.Linear(4, 5), (3, 4), -1),
+        (nn.Conv1d(2, 5, 3), (2, 6), -2),
+        (nn.Conv2d(2, 5, 3, bias=False), (2, 6, 6), -3),
+        (nn.Conv3d(2, 5, 3), (2, 4, 4, 4), -4),
+        (nn.Conv2d(2, 4, 3, groups=2), (2, 6, 6), -3),
+        (nn.Conv1d(3, 6, 3, groups=3), (3, 6), -2),
+    ],
+    ids=lambda value: str(value).replace(", ", "-") if isinstance(value, nn.Module) else None,
+)
+def test_a_unit_layer_says_where_its_units_are(layer, shape, axis):
+    output = layer(torch.zeros(4, *shape))
+    net = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(output[0].numel(), CLASSES))
+
+    (found,) = units_of(net, *shape).layers
+
+    own = ("0.weight", "0.bias") if layer.bias is not None else ("0.weight",)
+    assert found == UnitLayer("0", units=output.shape[axis], axis=axis, parameters=own)
+    assert found.units == len(layer.weight)
+    assert found.speaker == "0"
+
+
+TRANSPOSED = {
+    "1d": (nn.ConvTranspose1d(3, 5, 3), (3, 4)),
+    "2d": (nn.ConvTranspose2d(3, 5, 3, stride=2, output_padding=1), (3, 4, 4)),
+    "3d": (nn.ConvTranspose3d(2, 3, 2), (2, 3, 3, 3)),
+    "grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 4, 4)),
+    "depthwise": (nn.ConvTranspose1d(4, 4, 3, groups=4), (4, 4)),
+    "without bias": (nn.ConvTranspose2d(6, 3, 3, groups=3, bias=False), (6, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_a_unit_of_a_transposed_convolution_owns_what_its_output_reads(case):
+    layer, shape = TRANSPOSED[case]
+    x = labelled(4, *shape)[0]
+    output = layer(x)
+    net = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(output[0].numel(), CLASSES))
+
+    (found,) = units_of(net, *shape).layers
+
+    assert found.units == output.shape[found.axis] == layer.out_channels
+    for name in found.parameters:
+        parameter = net.get_parameter(name)
+        owner = found.spread(name, torch.arange(found.units))
+        assert owner.shape == parameter.shape[: owner.ndim] == found.leading_shape(name)
+        for unit in range(found.units):
+            (read,) = torch.autograd.grad(layer(x).select(found.axis, unit).sum(), parameter)
+            entries = owner == unit
+            assert read[~entries].eq(0).all()
+            assert read[entries].ne(0).all()
+            assert torch.equal(found.by_unit(name, parameter)[unit].flatten(), parameter[entries].flatten())
+
+
+def test_units_chooses_layers_and_leaves_the_others_shared():
+    net = two_layers()
+    units = units_of(net, units="sec*")
+    assert names(units) == ["second"]
+    assert units.shared == ("first.weight", "first.bias")
+    assert names(units_of(net, units=["second", "first"])) == ["first", "second"]
+
+
+def test_parameters_kept_from_training_are_assigned_like_others():
+    net = Built(
+        lambda net, x: net.head(net.norm(net.first(net.table[0] * x)).relu()),
+        first=nn.Linear(4, 4),
+        norm=nn.BatchNorm1d(4),
+        head=nn.Linear(4, CLASSES),
+        table=nn.Parameter(torch.ones(2, 4)),
+        unused=nn.Linear(4, 4),
+    )
+    expected = units_of(net)
+    assert expected.shared == ("table",)
+
+    assert units_of(net.requires_grad_(False)) == expected
+
+
+def test_a_layer_that_is_only_used_functionally_is_shared():
+    net = two_layers(lambda net, x: net.head(linear(net.first(x), net.second.weight).relu()))
+    units = units_of(net)
+    assert names(units) == ["first"]
+    assert units.shared == ("second.weight",)
+    assert units.idle == ("second.bias",)
+
+
+def test_a_layer_with_more_than_rows_is_shared():
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.low, self.high = nn.Parameter(torch.ones(4, 1)), nn.Parameter(torch.ones(1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x, self.weight + self.low @ self.high, self.bias)
+
+    units = units_of(two_layers(second=Adapted()))
+    assert names(units) == ["first"]
+    assert units.shared == ("second.weight", "second.bias", "second.low", "second.high")
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+def conv_and_norm(
+    forward: Callable[[Any, Tensor], Tensor] | None = None, norm: nn.Module | None = None, **more: nn.Module
+) -> Built:
+    return Built(
+        forward or (lambda net, x: net.head(net.norm(net.conv(x)).relu().flatten(1))),
+        norm=nn.BatchNorm2d(4) if norm is None else norm,
+        conv=nn.Conv2d(2, 4, 3, padding=1),
+        head=nn.Linear(64, CLASSES),
+        **more,
+    )
+
+
+def test_a_norm_that_follows_belongs_to_the_units():
+    (layer,) = units_of(conv_and_norm(), *IMAGES).layers
+    assert layer.norm == layer.speaker == "norm"
+    assert layer.parameters == ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+
+
+def test_a_norm_without_parameters_speaks_for_the_units():
+    (layer,) = units_of(conv_and_norm(norm=nn.BatchNorm2d(4, affine=False)), *IMAGES).layers
+    assert layer.speaker == "norm"
+    assert layer.parameters == ("conv.weight", "conv.bias")
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm([4, 4, 4]), nn.GroupNorm(2, 4)], ids=lambda norm: type(norm).__name__)
+def test_norms_that_mix_channels_are_shared(norm):
+    units = units_of(conv_and_norm(norm=norm), *IMAGES)
+    assert units.layers[0].norm is None
+    assert set(units.shared) == {"norm.weight", "norm.bias"}
+    assert set(units.reasons.values()) == {f"{type(norm).__name__} mixes channels"}
+
+
+PER_CHANNEL = {
+    "batch norm 1d": (nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4)),
+    "batch norm 2d": (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    "batch norm 3d": (nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4)),
+    "synchronised": (nn.Conv2d(2, 4, 3, padding=1), nn.SyncBatchNorm(4)),
+    "instance norm 1d": (nn.Conv1d(2, 4, 3, padding=1), nn.InstanceNorm1d(4, affine=True)),
+    "instance norm 2d": (nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "instance norm 3d": (nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True)),
+    "a group for each channel": (nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(4, 4)),
+    "instance norm without parameters": (nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4)),
+    "slopes": (nn.Conv2d(2, 4, 3, padding=1), nn.PReLU(4)),
+    "slopes of a linear layer": (nn.Linear(4, 4), nn.PReLU(4)),
+    "norm and slopes": (nn.ConvTranspose2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.PReLU(4)),
+}
+
+
+@pytest.mark.parametrize("case", PER_CHANNEL)
+def test_what_treats_each_channel_by_itself_belongs_to_the_units(case):
+    layer, *followers = PER_CHANNEL[case]
+    shape = ROWS if isinstance(layer, nn.Linear) else (2, *[4] * (layer.weight.ndim - 2))
+    torch.manual_seed(0)
+    body = nn.Sequential(layer, *followers).eval()
+    said = body(labelled(4, *shape)[0])
+    net = nn.Sequential(body, nn.ReLU(), nn.Flatten(), nn.Linear(said[0].numel(), CLASSES))
+
+    units = units_of(net, *shape)
+
+    (found,) = units.layers
+    assert units.shared == ()
+    assert found.speaker == f"0.{len(followers)}"
+    assert set(found.parameters) == {name for name in parameters(net) if name.startswith("0.")}
+    # And it is true: whatever happens to one unit, the others say what they said.
+    with torch.no_grad():
+        for name in found.parameters:
+            net.get_parameter(name)[found.spread(name, torch.arange(4)) == 2] = torch.nan
+    others = torch.tensor([0, 1, 3])
+    changed = body(labelled(4, *shape)[0])
+    assert torch.equal(changed.index_select(found.axis, others), said.index_select(found.axis, others))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)])
+def test_a_function_that_writes_into_the_output_of_a_norm_hides_nothing(norm):
+    # What an instance norm puts out is a view: writing into it changes the graph behind it.
+    net = conv_and_norm(lambda net, x: net.head(net.norm(net.conv(x)).relu_().flatten(1)), norm)
+    units = units_of(net, *IMAGES)
+    assert (units.layers[0].norm, units.shared) == ("norm", ())
+
+
+def test_one_slope_for_all_channels_is_shared():
+    units = units_of(conv_and_norm(norm=nn.PReLU()), *IMAGES)
+    assert (units.layers[0].slopes, units.shared) == (None, ("norm.weight",))
+    assert units.reasons == {"norm.weight": "PReLU with one slope for all channels"}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.head((net.norm(conv := net.conv(x)) + conv).flatten(1)),
+        lambda net, x: net.head((net.norm(conv := net.conv(x)) * conv.mean()).flatten(1)),
+        lambda net, x: net.head(net.norm(net.conv(x).relu()).flatten(1)),
+        lambda net, x: net.head(net.norm(net.norm(net.conv(x))).flatten(1)),
+        lambda net, x: net.head((net.norm(net.conv(x)) + net.norm(x.repeat(1, 2, 1, 1))).flatten(1)),
+        lambda net, x: net.head(net.norm(torch.cat([net.conv(x)[:, :2], x], 1)).flatten(1)),
+        lambda net, x: net.head(net.norm(net.conv(x) + x.repeat(1, 2, 1, 1)).flatten(1)),
+        lambda net, x: net.head((net.norm(net.conv(x)).detach() + net.conv_again(x)).flatten(1)),
+        lambda net, x: (net.norm(conv := net.conv(x)), net.head(conv.flatten(1)))[1],
+    ],
+    ids=[
+        "skip around it",
+        "gate around it",
+        "activation before it",
+        "runs twice in a row",
+        "reads something else, too",
+        "concatenation before it",
+        "sum before it",
+        "detached",
+        "of no effect",
+    ],
+)
+def test_a_norm_whose_layer_speaks_to_others_or_that_hears_others_is_shared(forward, request):
+    units = units_of(conv_and_norm(forward, conv_again=nn.Conv2d(2, 4, 3, padding=1)), *IMAGES)
+    assert units.layers[0].norm is None
+    assert {"norm.weight", "norm.bias"} <= set(units.shared)
+    assert (
+        units.reasons["norm.weight"]
+        == {
+            "skip around it": "BatchNorm2d is not alone in reading the layer before it",
+            "gate around it": "BatchNorm2d is not alone in reading the layer before it",
+            "activation before it": "BatchNorm2d does not directly follow a unit layer",
+            "runs twice in a row": "BatchNorm2d runs 2 times in one forward",
+            "reads something else, too": "BatchNorm2d runs 2 times in one forward",
+            "concatenation before it": "BatchNorm2d reads a concatenation, whose channels no layer owns",
+            "sum before it": "BatchNorm2d reads a sum, whose channels no layer owns",
+            "detached": "BatchNorm2d ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+            "of no effect": "BatchNorm2d ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+        }[request.node.callspec.id]
+    )
+
+
+def test_a_norm_over_another_axis_than_the_units_is_shared():
+    # (N, positions, units): this norm scales positions.
+    net = Built(
+        lambda net, x: net.head(net.norm(net.first(x)).relu().flatten(1)),
+        first=nn.Linear(4, 5),
+        norm=nn.BatchNorm1d(3),
+        head=nn.Linear(15, CLASSES),
+    )
+    units = units_of(net, 3, 4)
+    assert units.layers[0].norm is None
+    assert units.shared == ("norm.weight", "norm.bias")
+
+
+def test_a_norm_is_seen_past_a_backward_hook_of_the_user():
+    net = conv_and_norm()
+    net.conv.register_full_backward_hook(lambda *_: None)
+    assert units_of(net, *IMAGES).layers[0].norm == "norm"
+
+
+def test_buffers_are_those_of_modules_that_ran():
+    units = units_of(conv_and_norm(waiting=nn.BatchNorm2d(4)), *IMAGES)
+    assert units.buffers == ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Head:
+    """A network and where its head should be found.
+
+    Attributes:
+        net: inputs (N, 4), or (N, 2, 4, 4).
+        name: of the head.
+        idle: prefixes of what waits.
+    """
+
+    net: nn.Module
+    name: str
+    idle: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ROWS
+
+
+def heads_of(heads: nn.Module, run: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    return Built(lambda net, x: run(net.heads, net.body(x).relu()), heads=heads, body=nn.Linear(4, 4))
+
+
+def output() -> nn.Linear:
+    return nn.Linear(4, CLASSES)
+
+
+def deep() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, CLASSES))
+
+
+def squeezed(pool: bool) -> nn.Module:
+    return Built(
+        lambda net, x: net.classifier(net.features(x)).flatten(1),
+        features=nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True)),
+        classifier=nn.Sequential(
+            nn.Dropout(),
+            nn.Conv2d(4, CLASSES, 1 if pool else 2),
+            *((nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)) if pool else ()),
+        ),
+    )
+
+
+HEADS = {
+    "linear": lambda: Head(mlp(), "4"),
+    "linear of a nested network": lambda: Head(Built(lambda net, x: net.net(x), net=mlp()), "net.4"),
+    "viewed": lambda: Head(
+        Built(lambda net, x: net.head(net.body(x)).view(-1, 3), body=nn.Linear(4, 4), head=output()), "head"
+    ),
+    "sequential is a body": lambda: Head(heads_of(deep(), lambda heads, h: heads(h)), "heads.2"),
+    "dict": lambda: Head(
+        heads_of(nn.ModuleDict({"a": output(), "b": output()}), lambda heads, h: heads["b"](h)),
+        "heads.b",
+        ("heads.a.",),
+    ),
+    "dict of one": lambda: Head(heads_of(nn.ModuleDict({"a": output()}), lambda heads, h: heads["a"](h)), "heads.a"),
+    "list": lambda: Head(
+        heads_of(nn.ModuleList([output(), output()]), lambda heads, h: heads[1](h)), "heads.1", ("heads.0.",)
+    ),
+    "multi-head": lambda: Head(
+        heads_of(MultiHead(4, {"a": CLASSES, "b": CLASSES}), lambda heads, h: heads(h)),
+        "heads.tasks.a",
+        ("heads.tasks.b.",),
+    ),
+    "multi-head of sequentials": lambda: Head(
+        heads_of(MultiHead(4, {"a": 3, "b": 3}, lambda _, __: deep()), lambda heads, h: heads(h)),
+        "heads.tasks.a",
+        ("heads.tasks.b.",),
+    ),
+    "sequential in a dict": lambda: Head(
+        heads_of(nn.ModuleDict({"a": deep(), "b": deep()}), lambda heads, h: heads["a"](h)), "heads.a", ("heads.b.",)
+    ),
+    "sequential in a dict of one": lambda: Head(
+        heads_of(nn.ModuleDict({"a": deep()}), lambda heads, h: heads["a"](h)), "heads.a"
+    ),
+    "last layer in a list of blocks": lambda: Head(
+        Built(lambda net, x: net.blocks[1](net.blocks[0](x).relu()), blocks=nn.ModuleList([nn.Linear(4, 4), output()])),
+        "blocks.1",
+    ),
+    "only block of a stack": lambda: Head(
+        Built(lambda net, x: net.stack[0](net.stem(x)), stem=nn.Linear(4, 4), stack=nn.ModuleList([deep()])),
+        "stack.0.2",
+    ),
+    "dict of body and head": lambda: Head(
+        Built(
+            lambda net, x: net.parts["head"](net.parts["body"](x)),
+            parts=nn.ModuleDict({"body": deep(), "head": nn.Linear(3, 3)}),
+        ),
+        "parts.head",
+    ),
+    "dict of whole networks": lambda: Head(
+        Built(lambda net, x: net.models["a"](x), models=nn.ModuleDict({"a": deep(), "b": deep()})),
+        "models.a.2",
+        ("models.b.",),
+    ),
+    "convolution, pool and flatten": lambda: Head(squeezed(pool=True), "classifier", shape=IMAGES),
+    "convolution and flatten": lambda: Head(squeezed(pool=False), "classifier.1", shape=IMAGES),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_head_is_the_module_that_makes_the_logits(head):
+    expected = HEADS[head]()
+
+    units = units_of(expected.net, *expected.shape)
+
+    assert units.head == expected.name
+    assert list(units.head_parameters) == [
+        name for name in parameters_in_order(expected.net) if name.startswith(f"{expected.name}.")
+    ]
+    assert units.layers
+    assert not any(layer.name.startswith(expected.name) for layer in units.layers)
+    assert list(units.idle) == [
+        name for name in parameters_in_order(expected.net) if expected.idle and name.startswith(expected.idle)
+    ]
+
+
+def parameters_in_order(net: nn.Module) -> list[str]:
+    return [name for name, _ in net.named_parameters()]
+
+
+def test_the_active_head_of_a_multi_head_is_the_head():
+    heads = MultiHead(4, {"a": CLASSES, "b": CLASSES})
+    net = heads_of(heads, lambda heads, h: heads(h))
+    heads.activate("b")
+    assert units_of(net).head == "heads.tasks.b"
+    assert units_of(net).idle == ("heads.tasks.a.weight", "heads.tasks.a.bias")
+
+
+@pytest.mark.parametrize("glob", ["heads.*", "heads.a", ["nothing", "heads.?"]])
+def test_heads_names_the_head_where_a_function_makes_the_logits(glob):
+    net = heads_of(nn.ModuleDict({"a": deep(), "b": deep()}), lambda heads, h: 2 * heads["a"](h))
+    units = units_of(net, heads=glob)
+    assert units.head == "heads.a"
+    assert names(units) == ["body"]
+    assert set(units.idle) == {name for name in parameters(net) if name.startswith("heads.b.")}
+
+
+@pytest.mark.parametrize(
+    ("glob", "message"),
+    [
+        ("nothing", r"heads=\['nothing'\] matches no module"),
+        ("heads.b", r"heads=\['heads.b'\] matches no module of those that ran"),
+        (["heads.a", "body"], r"matches \['heads.a', 'body'\]"),
+    ],
+)
+def test_heads_that_name_no_head_or_two_are_refused(glob, message):
+    net = heads_of(nn.ModuleDict({"a": output(), "b": output()}), lambda heads, h: heads["a"](h))
+    with pytest.raises(ValueError, match=message):
+        units_of(net, heads=glob)
+
+
+def scaled(net: nn.Module, x: Tensor) -> Tensor:
+    return net.head(net.second(net.first(x).relu()).relu()) / 0.5
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        two_layers(scaled),
+        two_layers(lambda net, x: linear(net.second(net.first(x)), net.head.weight)),
+        two_layers(lambda net, x: net.head(net.second(net.first(x))).log_softmax(1)),
+        two_layers(lambda net, x: torch.cat([net.head(net.second(net.first(x)))[:, :1], x[:, :2]], 1)),
+        Built(lambda net, x: net.net(x), net=two_layers(scaled)),
+        nn.Sequential(*mlp(), nn.LogSoftmax(1)),
+        Built(lambda net, x: net.net(x), net=nn.Sequential(*mlp(), nn.LogSoftmax(1))),
+    ],
+    ids=["scaled", "functional", "log-softmax", "concatenated", "scaled inside", "module", "module inside"],
+)
+def test_logits_that_a_function_makes_are_refused_naming_heads(net):
+    with pytest.raises(ValueError, match="heads="):
+        units_of(net)
+
+
+# -- every parameter, exactly once ------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(x)
+
+
+class NormAndSkip(nn.Module):
+    """The norm is not the only one to hear the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x + self.norm(x)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "without bias": lambda: nn.Linear(4, 4, bias=False),
+    "activation": nn.ReLU,
+    "linear, in-place activation": lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)),
+    "slopes": lambda: nn.PReLU(4),
+    "batch norm": lambda: nn.BatchNorm1d(4),
+    "layer norm": lambda: nn.LayerNorm(4),
+    "normed": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True)),
+    "residual": lambda: Residual(nn.Linear(4, 4)),
+    "residual, normed": lambda: Residual(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))),
+    "scaled": Scaled,
+    "norm and skip": NormAndSkip,
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1), nn.BatchNorm1d(2), nn.Conv1d(2, 1, 1), nn.Flatten()
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A network: blocks in the order they run in, of which some don't.
+
+    Attributes:
+        blocks: their kinds.
+        registration: the order the blocks are registered in.
+        skipped: blocks that don't run.
+        heads: number of heads, deep ones or not.
+        active: the head that runs.
+        frozen: which parameters want no gradient, repeated over all.
+    """
+
+    blocks: tuple[str, ...]
+    registration: tuple[int, ...]
+    skipped: frozenset[int]
+    heads: tuple[bool, ...]
+    active: int
+    frozen: tuple[bool, ...]
+
+    def build(self) -> nn.Module:
+        net = Built(self.run)
+        parts = {f"block{number}": BLOCKS[kind]() for number, kind in enumerate(self.blocks)}
+        for number in self.registration:
+            net.add_module(f"block{number}", parts[f"block{number}"])
+        net.stem = nn.Linear(4, 4)  # runs first
+        net.heads = nn.ModuleDict({f"task{n}": deep() if is_deep else output() for n, is_deep in enumerate(self.heads)})
+        for number, parameter in enumerate(net.parameters()):
+            parameter.requires_grad_(not self.frozen[number % len(self.frozen)])
+        return net
+
+    def run(self, net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        for number in range(len(self.blocks)):
+            if number not in self.skipped:
+                x = net.get_submodule(f"block{number}")(x)
+        return net.heads[f"task{self.active}"](x)
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Drawn:
+    blocks = draw(st.lists(st.sampled_from(sorted(BLOCKS)), max_size=6))
+    heads = draw(st.lists(st.booleans(), min_size=1, max_size=3))
+    return Drawn(
+        blocks=tuple(blocks),
+        registration=tuple(draw(st.permutations(range(len(blocks))))),
+        skipped=frozenset(draw(st.sets(st.integers(0, 5), max_size=2))),
+        heads=tuple(heads),
+        active=draw(st.integers(0, len(heads) - 1)),
+        frozen=tuple(draw(st.lists(st.booleans(), min_size=1, max_size=5))),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(drawn())
+def test_every_parameter_belongs_to_exactly_one(plan):
+    net = plan.build()
+    units = units_of(net)
+    own = dict(net.named_parameters())
+
+    assert everything(units) == parameters(net)
+    assert units.head == f"heads.task{plan.active}"
+    assert all(name.startswith(f"{units.head}.") for name in units.head_parameters)
+    for layer in units.layers:
+        assert all(len(own[name]) == layer.units for name in layer.parameters)
+
+    blocks_run = [layer.name.split(".")[0] for layer in units.layers]
+    assert blocks_run[0] == "stem"
+    assert blocks_run[1:] == sorted(blocks_run[1:])  # block0, block1, ...
+
+    # Idle is exactly what the logits have no gradient by.
+    net.requires_grad_(True).eval()
+    gradients = torch.autograd.grad(net(labelled(4, *ROWS)[0]).sum(), list(own.values()), allow_unused=True)
+    assert set(units.idle) == {name for name, gradient in zip(own, gradients, strict=True) if gradient is None}
+
+
+# -- and why ----------------------------------------------------------------------------------------------------------
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("net", "reasons"),
+    [
+        (
+            two_layers(lambda net, x: net.head(net.table(x.argmax(1)) + net.first(x)), table=nn.Embedding(4, 4)),
+            {"table.weight": "Embedding is no unit layer"},
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.first(x) + net.token), token=nn.Parameter(torch.ones(4))),
+            {"token": "Built's own, no layer's"},
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.attend(net.first(x))), attend=Attentive()),
+            {
+                "attend.attention.in_proj_weight": "MultiheadAttention's own, no layer's",
+                "attend.attention.in_proj_bias": "MultiheadAttention's own, no layer's",
+                "attend.attention.out_proj.weight": "used functionally, the module itself did not run",
+                "attend.attention.out_proj.bias": "used functionally, the module itself did not run",
+            },
+        ),
+        (
+            two_layers(lambda net, x: net.head(net.first(x) + net.second(x).detach())),
+            dict.fromkeys(
+                ("second.weight", "second.bias"),
+                "Linear ran detached from the logits, or unseen (no_grad, reentrant checkpointing)",
+            ),
+        ),
+        (
+            # (N, positions, units): this norm scales positions.
+            two_layers(lambda net, x: net.head(net.norm(net.first(x[:, None])).flatten(1)), norm=nn.BatchNorm1d(1)),
+            dict.fromkeys(
+                ("norm.weight", "norm.bias"), "BatchNorm1d does not go along the units of the layer before it"
+            ),
+        ),
+    ],
+    ids=["embedding", "own parameter", "attention", "detached", "other axis"],
+)
+def test_a_shared_parameter_says_why(net, reasons):
+    units = units_of(net)
+    assert units.reasons == reasons
+    assert set(units.shared) == set(reasons)
+
+
+def test_what_is_left_out_or_tied_says_so():
+    # A tied layer is one that has to be left out; so is one that is used again elsewhere.
+    assert set(units_of(tied_to_the_head(), units="first").reasons.values()) == {
+        "tied to head.weight",
+        "left out by units=",
+    }
+    net = conv_and_norm(more=nn.Conv2d(4, 4, 1))
+    net.compute = lambda net, x: net.head(net.norm(net.conv(net.more(x.repeat(1, 2, 1, 1))[:, :2])).flatten(1))
+    assert units_of(net, *IMAGES, units="more").reasons == {
+        "conv.weight": "left out by units=",
+        "conv.bias": "left out by units=",
+        "norm.weight": "BatchNorm2d does not directly follow a unit layer",
+        "norm.bias": "BatchNorm2d does not directly follow a unit layer",
+    }
+
+
+def test_a_map_can_be_read():
+    net = Built(
+        lambda net, x: net.heads["a"](net.last(net.middle(net.slopes(net.norm(net.conv(x)))).flatten(1)).relu()),
+        conv=nn.ConvTranspose2d(2, 12, 1),
+        norm=nn.BatchNorm2d(12),
+        slopes=nn.PReLU(12),
+        middle=nn.GroupNorm(2, 12),
+        last=nn.Linear(192, 4),
+        heads=nn.ModuleDict({"a": output(), "b": deep()}),
+    )
+    assert (
+        str(units_of(net, *IMAGES))
+        == """\
+16 units in 2 layers, each with the norm and slopes that follow it:
+  conv  ConvTranspose2d     12 units  BatchNorm2d norm, PReLU slopes
+  last  Linear               4 units
+head:
+  heads.a  Linear  2 parameters
+shared, frozen whole after the first task:
+  middle  weight, bias  GroupNorm mixes channels
+idle, took no part (heads of other tasks, or unused):
+  heads.b.0  weight, bias
+  heads.b.2  weight, bias"""
+    )
+    # Nothing shared, nothing idle, nothing said of it.
+    assert (
+        str(units_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))))
+        == """\
+4 units in 1 layer, each with the norm and slopes that follow it:
+  0  Linear      4 units
+head:
+  1  Linear  2 parameters"""
+    )
+
+
+# -- what units can't follow ------------------------------------------------------------------------------------------
+
+
+def tied() -> nn.Module:
+    net = two_layers()
+    net.second.weight = net.first.weight
+    return net
+
+
+def tied_to_the_head() -> nn.Module:
+    net = two_layers(head=nn.Linear(4, 4))
+    net.head.weight = net.second.weight
+    return net
+
+
+REFUSED = {
+    "runs twice": (
+        lambda: two_layers(lambda net, x: net.head(net.second(net.second(net.first(x))))),
+        "second",
+        "runs 2 times",
+    ),
+    "tied": (tied, "first", r"shares 'first.weight' with \['second.weight'\]"),
+    "tied to the head": (tied_to_the_head, "second", r"shares 'second.weight' with \['head.weight'\]"),
+    "used functionally": (
+        lambda: two_layers(lambda net, x: net.head(linear(net.second(net.first(x)), net.second.weight.T))),
+        "second",
+        "has its 'second.weight' used a second time",
+    ),
+    "parametrized": (lambda: two_layers(second=weight_norm(nn.Linear(4, 4))), "second", "is parametrized"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_layer_that_units_cant_follow_is_refused_by_name(case):
+    build, name, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units="):
+        units_of(build())
+
+
+@pytest.mark.parametrize("case", [case for case in REFUSED if case != "tied"])  # there no other layer is left
+def test_a_refused_layer_that_is_left_out_is_shared(case):
+    build, name, _ = REFUSED[case]
+    net = build()
+
+    units = units_of(net, units="first")
+
+    assert names(units) == ["first"]
+    assert everything(units) == parameters(net)
+    assert {parameter for parameter in parameters(net) if parameter.startswith(f"{name}.")} <= set(units.shared)
+
+
+@pytest.mark.parametrize(
+    "net", [nn.Sequential(nn.Linear(4, CLASSES)), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))]
+)
+def test_a_network_without_unit_layers_is_refused(net):
+    with pytest.raises(ValueError, match="no unit layers"):
+        units_of(net)
+
+
+@pytest.mark.parametrize(
+    ("glob", "message"),
+    [
+        ("nothing.*", r"units='nothing\.\*' matches no unit layer.*first, second"),
+        ("norm", "units='norm' names a LayerNorm.*first, second"),
+        ("head", "units='head' names the head 'head'.*first, second"),
+        (["first", "nothing"], "units='nothing' matches no unit layer"),
+    ],
+)
+def test_units_that_match_no_unit_layer_are_refused(glob, message):
+    net = two_layers(lambda net, x: net.head(net.norm(net.second(net.first(x)))), norm=nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=message):
+        units_of(net, units=glob)
+
+
+# -- checkpointed blocks ----------------------------------------------------------------------------------------------
+
+
+def in_the_middle(use_reentrant: bool | None) -> nn.Module:
+    """A block between stem and head, checkpointed or not. It has a norm and a parameter of its own."""
+
+    def forward(net: Built, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        return net.head(
+            net.block(x) if use_reentrant is None else checkpoint(net.block, x, use_reentrant=use_reentrant)
+        )
+
+    block = Built(
+        lambda net, x: net.scale * net.norm(net.layer(x)).relu(),
+        layer=nn.Linear(4, 4),
+        norm=nn.BatchNorm1d(4),
+        scale=nn.Parameter(torch.ones(4)),
+        unused=nn.Linear(4, 4),
+    )
+    return Built(forward, head=nn.Linear(4, CLASSES), block=block, stem=nn.Linear(4, 4))
+
+
+def test_a_checkpointed_block_is_seen_like_any_other():
+    assert units_of(in_the_middle(use_reentrant=False)) == units_of(in_the_middle(None))
+
+
+def test_a_reentrant_checkpointed_block_is_followed_as_far_as_it_can_be_seen():
+    # Autograd can't see into it: the norm is not known to follow the layer. But it ran, so it is not idle.
+    units = units_of(in_the_middle(use_reentrant=True))
+
+    assert names(units) == ["stem", "block.layer"]
+    assert units.head == "head"
+    assert set(units.shared) == {"block.norm.weight", "block.norm.bias", "block.scale"}
+    assert units.idle == ("block.unused.weight", "block.unused.bias")

@@ -1,0 +1,349 @@
+"""`rnf fit` and `rnf stream`: everything from YAML, one sentence for what can't be."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launched import ROOT
+from project import name_of_task, predict, score
+from training import inputs
+from zennit.composites import EpsilonPlus
+
+from lightning_rnf import ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
+from lightning_rnf.commands.cli import main
+from lightning_rnf.commands.lightning_cli import _instantiated, _stream_parser, built_model
+from lightning_rnf.tasks import checkpoints
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:no free units are left:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning"),
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
+    pytest.mark.filterwarnings("ignore:elasticity=:UserWarning"),
+    pytest.mark.filterwarnings("ignore:norm_statistics='shared':UserWarning"),
+]
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+METRIC = {"class_path": "torchmetrics.classification.MulticlassF1Score", "init_args": {"num_classes": 2}}
+EVERY_PARAMETER = {  # what the YAML says, and what the callback then has
+    "reference": (
+        {"class_path": "project.Clusters", "init_args": {"task": "b"}},
+        lambda rnf: rnf.reference.task == "b",
+    ),
+    "criterion": (0.05, lambda rnf: rnf.ending.criterion.tolerance == 0.05),
+    "elasticity": ({"body.*": 0.1}, lambda rnf: rnf.elasticity == {"body.*": 0.1}),
+    "irrelevant_elasticity": (0.5, lambda rnf: rnf.irrelevant_elasticity == 0.5),
+    "retention": ("exact", lambda rnf: rnf.retention == "exact"),
+    "candidates": ("all", lambda rnf: rnf.ending.selection.candidates == "all"),
+    "recovery_epochs": (1, lambda rnf: rnf.ending.recovery.epochs == 1),
+    "recovery_criterion": (0.2, lambda rnf: rnf.ending.recovery.criterion.tolerance == 0.2),
+    "recovery_search": (True, lambda rnf: rnf.ending.recovery.search is True),
+    "ration": ([0.5, 0.25], lambda rnf: rnf.ending.selection.rations == (0.5, 0.25)),
+    "reset_free": (True, lambda rnf: rnf.reset_free is True),
+    "importance": ("lrp", lambda rnf: rnf.ending.selection.importance == "lrp"),
+    "composite": (
+        {"class_path": "zennit.composites.EpsilonPlus", "init_args": {"epsilon": 1e-5}},
+        lambda rnf: isinstance(rnf.ending.selection.composite, EpsilonPlus),
+    ),
+    "normalize": ("none", lambda rnf: rnf.ending.selection.normalize == "none"),
+    "search": ("linear", lambda rnf: rnf.ending.selection.search == "linear"),
+    "resolution": (5, lambda rnf: rnf.ending.selection.resolution == 5),
+    "norm_statistics": ("shared", lambda rnf: rnf.ending.selection.norm_statistics == "shared"),
+    "recalibrate_norm": (False, lambda rnf: rnf.ending.selection.recalibrate_norm is False),
+    "reference_samples": (100, lambda rnf: rnf.ending.reference.samples == 100),
+    "attribution_samples": (None, lambda rnf: rnf.ending.reference.attribution_samples is None),
+    "units": (["body.*"], lambda rnf: rnf.ending.units == ("body.*",)),
+    "heads": ("heads.*", lambda rnf: rnf.ending.heads == "heads.*"),
+    "predict": ("project.predict", lambda rnf: rnf.ending.reference.predict is predict),
+    "task": ("digits-01", lambda rnf: rnf.task == "digits-01"),
+    "seed": (7, lambda rnf: rnf.ending.reference.seed == 7),
+    "heatmaps": (4, lambda rnf: rnf.ending.heatmaps == 4),
+}
+OTHER_FORMS = [
+    ({"criterion": {"class_path": "lightning_rnf.FreeCapacity", "init_args": {"minimum": 0.3}}}, FreeCapacity),
+    ({"criterion": {"class_path": "lightning_rnf.ComputeBudget", "init_args": {"flops": 0.5}}}, ComputeBudget),
+    (
+        {"criterion": {"class_path": "lightning_rnf.MetricDrop", "init_args": {"metric": METRIC, "tolerance": 0.1}}},
+        MetricDrop,
+    ),
+]
+
+
+def callback(**parameters):
+    parser = _stream_parser()
+    tasks = [{"class_path": "project.Clusters"}]
+    content = {"model": {"class_path": "project.Model"}, "tasks": tasks, "rnf": parameters}
+    return _instantiated(parser, content).rnf
+
+
+def written(folder, **content):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def fit_config(folder, task="a", **changes):
+    content = {
+        "model": {"class_path": "project.Model"},
+        "data": {"class_path": "project.Clusters", "init_args": {"task": task}},
+        "trainer": {**QUIET, "max_epochs": 2, "default_root_dir": str(folder)},
+        "rnf": {"criterion": 0.05},
+    }
+    return written(folder, **{**content, **changes})
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The checkpoint of a finished task ``a``."""
+    folder = tmp_path_factory.mktemp("ended")
+    main(["fit", "--config", fit_config(folder)])
+    return next(folder.rglob("a-ended.ckpt"))
+
+
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rnf: ")
+    return error
+
+
+def test_every_parameter_can_be_given_in_yaml():
+    assert set(EVERY_PARAMETER) == set(inspect.signature(RelevanceFreezing).parameters)
+    made = callback(**{name: value for name, (value, _) in EVERY_PARAMETER.items()})
+    for name, (_, holds) in EVERY_PARAMETER.items():
+        assert holds(made), name
+
+
+@pytest.mark.parametrize(("parameters", "kind"), OTHER_FORMS)
+def test_criteria_of_other_kinds(parameters, kind):
+    assert isinstance(callback(**parameters).ending.criterion, kind)
+
+
+def test_functions_by_their_names():
+    assert callback(task="project.name_of_task").task is name_of_task
+    assert callback(importance="project.score").ending.selection.importance is score
+    assert callback(importance="taylor").ending.selection.importance == "taylor"
+
+
+@pytest.mark.parametrize("command", ["fit", "stream"])
+def test_the_files_in_the_readme_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    path = tmp_path / f"{command}.yaml"
+    path.write_text(
+        next(text for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if f"# {command}" in text)
+    )
+    options = [f"--trainer.{name}={value}".lower() for name, value in {**QUIET, "max_epochs": 1}.items()]
+    main([command, "--config", str(path), *options])
+    assert len(list(tmp_path.rglob("*-ended.ckpt"))) == (1 if command == "fit" else 2)
+
+
+def test_a_task_is_fitted_goes_on_is_tested_and_predicted(ended, tmp_path, capsys):
+    config = fit_config(tmp_path, "b", trainer={**QUIET, "max_epochs": 4, "default_root_dir": str(tmp_path)})
+    main(["fit", "--config", config, "--ckpt_path", str(ended)])
+    second = next(tmp_path.rglob("b-ended.ckpt"))
+    states = [checkpoints.finished_tasks(checkpoints.read(path)) for path in (ended, second)]
+    assert [list(state.tasks) for state in states] == [["a"], ["a", "b"]]
+    logits = []
+    for path in (ended, second):
+        model, rnf = built_model(config), RelevanceFreezing()
+        model.load_state_dict(checkpoints.read(path)["state_dict"])
+        rnf.state = checkpoints.finished_tasks(checkpoints.read(path))
+        with rnf.recall("a", model), torch.no_grad():
+            logits.append(model(inputs()))
+    assert torch.equal(*logits)
+    capsys.readouterr()
+    results = []
+    for task in "ab":
+        main(["test", "--config", fit_config(tmp_path, task), "--ckpt_path", str(second)])
+        results.append(float(re.search(r"test_accuracy\D+([\d.]+)", capsys.readouterr().out)[1]))
+    assert min(results) > 0.8
+    main(["validate", "--config", config, "--ckpt_path", str(second)])
+
+
+STREAM = {
+    "model": {"class_path": "project.Model"},
+    "tasks": [{"class_path": "project.Clusters", "init_args": {"task": task}} for task in "ab"],
+    "trainer": {**QUIET, "max_epochs": 2},
+    "rnf": {"criterion": 0.05},
+}
+
+
+def test_a_stream_is_trained_and_goes_on_where_it_was_stopped(tmp_path, capsys):
+    config = written(tmp_path, **STREAM)
+    main(["stream", "--config", config, "--output", str(tmp_path / "out")])
+    first = json.loads((tmp_path / "out" / "accuracies.json").read_text())
+    assert first["tasks"] == ["a", "b"]
+    assert [len(row) for row in first["accuracies"]] == [1, 2]
+    assert first["accuracies"][0][0] == first["accuracies"][1][0] > 0.8
+    assert first["forgetting"] == 0
+    assert "forgetting 0.00 points" in capsys.readouterr().out
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
+    assert {path.name for path in files} >= {"a-ended.ckpt", "b-ended.ckpt", "last.ckpt"}
+    main(["stream", "--config", config, "--output", str(tmp_path / "out")])  # nothing is left to train
+    assert json.loads((tmp_path / "out" / "accuracies.json").read_text()) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")} == files
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sentence"),
+    [
+        ([{"class_path": "project.Clusters"}] * 2, "a name of its own; they have ['a', 'a']"),
+        ([{"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}], "they have [None]"),
+    ],
+)
+def test_tasks_without_names_are_refused(tasks, sentence, tmp_path, capsys):
+    assert sentence in refused(["stream", "--config", written(tmp_path, **{**STREAM, "tasks": tasks})], capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rnf": {"critrion": 0.1}}, "critrion"),
+        ({"rnf": {"criterion": "much"}}, "rnf.criterion"),
+        ({"rnf": {"resolution": 0}}, "resolution is 0, expected a whole number of at least 1"),
+        ({"rnf": {"resolution": "x"}}, "rnf.resolution"),
+        ({"rnf": {"importance": "charm"}}, "rnf.importance"),
+        ({"model": {"class_path": "project.Modell"}}, "Modell"),
+        ({"rnf": {"units": "nothing.*"}}, "nothing.*"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "stream"])
+def test_a_yaml_with_a_wrong_name_or_type_is_refused(command, changes, sentence, tmp_path, capsys):
+    if command == "fit":
+        arguments = ["fit", "--config", fit_config(tmp_path, **changes)]
+    else:
+        arguments = ["stream", "--config", written(tmp_path, **{**STREAM, **changes}), "--output", str(tmp_path / "o")]
+    assert sentence in refused(arguments, capsys)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def damaged(path, kind, folder):
+    content = torch.load(path, weights_only=True)
+    found = folder / "damaged.ckpt"
+    if kind == "truncated":
+        found.write_bytes(Path(path).read_bytes()[:5000])
+        return found
+    if kind == "missing":
+        return found
+    if kind == "newer":
+        content["callbacks"]["RelevanceFreezing"]["version"] = 2
+    elif kind == "another model":
+        content["state_dict"]["body.0.weight"] = torch.zeros(30, 6)
+    elif kind == "no state":
+        content = {"weights": 1}
+    elif kind == "a state that is none":
+        content["callbacks"]["RelevanceFreezing"] = {"version": 1}
+    elif kind == "runs code":
+        content["evil"] = pytest.raises
+    torch.save(content, found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("truncated", "can't be read: it is cut off, or no checkpoint"),
+        ("missing", "no checkpoint at"),
+        ("newer", "the state has version 2, this lightning_rnf reads up to 1: update it"),
+        ("another model", "of another model: 'body.0.weight' is (30, 6) in it, and (40, 6) in this one"),
+        ("no state", "is no checkpoint of Lightning"),
+        ("a state that is none", "not a state of lightning_rnf"),
+        ("runs code", "or holds more than tensors and plain values"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_and_nothing_is_changed(kind, sentence, ended, tmp_path, capsys):
+    path = str(damaged(ended, kind, tmp_path))
+    config = fit_config(tmp_path, "b")
+    before = sorted(tmp_path.rglob("*"))
+    assert sentence in refused(["fit", "--config", config, "--ckpt_path", path], capsys)
+    if kind != "another model":
+        assert sentence in refused(["report", path], capsys)
+    assert sentence in refused(["export", path, "--task", "a", "--config", config], capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bug_of_the_users_own_is_shown_in_full(tmp_path):
+    with pytest.raises(ValueError, match="a bug of the user's own"):
+        main(["fit", "--config", fit_config(tmp_path, model={"class_path": "project.Broken"})])
+
+
+def test_report_masks_and_export_read_a_checkpoint(ended, tmp_path, capsys):
+    main(["report", str(ended)])
+    printed = capsys.readouterr().out
+    assert re.search(r"^ *a +0\.9\d+ +0\.9\d+ +yes +\d+", printed, flags=re.MULTILINE)
+    assert re.search(r"^ *body.3 +40 ", printed, flags=re.MULTILINE)
+    main(["report", str(ended), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    record = checkpoints.finished_tasks(checkpoints.read(ended)).tasks["a"]
+    assert report["tasks"][0]["relevant units"] == sum(int(mask.sum()) for mask in record.relevant.values())
+    assert report["layers"][1]["a"] + report["layers"][1]["free"] == 40
+    main(["masks", "show", str(ended), "--task", "a"])
+    assert "body.0" in capsys.readouterr().out
+    assert "no finished task 'z'" in refused(["masks", "show", str(ended), "--task", "z"], capsys)
+
+    config, small = fit_config(tmp_path), tmp_path / "small.pt"
+    main(["export", str(ended), "--task", "a", "--config", config, "--output", str(small)])
+    model, rnf = built_model(config), RelevanceFreezing()
+    model.load_state_dict(checkpoints.read(ended)["state_dict"])
+    rnf.state = checkpoints.finished_tasks(checkpoints.read(ended))
+    with rnf.recall("a", model), torch.no_grad():
+        torch.testing.assert_close(torch.load(small, weights_only=False)(inputs()), model(inputs()))
+
+
+def test_report_compares_the_weights_in_a_checkpoint(ended, tmp_path, capsys):
+    def audited(path):
+        main(["report", str(path), "--json"])
+        (row,) = json.loads(capsys.readouterr().out)["audit"]
+        return row["frozen since its end"]
+
+    assert audited(ended) == "bit-equal"
+    content = torch.load(ended, weights_only=True)
+    relevant = content["callbacks"]["RelevanceFreezing"]["tasks"][0]["relevant"]["body.3"]
+    row = int(relevant.nonzero()[0])
+    content["state_dict"]["body.3.bias"][row : row + 1].view(torch.int32).bitwise_xor_(1)
+    torch.save(content, tmp_path / "other.ckpt")
+    assert audited(tmp_path / "other.ckpt") == "changed: body.3"
+    content["state_dict"]["body.3.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "small.ckpt")
+    said = refused(["report", str(tmp_path / "small.ckpt")], capsys)
+    assert "this model's 'body.3.bias' has shape (3,)" in said
+    del content["state_dict"]["body.3.bias"]
+    torch.save(content, tmp_path / "part.ckpt")
+    assert audited(tmp_path / "part.ckpt") == "not looked at: no weights"
+    rnf = RelevanceFreezing()
+    rnf.state = checkpoints.finished_tasks(checkpoints.read(ended))
+    rnf.save(tmp_path / "masks.safetensors")
+    assert audited(tmp_path / "masks.safetensors") == "not looked at: no weights"
+
+
+def test_a_missing_extra_is_a_sentence(ended, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = refused(["report", str(ended), "--html", str(tmp_path / "page.html")], capsys)
+    assert said == "rnf: matplotlib is missing: pip install 'lightning-rnf[plots]'"
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_diff_is_silent_for_the_same_and_exits_with_1_for_others(ended, tmp_path, capsys):
+    main(["masks", "diff", str(ended), str(ended)])
+    assert capsys.readouterr().out == ""
+    content = torch.load(ended, weights_only=True)
+    relevant = content["callbacks"]["RelevanceFreezing"]["tasks"][0]["relevant"]["body.0"]
+    relevant[:3] = ~relevant[:3]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit, match="1"):
+        main(["masks", "diff", str(ended), str(tmp_path / "other.ckpt")])
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[:3] == ["a", "body.0", "40"]
+    assert int(row[4]) + int(row[5]) == 3

@@ -1,0 +1,103 @@
+"""The house stands as its contract says: imports go down, through doors, and a file has the length of one idea."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import runpy
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from launched import ROOT
+
+import lightning_rnf
+
+PACKAGE = ROOT / "lightning_rnf"
+WINGS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def imports(path: Path):
+    """Module and name of each import from the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lightning_rnf":
+            yield from ((node.module, alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.startswith("lightning_rnf"))
+
+
+def linted(folder: Path) -> subprocess.CompletedProcess:
+    lint = Path(sys.executable).with_name("lint-imports")
+    return subprocess.run([lint], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_imports_go_down_and_one_that_goes_up_is_found(tmp_path):
+    pytest.importorskip("importlinter")
+    shutil.copytree(PACKAGE, tmp_path / "lightning_rnf", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    assert linted(tmp_path).returncode == 0
+    for lower, upper in (("memory/masks", "report import tables"), ("search/cutoff", "anatomy import UnitMap")):
+        path = tmp_path / "lightning_rnf" / f"{lower}.py"
+        before = path.read_text()
+        path.write_text(f"{before}\nfrom lightning_rnf.{upper}\n")
+        ended = linted(tmp_path)
+        assert ended.returncode == 1
+        assert f"lightning_rnf.{lower.partition('/')[0]} is not allowed to import lightning_rnf." in ended.stdout
+        path.write_text(before)
+    (tmp_path / "lightning_rnf" / "shed.py").write_text("")  # on no floor
+    assert linted(tmp_path).returncode == 1
+
+
+def test_a_wing_is_entered_by_its_door_and_the_door_hands_up_no_more_than_is_asked_for():
+    asked = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        own = path.parent.name
+        for module, name in imports(path):
+            wing, *inner = module.split(".")[1:] or [""]
+            if wing in WINGS and wing != own:
+                assert not inner or wing == "commands", f"{path}: {module} is not the door"
+                asked[wing].add(name)
+    for wing in WINGS:
+        door = importlib.import_module(f"lightning_rnf.{wing}")
+        assert asked[wing] == set(getattr(door, "__all__", [])), wing
+
+
+def test_the_search_knows_no_modules_of_a_model():
+    for path in (PACKAGE / "search").glob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert "nn" not in names
+        assert "torch.nn" not in path.read_text()
+        assert "from torch import Tensor, nn" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_opens_with_its_idea_and_is_no_longer_than_one(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 450
+    if path.name == "__init__.py" and path.parent != PACKAGE:
+        assert len(list(filter(None, ast.get_docstring(ast.parse(text)).splitlines()))) == 3
+
+
+def test_users_find_everything_in_four_places():
+    for name in lightning_rnf.__all__:
+        assert hasattr(lightning_rnf, name), name
+    public = {"lightning_rnf", "lightning_rnf.streams", "lightning_rnf.metrics", "lightning_rnf.heads"}
+    blocks = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for page in blocks:
+        for line in page.read_text().splitlines():
+            words = line.strip().strip("`").split()
+            if words[:1] == ["from"] and words[1].startswith("lightning_rnf"):
+                assert words[1] in public, (page.name, line)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the script reads the contract with tomllib, of Python 3.11")
+def test_the_picture_of_the_wings_is_that_of_the_contract():
+    script = runpy.run_path(str(ROOT / "docs" / "wings.py"))
+    page = script["PAGE"].read_text()
+    assert script["filled"](page) == page
+    drawn = {name for floor in script["floors"]() for name in floor}
+    assert drawn == {*WINGS, *(path.stem for path in PACKAGE.glob("*.py"))} - {"__init__"}
