@@ -167,23 +167,21 @@ class RelevanceFreezing(FinishedTasks):
         self._holding: Holding | None = None
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
-        if self.retention == "exact" and norm_statistics == "shared":
-            rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
-        if self.retention == "exact" and any(elasticity.values() if isinstance(elasticity, dict) else [elasticity]):
-            rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
+        is_elastic = any(elasticity.values() if isinstance(elasticity, dict) else [elasticity])
+        inexact = {
+            "norm_statistics='shared': later tasks move the running statistics, so recall is not exact": norm_statistics
+            == "shared",
+            f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact": is_elastic,
+        }
+        self.ending.is_exact = retention == "exact" and not any(inexact.values())
+        for why in (why for why, applies in inexact.items() if applies and retention == "exact"):
+            rank_zero_warn(why)
 
     @classmethod
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
-        paper = {
-            "retention": "paper",
-            "candidates": "all",
-            "normalize": "none",
-            "recovery_epochs": 0,
-            "recalibrate_norm": False,
-            "elasticity": 0.0,
-        }
-        return cls(**{**paper, **changes})
+        paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
+        return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
 
     @property
     def reference(self) -> ReferenceSource:
@@ -368,6 +366,8 @@ class RelevanceFreezing(FinishedTasks):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task of a checkpoint from after its last epoch: with nothing left to train, no training ends."""
+        if self._steps_at_end >= 0:
+            self.ending.look_again(pl_module, self.state)
         if self._has_trained or not self._is_resumed or self.state.training is None or not trainer.fit_loop.done:
             return
         name = self._task_name(trainer, pl_module)

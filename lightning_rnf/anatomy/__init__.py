@@ -19,6 +19,7 @@ from lightning_rnf.anatomy.graph import SilentHook, Traced, bare, silenced, tens
 from lightning_rnf.anatomy.grouped import LAYERS, absorbs, by_group, constant_output, folded, layer_form
 from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, OUTPUT_AXIS, TRANSPOSED, UnitLayer, check_kinds
 from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_checked, supervised, true_labels
+from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.units import UnitMap
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LiteralArgument",
     "Predict",
     "Read",
+    "Routes",
     "SilentHook",
     "Traced",
     "UnitLayer",
@@ -47,6 +49,7 @@ __all__ = [
     "effect_of_module",
     "folded",
     "function_name",
+    "joined",
     "layer_form",
     "measure",
     "node_argument",

@@ -38,6 +38,7 @@ class UnitMap:
         buffers: of the modules that ran, and any others that were read: norms' statistics, and whatever else may move.
         reasons: why each shared parameter is shared, by its name, in few words.
         kinds: type names of all modules, by module name.
+        ran: names of the modules that ran.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -48,6 +49,7 @@ class UnitMap:
     buffers: tuple[str, ...]
     reasons: Mapping[str, str] = field(default_factory=dict, repr=False)
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ran: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(
@@ -90,6 +92,7 @@ class UnitMap:
             _buffers(trace),
             reasons={name: why_shared(trace, name, layers) for name in shared},
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
+            ran=tuple(name for name in trace.modules if trace.runs[name]),
         )
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -116,8 +116,7 @@ class FreezeState:
         """
         if record.name in self.tasks:
             raise ValueError(f"task {record.name!r} has ended already; finished tasks: {list(self.tasks)}")
-        self.check_units(units)
-        self.layers = units.layers
+        self.layers = self.completed(units).layers
         self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
         self.tasks[record.name] = record
         self.training = self.recovering = None
@@ -128,8 +127,7 @@ class FreezeState:
         Raises:
             ValueError: if the unit layers are others than before.
         """
-        self.check_units(units)
-        self.layers = units.layers
+        self.layers = self.completed(units).layers
         self.recovering = record
 
     def forget_unfinished(self) -> None:
@@ -166,27 +164,30 @@ class FreezeState:
             for layer in self.layers
         }
 
-    def check_units(self, units: UnitMap) -> None:
-        """Compare the unit layers of a new trace with the known ones.
+    def completed(self, units: UnitMap) -> UnitMap:
+        """A new trace with the known layers that did not run in it: experts of another task, say.
 
         Raises:
-            ValueError: naming a layer that differs.
+            ValueError: naming a layer that differs, or that is not one of the known.
         """
         if not self.tasks and self.recovering is None:
-            return
-        for known, found in zip(self.layers, units.layers, strict=False):
-            for what, had in vars(known).items():
-                if getattr(found, what) != had:
+            return units
+        known, found = ({layer.name: layer for layer in layers} for layers in (self.layers, units.layers))
+        for name in known.keys() & found.keys():
+            for what, had in vars(known[name]).items():
+                if getattr(found[name], what) != had:
                     raise ValueError(
-                        f"the model's layers no longer match the finished tasks: layer {known.name!r} had {what} "
-                        f"{had!r}, in its place is one with {getattr(found, what)!r}"
+                        f"the model's layers no longer match the finished tasks: layer {name!r} had {what} "
+                        f"{had!r}, in its place is one with {getattr(found[name], what)!r}"
                     )
-        if len(self.layers) != len(units.layers):
-            names = {layer.name for layer in self.layers} ^ {layer.name for layer in units.layers}
+        idle = {name for name, layer in known.items() if set(layer.parameters) <= set(units.idle)}
+        if differing := sorted(known.keys() - found.keys() - idle | found.keys() - known.keys()):
             raise ValueError(
-                f"the model's layers no longer match the finished tasks: {sorted(names)} ran for one task and not for "
+                f"the model's layers no longer match the finished tasks: {differing} ran for one task and not for "
                 "another"
             )
+        at_rest = {name for layer in idle - found.keys() for name in known[layer].parameters}
+        return replace(units, layers=self.layers, idle=tuple(name for name in units.idle if name not in at_rest))
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Check that a model's parameters, by name, are there for all layers and heads of the finished tasks.

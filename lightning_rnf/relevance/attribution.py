@@ -191,7 +191,7 @@ def propagate(
     """
     sums = {layer.name: _Sum(layer, reduce) for layer in layers}
 
-    def of_share() -> tuple[int, dict[str, Tensor | None]]:
+    def of_share() -> tuple[int, dict[str, Tensor | bool]]:
         samples = 0
         with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
             module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter's gradient
@@ -239,8 +239,10 @@ class _Sum:
         self.layer = layer
         self.reduce = reduce
         self.total: Tensor | None = None
+        self.ran = False
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.ran = True
         value = output.detach()  # an in-place ReLU behind it shows: a negative output whose gradient is 0 anyway
 
         def add(arrived: Tensor) -> None:
@@ -249,12 +251,15 @@ class _Sum:
 
         output.register_hook(add)
 
-    def of_share(self) -> Tensor | None:
-        return None if self.total is None else self.total.to("cpu", torch.float64)
+    def of_share(self) -> Tensor | bool:
+        """The sum; without any, whether the layer ran."""
+        return self.ran if self.total is None else self.total.to("cpu", torch.float64)
 
 
-def _total(layer: UnitLayer, shares: Sequence[Tensor | None]) -> Tensor:
-    found = [share for share in shares if share is not None]
+def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:
+    found = [share for share in shares if isinstance(share, Tensor)]
+    if not found and not any(shares):  # an expert, say, that none of these samples were sent to
+        return torch.zeros(layer.units, dtype=torch.float64)
     if not found:
         raise ValueError(f"no relevance reached layer {layer.name!r}: the logits do not depend on it")
     total = sum(found[1:], start=found[0])

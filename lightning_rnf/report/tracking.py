@@ -48,7 +48,10 @@ def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, tr
     before = replace(state, tasks={name: one for name, one in state.tasks.items() if one is not record}).frozen()
     full = [name for name, frozen in state.frozen().items() if frozen.all() and not before[name].all()]
     if full:
-        rank_zero_warn(f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them")
+        rank_zero_warn(
+            f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them; claim less of "
+            "each layer, with ration= or recovery_epochs=, or give these layers more units"
+        )
 
 
 def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
-from lightning_rnf.anatomy import UnitMap
-from lightning_rnf.memory import FreezeState, TaskRecord, fingerprints
+from lightning_rnf.anatomy import UnitMap, joined
+from lightning_rnf.memory import FreezeState, TaskRecord, changed, fingerprints
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking
-from lightning_rnf.runtime import alone, arguments, borrowed, sharding, shown
+from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
 from lightning_rnf.search import Criterion, SubnetworkScore, as_criterion
-from lightning_rnf.tasks import checkpoints
+from lightning_rnf.tasks import checkpoints, foresight
 from lightning_rnf.tasks.probes import SAMPLES
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.tasks.runs import check_new_name, ranks_of
-from lightning_rnf.tasks.selection import Selection
+from lightning_rnf.tasks.selection import MissedError, Selection
+from lightning_rnf.tasks.survey import Survey
 from lightning_rnf.tasks.witnesses import Witnesses
 
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
@@ -77,6 +79,7 @@ class Ending:
         heads: which modules are heads.
         masked: whether only relevant units speak in recall.
         heatmaps: of so many samples of each task.
+        is_exact: whether recall is promised to be bit-identical for ever: then any drift is a warning.
 
     Raises:
         TypeError, ValueError: if an option is out of its range.
@@ -90,6 +93,7 @@ class Ending:
     heads: Globs = None
     masked: bool = True
     heatmaps: int = 0
+    is_exact: bool = True
 
     def __post_init__(self) -> None:
         if self.recovery.epochs:
@@ -119,32 +123,37 @@ class Ending:
 
     def recover(self, trainer: Trainer, module: LightningModule, state: FreezeState, name: str) -> TaskRecord:
         """Select the sub-network that the task's last epochs are to train; the state knows that it recovers."""
-        with self._observing(trainer, module, state) as (units, reference), shown(trainer) as show:
-            criteria = (self.recovery.before, self.criterion)
-            record = self.selection.select(name, module, units, reference, state, *criteria, show=show)
-        state.recover(record, units)
-        return record
+        with isolate_rng(), shown(trainer) as show:
+            reference = self._drawn(trainer)
+            with self._measuring(module, reference):
+                criteria = (self.recovery.before, self.criterion)
+                found = self._select(name, module, reference, state, *criteria, show=show)
+        state.recover(found.record, found.units)
+        return found.record
 
     def end(
         self, trainer: Trainer, module: LightningModule, state: FreezeState, witnesses: Witnesses, name: str
     ) -> TaskRecord:
         """Finish a task that a fit has trained: selected now, or settled if its sub-network was trained.
 
-        Its record is in the state and in a checkpoint before anything that a logger or a warning could break off.
+        Its record is in the state and in a checkpoint before anything is probed, logged or drawn. What fails from there
+        on is a warning.
         """
-        recovered = state.recovering
-        if recovered is None and self.recovery.epochs:
+        if state.recovering is None and self.recovery.epochs:
             rank_zero_warn(f"{name}: the fit ended before its last {self.recovery.epochs} epochs: no recovery")
-        with self._observing(trainer, module, state) as (units, reference), shown(trainer) as show:
-            given = (module, units, reference, state, self.criterion)
-            if recovered is None:
-                record = self.selection.select(name, *given, show=show)
-            else:
-                record = self.selection.settle(recovered, *given, milder=self.recovery.search, show=show)
-            record = self._witnessed(record, module, units, reference, state, witnesses)
-        state.add(record, units)
-        path = checkpoints.keep(trainer, name)
-        self._announce(record, state)
+        with isolate_rng():
+            with shown(trainer) as show:
+                reference = self._drawn(trainer)
+                with self._measuring(module, reference):
+                    if state.recovering is None:
+                        found = self._select(name, module, reference, state, self.criterion, show=show)
+                    else:
+                        found = self._settle(state.recovering, module, reference, state, show=show)
+                    record = self._add(found, module, state)
+            path = checkpoints.keep(trainer, name)
+            with self._measuring(module, reference):
+                self._audit(record, module, reference, state, witnesses)
+        self._announce(found, state, self.criterion)
         if path:
             rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, state, record)
@@ -197,15 +206,21 @@ class Ending:
                 module.train()  # as a fit leaves it: norms that are in eval mode with all the rest are no exceptions
             drawn = self.reference.of(source).draw_alone(module)
             held_to.check_samples(drawn.samples)
-            units = self._trace(module, state, drawn.example)
-            record = self.selection.select(name, module, units, drawn, state, held_to)
-            record = self._witnessed(record, module, units, drawn, state, witnesses)
-        state.add(record, units)
-        self._announce(record, state, trained=False)
+            found = self._select(name, module, drawn, state, held_to)
+            if not state.tasks:
+                foresight.of_units(found.units, module)
+            record = self._add(found, module, state)
+            self._audit(record, module, drawn, state, witnesses)
+        self._announce(found, state, held_to, trained=False)
         return record
 
-    def _announce(self, record: TaskRecord, state: FreezeState, *, trained: bool = True) -> None:
-        tracking.announce(state, record, self.selection.ration(len(state.tasks) - 1), trained=trained)
+    def look_again(self, module: torch.nn.Module, state: FreezeState) -> None:
+        """Warn if what the last task has frozen was written after its record was made: by the module's hooks, say."""
+        name = next(reversed(state.tasks), None)
+        if name is not None and not sharding.is_sharded(module):
+            foresight.of_writes(name, changed(dict(module.named_parameters(remove_duplicate=False)), state, name))
+
+    # -- parts --------------------------------------------------------------------------------------------------------
 
     def _rehearse(
         self, module: LightningModule, state: FreezeState, batch: ReferenceData, samples: int | None
@@ -215,21 +230,130 @@ class Ending:
         self.selection.check(module, units, batch, *self._criteria())
         if self.heatmaps:
             heatmaps_of(module, units.layers, batch.example, self.reference.predict, self.selection.composite)
+        if not state.tasks:
+            foresight.of_units(units, module)
         return units
 
+    def _drawn(self, trainer: Trainer) -> ReferenceData:
+        reference = self.reference.draw(trainer)
+        self._check_size(reference.samples)
+        return reference
+
     @contextmanager
-    def _observing(
-        self, trainer: Trainer, module: LightningModule, state: FreezeState
-    ) -> Iterator[tuple[UnitMap, ReferenceData]]:
-        with isolate_rng():
-            reference = self.reference.draw(trainer)
-            self._check_size(reference.samples)
-            with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
-                yield reference.ranks.decided(lambda: self._trace(module, state, reference.example)), reference
+    def _measuring(self, module: torch.nn.Module, reference: ReferenceData) -> Iterator[None]:
+        """Inside the context the model is whole, and the same on all ranks."""
+        with sharding.whole(module), subnetwork.with_leading_buffers(module, reference.ranks):
+            yield
+
+    def _select(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        reference: ReferenceData,
+        state: FreezeState,
+        *criteria: Criterion,
+        show: Show = silent,
+    ) -> _Found:
+        """By units of all that the reference data run: those of the first batch, unless others run more."""
+        units = reference.ranks.decided(lambda: self._trace(module, state, reference.example))
+        whole: tuple[str, ...] = ()
+        while True:
+            survey = Survey(module, units)
+            try:
+                record = self.selection.select(
+                    name, module, units, reference, state, *criteria, show=show, survey=survey
+                )
+            except MissedError:
+                units, more = self._joined(units, module, state, reference, survey)
+                whole = (*whole, *more)
+            else:
+                return _Found(record, units, whole, survey.constant_accuracy(reference.ranks), state.frozen())
+
+    def _settle(
+        self,
+        recovered: TaskRecord,
+        module: torch.nn.Module,
+        reference: ReferenceData,
+        state: FreezeState,
+        *,
+        show: Show,
+    ) -> _Found:
+        units = reference.ranks.decided(lambda: self._trace(module, state, reference.example))
+        survey = Survey(module, units)
+        given = (recovered, module, units, reference, state, self.criterion)
+        record = self.selection.settle(*given, milder=self.recovery.search, show=show, survey=survey)
+        units, whole = self._joined(units, module, state, reference, survey)
+        return _Found(record, units, whole, survey.constant_accuracy(reference.ranks), state.frozen())
+
+    def _joined(
+        self,
+        units: UnitMap,
+        module: torch.nn.Module,
+        state: FreezeState,
+        reference: ReferenceData,
+        survey: Survey,
+    ) -> tuple[UnitMap, tuple[str, ...]]:
+        """The units of what other batches run, too, and which of their modules can't be made of any."""
+
+        def others() -> list[UnitMap]:
+            found = []
+            for batch in survey.routes.batches:
+                with suppress(TypeError, ValueError):  # what can't be made of units there is frozen whole
+                    found.append(self._map(module, reference.convert(batch)))
+            return found
+
+        ranks = reference.ranks
+        maps = [one for of_rank in ranks.each(others) for one in of_rank]
+        missed = [name for of_rank in ranks.gather(survey.routes.missed) for name in of_rank]
+        is_first = not state.tasks and state.recovering is None
+        known = None if is_first else [layer.name for layer in state.layers]
+        all_units, whole = joined(units, module, maps, missed, known)
+        frozen = {name.rpartition(".")[0] for name in state.shared}
+        return state.completed(all_units), tuple(name for name in whole if name not in frozen)
+
+    def _add(self, found: _Found, module: torch.nn.Module, state: FreezeState) -> TaskRecord:
+        """Put the record into the state, with fingerprints of what is frozen."""
+        found.record.rows.update(fingerprints(module, found.units, found.record, state))
+        state.add(found.record, found.units)
+        return found.record
+
+    def _audit(
+        self,
+        record: TaskRecord,
+        module: torch.nn.Module,
+        reference: ReferenceData,
+        state: FreezeState,
+        witnesses: Witnesses,
+    ) -> None:
+        """See again what earlier tasks left, and keep samples of this one. No task is lost for it."""
+        try:
+            seen = witnesses.look(
+                record,
+                module,
+                state.layers,
+                reference,
+                state,
+                masked=self.masked,
+                images=self.heatmaps,
+                composite=self.selection.composite,
+            )
+        except Exception as error:  # whatever a forward of the user's makes of a few samples
+            foresight.of_failure(record.name, error)
+            return
+        record.drift.update(seen.drift)
+        if self.is_exact:
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            earlier = [name for name in state.tasks if name != record.name]
+            foresight.of_drift(record.name, seen, {name: changed(parameters, state, name) for name in earlier})
+
+    def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
+        ration = self.selection.ration(len(state.tasks) - 1)
+        tracking.announce(state, found.record, ration, trained=trained)
+        foresight.of_runs(found.record.name, found.whole)
+        foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=ration is not None)
 
     def _trace(self, module: torch.nn.Module, state: FreezeState, batch: Any) -> UnitMap:
-        units = UnitMap.of(module, batch, self.reference.predict, self.units, self.heads)
-        state.check_units(units)
+        units = state.completed(self._map(module, batch))
         for record in state.tasks.values():
             if record.head == units.head:
                 raise ValueError(
@@ -237,6 +361,9 @@ class Ending:
                     "a head of its own (lightning_rnf.MultiHead does) and activate it before fit"
                 )
         return units
+
+    def _map(self, module: torch.nn.Module, batch: Any) -> UnitMap:
+        return UnitMap.of(module, batch, self.reference.predict, self.units, self.heads)
 
     def _check_size(self, samples: int | None) -> None:
         if samples is not None:
@@ -246,28 +373,21 @@ class Ending:
     def _criteria(self) -> tuple[Criterion, ...]:
         return (self.criterion, self.recovery.before) if self.recovery.epochs else (self.criterion,)
 
-    def _witnessed(
-        self,
-        record: TaskRecord,
-        module: torch.nn.Module,
-        units: UnitMap,
-        reference: ReferenceData,
-        state: FreezeState,
-        witnesses: Witnesses,
-    ) -> TaskRecord:
-        """The record with what a later audit needs: fingerprints of what is frozen, the drift of earlier logits."""
-        rows = fingerprints(module, units, record, state)
-        # Rank 0 has a batch for sure, and it alone keeps some of it; all get the record.
-        drift = reference.ranks.decided(
-            lambda: witnesses.look(
-                record,
-                module,
-                units,
-                reference,
-                state,
-                masked=self.masked,
-                images=self.heatmaps,
-                composite=self.selection.composite,
-            )
-        )
-        return replace(record, rows=rows, drift=drift)
+
+@dataclass(frozen=True)
+class _Found:
+    """A record that is to be added, and what came up on the way to it.
+
+    Attributes:
+        record: of the task.
+        units: of all that its reference data run.
+        whole: names of modules that only some batches run, and that are frozen whole.
+        constant: accuracy of the best answer that is always the same.
+        frozen_before: bool ``(units,)`` by layer: what earlier tasks need.
+    """
+
+    record: TaskRecord
+    units: UnitMap
+    whole: tuple[str, ...]
+    constant: float
+    frozen_before: dict[str, Tensor]

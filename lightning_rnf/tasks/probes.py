@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,14 @@ from lightning_rnf.tasks.reference import ReferenceData
 SAMPLES = 8
 """How many samples a `Probe` keeps, where the batch can be cut."""
 
+LARGEST = 2**24
+"""Bytes of a batch that can't be cut and is kept whole: 16 MiB, about a graph of some thousand nodes."""
+
 
 def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *, masked: bool) -> dict[str, float]:
     """How far the recalled logits of finished tasks are from those of their ends, by task: see `Probe.drift`.
 
-    Tasks without a probe are not in it, nor those that ended in another precision.
+    Not in it are tasks without a probe, those that ended in another precision, and those whose head does not run.
 
     Args:
         module: whole.
@@ -32,16 +35,17 @@ def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *
         probes: by task.
         masked: as for `subnetwork.recall`.
     """
-    return {
+    found = {
         name: probe.drift(module, state.layers, state.tasks[name], masked=masked)
         for name, probe in probes.items()
         if name in state.tasks and probe.dtype == next(module.parameters()).dtype
     }
+    return {name: drift for name, drift in found.items() if drift is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A few samples of a task's reference data and their logits at its end. It never leaves the process.
+    """A few samples of a task's reference data and their logits at its end. It never leaves the run of the program.
 
     Attributes:
         batch: on the CPU.
@@ -58,55 +62,116 @@ class Probe:
     dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls,
-        module: nn.Module,
-        layers: Iterable[UnitLayer],
-        record: TaskRecord,
-        reference: ReferenceData,
-        *,
-        masked: bool,
-    ) -> Probe:
-        """Take the first samples of the reference data; ``masked`` as for `subnetwork.recall`."""
-        batch = _to(_leading(reference.batches[0]), torch.device("cpu"))
-        how = ReferenceData([], 0, 0, reference.predict, reference.forward_context, reference.convert)
+    def of(cls, module: nn.Module, batch: Any, logits: Tensor, reference: ReferenceData) -> Probe:
+        """Of a batch and its logits, both as `taken` gives them."""
         first = next(module.parameters())
-        recall = subnetwork.recall(module, layers, record, masked=masked)
-        return cls(batch, _recalled(module, batch, how, recall, first.device), how, first.device, first.dtype)
+        return cls(batch, logits, _how(reference), first.device, first.dtype)
 
     def on_device(self, module: nn.Module) -> Any:
         """The batch where the module is, in the fit's precision."""
         return self.reference.convert(_to(self.batch, next(module.parameters()).device))
 
-    def drift(self, module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool) -> float:
+    def drift(
+        self, module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool
+    ) -> float | None:
         """The largest difference of any logit under recall, now against then; 0 means that the bits are the same.
 
-        It is run where the task has ended, wherever the module is now.
+        It is run where the task has ended, wherever the module is now. None: the task's head is not the one that runs,
+        since heads of the user's own are activated by the user.
         """
-        recall = subnetwork.recall(module, layers, record, masked=masked)
-        now = _recalled(module, self.batch, self.reference, recall, self.device)
-        if torch.equal(now, self.logits):
-            return 0.0
-        return float((now.double() - self.logits.double()).abs().max())
+        heads: list[str] = []
+        watched = module.get_submodule(record.head).register_forward_hook(lambda *call: heads.append(record.head))
+        with watched:
+            recall = subnetwork.recall(module, layers, record, masked=masked)
+            (now,) = _run(module, self.batch, self.reference, recall, self.device)
+        return difference(now, self.logits) if heads else None
 
 
-def _recalled(
-    module: nn.Module, batch: Any, how: ReferenceData, recall: AbstractContextManager[None], device: torch.device
-) -> Tensor:
+def taken(
+    module: nn.Module, reference: ReferenceData, recall: AbstractContextManager[None]
+) -> tuple[Any, Tensor, float] | None:
+    """A few of the reference samples, on the CPU, their logits, and how far those of a second run are from them.
+
+    What can't be cut into samples (a graph, a packed sequence, a sparse matrix) is kept whole if it is small. None: it
+    is not, so nothing is.
+
+    Args:
+        module: the model.
+        reference: of several ranks, that of the first.
+        recall: the context in which the samples are run.
+    """
+    device = next(module.parameters()).device
+    batch = _to(reference.batches[0], torch.device("cpu"))
+    for kept in (_leading(batch), batch if _size(batch) <= LARGEST else None):
+        if kept is None:
+            continue
+        if kept is not batch and not _runs(module, kept, reference, device):
+            continue
+        first, second = _run(module, kept, _how(reference), recall, device, times=2)
+        return kept, first, difference(first, second)
+    return None
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest of any logit; 0: the bits are the same; infinite: they can't be compared."""
+    if one.shape != other.shape:
+        return float("inf")
+    if bool(((one == other) | (one.isnan() & other.isnan())).all()):
+        return 0.0
+    return float((one.double() - other.double()).abs().max())
+
+
+def _runs(module: nn.Module, batch: Any, reference: ReferenceData, device: torch.device) -> bool:
+    """Whether a part of a batch is one, too: of a graph, the first rows of all its tensors are not."""
+    try:
+        _run(module, batch, reference, nullcontext(), device)
+    except Exception:  # whatever the user's forward makes of it
+        return False
+    return True
+
+
+def _run(
+    module: nn.Module,
+    batch: Any,
+    how: ReferenceData,
+    recall: AbstractContextManager[None],
+    device: torch.device,
+    times: int = 1,
+) -> list[Tensor]:
+    """Logits on the CPU; of several times, with the random states and buffers that each leaves to the next."""
     with borrowed(module):
         module.to(device)  # until the borrowing ends
         with recall, torch.no_grad(), how.forward_context():
-            logits, _ = how.predict(module, how.convert(_to(batch, device)))
-    return logits.detach().cpu()
+            runs = [how.predict(module, how.convert(_to(batch, device)))[0] for _ in range(times)]
+    return [logits.detach().cpu() for logits in runs]
+
+
+def _how(reference: ReferenceData) -> ReferenceData:
+    return ReferenceData([], 0, 0, reference.predict, reference.forward_context, reference.convert)
 
 
 def _leading(batch: Any) -> Any:
-    """The first samples, if all tensors in the batch have as many rows; else the whole batch."""
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
-    if all(tensor.ndim > 0 for tensor in tensors) and len({len(tensor) for tensor in tensors}) == 1:
-        return apply_to_collection(batch, Tensor, lambda tensor: tensor[:SAMPLES].clone(), allow_frozen=True)
-    return batch
+    """The first samples, if all tensors in the batch have as many rows; None: they have not."""
+    tensors = _tensors(batch)
+    strided = all(tensor.layout == torch.strided and tensor.ndim > 0 for tensor in tensors)
+    if not strided or len({len(tensor) for tensor in tensors}) != 1:
+        return None
+    if len(tensors[0]) <= SAMPLES:
+        return batch
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor[:SAMPLES].clone(), allow_frozen=True)
+
+
+def _size(batch: Any) -> int:
+    """Bytes of all tensors in it."""
+    return sum(
+        tensor.element_size() * (tensor._nnz() if tensor.is_sparse else tensor.numel()) for tensor in _tensors(batch)
+    )
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
+    return found
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -48,10 +48,15 @@ from lightning_rnf.search import (
     search_cutoff,
 )
 from lightning_rnf.tasks.reference import ReferenceData, gathered
+from lightning_rnf.tasks.survey import Survey
 
 log = logging.getLogger(__name__)
 
 _PER_LAYER = "ranked per layer: without those rules raw relevance doesn't compare across layers"
+
+
+class MissedError(Exception):
+    """Some batches of the reference data run modules that the trace of one batch has not seen."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ class Selection:
         criterion: Criterion,
         *later: Criterion,
         show: Show = silent,
+        survey: Survey | None = None,
     ) -> TaskRecord:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is.
 
@@ -151,6 +157,10 @@ class Selection:
             criterion: what the search may take.
             later: criteria that the record will be held to after a recovery: what they ask for is measured, too.
             show: how far it has come.
+            survey: of the walk that measures the whole network; None: nothing is asked.
+
+        Raises:
+            MissedError: if batches run modules that are not in ``units``.
         """
         started = time.perf_counter()
         attribution = self.attribute(module, units, reference, len(state.tasks), show)
@@ -165,9 +175,16 @@ class Selection:
 
         expected = about(ranking, self.search, self.resolution)
         with self._candidates(
-            module, units, reference, ranking, criterion, *later, show=show, expected=expected
+            module, units, reference, ranking, criterion, *later, show=show, expected=expected, survey=survey
         ) as candidates:
-            found = search_cutoff(ranking, candidates.measure, verdict, method=self.search, resolution=self.resolution)
+
+            def measure(cutoff: int) -> Measured:
+                measured = candidates.measure(cutoff)
+                if survey is not None and cutoff == 0 and any(reference.ranks.gather(bool(survey.routes.missed))):
+                    raise MissedError
+                return measured
+
+            found = search_cutoff(ranking, measure, verdict, method=self.search, resolution=self.resolution)
             statistics = candidates.statistics(found.taken.score.cutoff)
         relevant = ranking.relevant(found.taken.score.cutoff)
         record = TaskRecord(
@@ -217,6 +234,7 @@ class Selection:
         *,
         milder: bool,
         show: Show = silent,
+        survey: Survey | None = None,
     ) -> TaskRecord:
         """Measure a sub-network after its recovery: the record of a task that ends with the module as it is.
 
@@ -230,6 +248,7 @@ class Selection:
             milder: if the criterion does not accept it, try the smaller cutoffs that the search has measured, the
                 largest first; if it accepts none of them, the recovered one stays.
             show: how far it has come.
+            survey: of the first walk; None: nothing is asked.
         """
         started = time.perf_counter()
         ranks = reference.ranks
@@ -241,7 +260,9 @@ class Selection:
         baseline = Measured(whole.accuracy, whole.values, whole.samples)
         made: list[Evaluation] = []
         expected = 1 + len(smaller) * milder
-        with self._candidates(module, units, reference, ranking, criterion, show=show, expected=expected) as candidates:
+        with self._candidates(
+            module, units, reference, ranking, criterion, show=show, expected=expected, survey=survey
+        ) as candidates:
             candidates.limit = criterion.accuracy_limit(baseline.accuracy)
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
                 score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
@@ -274,12 +295,13 @@ class Selection:
         *criteria: Criterion,
         show: Show = silent,
         expected: int = 1,
+        survey: Survey | None = None,
     ) -> Iterator[_Candidates]:
         # Norms that the user keeps in eval mode have their statistics on purpose.
         own = norms.with_statistics(module, units.buffers)
         moving = [norm for norm in own.values() if isinstance(norm, _BatchNorm) and norm.training]
         with borrowed(module), evaluating(module):
-            yield _Candidates(self, module, units, reference, ranking, criteria, own, moving, show, expected)
+            yield _Candidates(self, module, units, reference, ranking, criteria, own, moving, show, expected, survey)
 
     def _heed(self, name: str, conservation: Conservation) -> tuple[str, ...]:
         """What the record has to say about a relevance that was conserved so well; warns where it matters."""
@@ -316,6 +338,7 @@ class _Candidates:
         moving_norms: Sequence[nn.Module],
         show: Show,
         expected: int,
+        survey: Survey | None,
     ) -> None:
         self.module = module
         self.units = units
@@ -325,6 +348,7 @@ class _Candidates:
         self.metrics = reduce(and_, criteria).metrics
         self.show = show
         self.expected = expected
+        self.survey = Survey(module, units) if survey is None else survey
         self.made = 0
         self.prefix = Prefix(module, ranking.untouched() if ranking.candidates and expected > 1 else ())
         self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
@@ -345,8 +369,8 @@ class _Candidates:
         with self._speaking(cutoff):
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
             lowest = None if cutoff in self.measured_whole else self.limit
-            with self.prefix.spared("accuracy"):
-                measured = self.reference.measure(self.module, self.metrics, finite=cutoff == 0, lowest=lowest)
+            with self.prefix.spared("accuracy"), self.survey.of(self.reference) as reference:
+                measured = reference.measure(self.module, self.metrics, finite=cutoff == 0, lowest=lowest)
         if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
             raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
         if self.counts_flops:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from zennit.core import Composite
 
-from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import Gallery, heatmaps, images_of
-from lightning_rnf.tasks.probes import Probe, drifts
+from lightning_rnf.tasks.probes import Probe, drifts, taken
 from lightning_rnf.tasks.reference import ReferenceData
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was seen at a task's end.
+
+    Attributes:
+        drift: of earlier tasks' logits, as `probes.drifts`.
+        noise: how far the task's own logits are from those of a second run; None: it has no samples that can be kept.
+    """
+
+    drift: dict[str, float]
+    noise: float | None
 
 
 @dataclass
@@ -33,39 +46,55 @@ class Witnesses:
         self,
         record: TaskRecord,
         module: nn.Module,
-        units: UnitMap,
+        layers: Sequence[UnitLayer],
         reference: ReferenceData,
         state: FreezeState,
         *,
         masked: bool,
         images: int = 0,
         composite: Composite | None = None,
-    ) -> dict[str, float]:
-        """See again what earlier tasks left, and keep some of a task that ends now.
+    ) -> Sight:
+        """See again what earlier tasks left, and keep some of a task that has ended.
+
+        Of several ranks the first one looks, and all keep the same samples.
 
         Args:
-            record: of the task that ends.
+            record: of the task.
             module: whole, where the reference data are.
-            units: of the module.
-            reference: the task's data; of several ranks, that of the first.
-            state: the earlier tasks.
+            layers: its unit layers.
+            reference: the task's data.
+            state: the finished tasks, this one among them.
             masked: as for `subnetwork.recall`.
             images: of so many samples of each task heatmaps are made.
             composite: Zennit's rules for them; None: as for units.
-
-        Returns:
-            The drift of earlier tasks' logits, as `probes.drifts`.
         """
-        drift = drifts(module, state, self.probes, masked=masked)
-        self.probes[record.name] = Probe.of(module, units.layers, record, reference, masked=masked)
-        known = {**state.tasks, record.name: record}
-        for name, probe in self.probes.items() if images else ():
-            if name in known:
+        ranks = reference.ranks
+        recall = subnetwork.recall(module, layers, record, masked=masked)
+        drift = ranks.decided(lambda: drifts(module, state, self.probes, masked=masked))
+        kept = ranks.decided(lambda: taken(module, reference, recall))
+        if kept is not None and kept[2] == 0:
+            self.probes[record.name] = Probe.of(module, kept[0], kept[1], reference)
+        if images:
+            ranks.decided(lambda: self._draw(record, module, layers, state, drift, masked, images, composite))
+        return Sight(drift, None if kept is None else kept[2])
+
+    def _draw(
+        self,
+        record: TaskRecord,
+        module: nn.Module,
+        layers: Sequence[UnitLayer],
+        state: FreezeState,
+        drift: Mapping[str, float],
+        masked: bool,
+        images: int,
+        composite: Composite | None,
+    ) -> None:
+        for name, probe in self.probes.items():
+            if name == record.name or name in drift:  # of the others another head would run
                 batch = probe.on_device(module)
-                with subnetwork.recall(module, units.layers, known[name], masked=masked):
-                    maps = heatmaps(module, units.layers, batch, reference.predict, composite)
+                with subnetwork.recall(module, layers, state.tasks[name], masked=masked):
+                    maps = heatmaps(module, layers, batch, probe.reference.predict, composite)
                 self.gallery.add(name, record.name, images_of(batch)[:images], maps[:images])
-        return drift
 
     def warn_of_lost(self, tasks: Iterable[str]) -> None:
         """Warn that there will be no heatmaps of tasks that ended in another program."""

@@ -275,9 +275,17 @@ def test_stochastic_weight_averaging_before_us():
     assert_kept(model, rnf, lambda: fit(model, rnf, "b", StochasticWeightAveraging(**swa), max_epochs=4))
 
 
+@pytest.mark.filterwarnings("ignore:.*weights were written after the task's record:UserWarning")
 @pytest.mark.parametrize("callback", [averaging, lambda: StochasticWeightAveraging(1e-2)])
 def test_averaging_behind_us_is_warned_of(callback):
     with pytest.warns(UserWarning, match=r"Averaging writes its averaged weights after .* has recorded the task: put"):
+        fit(Classifier(), RelevanceFreezing(), "a", callback(), before=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*Averaging writes its averaged weights after:UserWarning")
+@pytest.mark.parametrize("callback", [averaging, lambda: StochasticWeightAveraging(1e-2)])
+def test_what_averaging_behind_us_has_written_is_said_when_it_has(callback):
+    with pytest.warns(UserWarning, match=r"a: weights were written after the task's record was made"):
         fit(Classifier(), RelevanceFreezing(), "a", callback(), before=False)
 
 

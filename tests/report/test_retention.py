@@ -22,11 +22,12 @@ from lightning_rnf import RelevanceFreezing, RetentionReport
 from lightning_rnf.memory import masks
 from lightning_rnf.memory.fingerprints import Audit, fingerprints
 from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.recall.subnetwork import recall
 from lightning_rnf.report.figures import StreamResult
 from lightning_rnf.report.forecast import Forecast
 from lightning_rnf.report.retention import accuracy_rows, curve
 from lightning_rnf.report.tables import rich_table
-from lightning_rnf.tasks.probes import Probe
+from lightning_rnf.tasks.probes import Probe, taken
 from lightning_rnf.tasks.reference import ReferenceData
 
 NAN = float("nan")
@@ -210,13 +211,19 @@ def test_units_that_go_on_learning_are_told_on():
     assert not report.is_sound
 
 
+def probe_of(net, record, reference):
+    batch, logits, noise = taken(net, reference, recall(net, net.layers, record))
+    assert noise == 0
+    return Probe.of(net, batch, logits, reference)
+
+
 @pytest.mark.parametrize("kind", [Mlp, ConvNet])
 def test_a_drift_of_logits_is_their_largest_difference(kind):
     net = make(kind)
     net.heads.activate("first")
     record = record_of(net)
     reference = ReferenceData([batch(net, 20)], 1, 20)
-    probe = Probe.of(net, net.layers, record, reference, masked=True)
+    probe = probe_of(net, record, reference)
     assert len(probe.logits) == 8
     assert probe.drift(net, net.layers, record, masked=True) == 0
     with torch.no_grad():
@@ -233,7 +240,7 @@ def test_a_batch_that_cannot_be_cut_is_probed_whole():
     x, y = batch(net, 20)
     odd = {"x": x, "y": y, "weights of classes": torch.ones(3)}
     reference = ReferenceData([odd], 1, 20, lambda module, one: (module(one["x"]), one["y"]))
-    assert len(Probe.of(net, net.layers, record_of(net), reference, masked=True).logits) == 20
+    assert len(probe_of(net, record_of(net), reference).logits) == 20
 
 
 def test_without_a_model_rows_are_not_looked_at():

@@ -1,0 +1,133 @@
+"""What only some batches run: experts, optional branches, early exits. A trace is of one batch, a task of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lightning_rnf.anatomy.layers import UnitLayer, inside
+from lightning_rnf.anatomy.units import UnitMap
+
+_REASON = "runs on some batches only"
+
+
+class Routes:
+    """Watches which modules run that a trace has not seen. Where it has seen them all, nothing is watched.
+
+    Attributes:
+        missed: names of such modules with parameters or buffers, in the order in which they ran.
+        batches: one for each time that there were new ones.
+    """
+
+    def __init__(self, module: nn.Module, units: UnitMap) -> None:
+        self._watched = {
+            name: part
+            for name, part in module.named_modules()
+            if name and name not in units.ran and not inside(name, units.head) and _has_own(part)
+        }
+        self._running: set[str] = set()
+        self.missed: list[str] = []
+        self.batches: list[Any] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside the context runs of modules are noticed."""
+
+        def ran(name: str, *call: object) -> None:
+            self._running.add(name)
+
+        handles = [part.register_forward_pre_hook(partial(ran, name)) for name, part in self._watched.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def each(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Hand batches on, and note after each what ran that had not run before."""
+        for batch in batches:
+            self._running.clear()
+            yield batch
+            new = [name for name in self._watched if name in self._running and name not in self.missed]
+            if new:
+                self.missed += new
+                self.batches.append(batch)
+
+
+def joined(
+    units: UnitMap, module: nn.Module, others: Sequence[UnitMap], missed: Iterable[str], known: Collection[str] | None
+) -> tuple[UnitMap, tuple[str, ...]]:
+    """A map of all that any batch runs. Which layers are units does not depend on the order of the batches.
+
+    Args:
+        units: of one batch.
+        module: the model.
+        others: maps of batches that run more.
+        missed: modules that run in some batch.
+        known: layers that units may be made of, if other tasks have ended; None: any.
+
+    Returns:
+        The map, and which of the missed modules can't be made of units: their parameters are shared.
+    """
+    for other in sorted(others, key=lambda one: one.ran):
+        if _fit(units, other, known):
+            units = _union(units, other)
+    own = {name: part for name, part in module.named_modules() if name in set(missed) - set(units.ran)}
+    parameters = [f"{name}.{key}" for name, part in own.items() for key, _ in part.named_parameters(recurse=False)]
+    buffers = [f"{name}.{key}" for name, part in own.items() for key, _ in part.named_buffers(recurse=False)]
+    left = [name for name in parameters if name in units.idle]
+    whole = replace(
+        units,
+        shared=(*units.shared, *left),
+        idle=tuple(name for name in units.idle if name not in left),
+        buffers=(*units.buffers, *(name for name in buffers if name not in units.buffers)),
+        reasons={**units.reasons, **dict.fromkeys(left, _REASON)},
+        ran=(*units.ran, *own),
+    )
+    return whole, tuple(dict.fromkeys(name.rpartition(".")[0] for name in left))
+
+
+def _fit(units: UnitMap, other: UnitMap, known: Collection[str] | None) -> bool:
+    """Whether two maps say the same of what both are about."""
+    if units.head != other.head:
+        return False
+    own, new = _by_name(units), _by_name(other)
+    if known is not None and not set(new) <= set(known):
+        return False
+    if any(own[name] != new[name] for name in own.keys() & new.keys()):
+        return False
+    return _of_units(units).isdisjoint(other.shared) and _of_units(other).isdisjoint(units.shared)
+
+
+def _union(units: UnitMap, other: UnitMap) -> UnitMap:
+    layers = {**_by_name(other), **_by_name(units)}
+    # Neither batch has run all of them, so there is no order of execution: that of the model's modules.
+    place = {name: index for index, name in enumerate(units.kinds)}
+    idle = set(units.idle) & set(other.idle)
+    return replace(
+        units,
+        layers=tuple(sorted(layers.values(), key=lambda layer: place[layer.name])),
+        shared=tuple(dict.fromkeys((*units.shared, *other.shared))),
+        idle=tuple(name for name in units.idle if name in idle),
+        buffers=tuple(dict.fromkeys((*units.buffers, *other.buffers))),
+        reasons={**other.reasons, **units.reasons},
+        ran=tuple(dict.fromkeys((*units.ran, *other.ran))),
+    )
+
+
+def _by_name(units: UnitMap) -> Mapping[str, UnitLayer]:
+    return {layer.name: layer for layer in units.layers}
+
+
+def _of_units(units: UnitMap) -> set[str]:
+    return {name for layer in units.layers for name in layer.parameters}
+
+
+def _has_own(module: nn.Module) -> bool:
+    parameters = module.named_parameters(recurse=False)
+    return any(True for _ in parameters) or any(True for _ in module.named_buffers(recurse=False))

@@ -1,0 +1,144 @@
+"""What will disappoint is said before it does: parameters that no later task can use, criteria that say nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.memory import TaskRecord
+from lightning_rnf.search import Criterion
+from lightning_rnf.tasks.witnesses import Sight
+
+MOST_SHARED = 0.5
+"""Share of the parameters, heads left out, that may be frozen whole without a word."""
+
+
+def of_units(units: UnitMap, module: nn.Module) -> None:
+    """Warn if the first task will leave later ones less than half of the parameters to learn with."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    shared = sum(parameters[name].numel() for name in units.shared)
+    of_units = sum(parameters[name].numel() for layer in units.layers for name in layer.parameters)
+    if not shared or shared <= MOST_SHARED * (shared + of_units):
+        return
+    sizes: Counter[str] = Counter()
+    for name in units.shared:
+        sizes[name.rpartition(".")[0]] += parameters[name].numel()
+    largest = ", ".join(
+        f"{where or 'the model itself'} ({size:,}, {_reason(units, where)})" for where, size in sizes.most_common(3)
+    )
+    rank_zero_warn(
+        f"{shared / (shared + of_units):.0%} of the parameters outside of heads belong to no unit and will be frozen "
+        f"whole when this task has ended, so later tasks can only reuse them: {largest}. print(UnitMap.of(module, "
+        "batch)) has the rest. A later task then learns with the units of the other layers and its head: give those "
+        "layers more units, or use layers that are made of units (Linear, convolutions) in these places"
+    )
+
+
+def of_record(
+    record: TaskRecord, criterion: Criterion, constant: float, frozen_before: Mapping[str, Tensor], *, rationed: bool
+) -> None:
+    """Warn if the criterion says nothing of this task: whatever is kept meets it, or nothing may go.
+
+    Args:
+        record: of the task that has ended.
+        criterion: what its sub-network was held to.
+        constant: accuracy of the best answer that is always the same, in [0, 1].
+        frozen_before: bool ``(units,)`` by layer: what earlier tasks need.
+        rationed: whether a ration took units away, whatever the criterion says.
+    """
+    limit = criterion.accuracy_limit(record.accuracy)
+    kept = sum(int(mask.sum()) for mask in record.relevant.values())
+    units = sum(len(mask) for mask in record.relevant.values())
+    free = units - sum(int(frozen.sum()) for frozen in frozen_before.values())
+    found = None
+    if limit is not None and 0 < limit <= constant:  # below, the criterion is meant to say nothing
+        chance = ", so the task is at chance" if record.accuracy <= constant else ""
+        found = (
+            f"an answer that is always the same has an accuracy of {constant:.4f}, and the criterion asks for "
+            f"{limit:.4f} (the whole network has {record.accuracy:.4f}{chance}): it is met by a sub-network that knows "
+            "nothing"
+        )
+    elif kept == 0:
+        found = "no unit is relevant, so the criterion is met by a network that says nothing"
+    elif record.cutoff == 0 and free > 0 and not rationed and not record.recovery:
+        found = (
+            f"not one of {free} free units can go without falling short of the criterion, so the task claims all "
+            "of them"
+        )
+    if found is not None:
+        rank_zero_warn(
+            f"{record.name}: {found}. Where classes are unequal or a task was hardly learned, accuracy says little: "
+            "judge it by MetricDrop with a metric that weighs classes equally, "
+            "MetricDrop(MulticlassAccuracy(num_classes=..., average='macro')) for balanced accuracy; train longer, or "
+            "choose another tolerance"
+        )
+
+
+def of_drift(name: str, seen: Sight, changed: Mapping[str, Sequence[str]]) -> None:
+    """Warn of whatever is not bit-identical at a task's end, and of logits that two runs do not agree about."""
+    if seen.noise is None:
+        rank_zero_warn(
+            f"{name}: its reference data can't be cut into samples and are too large to be kept whole, so drift of its "
+            "logits will not be known"
+        )
+    elif seen.noise > 0:
+        rank_zero_warn(
+            f"{name}: two runs of its sub-network on the same samples differ by up to {seen.noise:.3g}, so its recall "
+            "can't be bit-identical: dropout or another random part is on in eval mode (a function called with "
+            "training=True, say), or the forward has a state of its own that is no buffer. Its drift will not be known"
+        )
+    for task in sorted({*seen.drift, *changed}):
+        parts = [f"a logit by {seen.drift[task]:.3g}"] if seen.drift.get(task) else []
+        parts += [f"weights that it froze in {', '.join(changed[task])}"] if changed.get(task) else []
+        if parts:
+            rank_zero_warn(
+                f"{name}: recall of {task!r} is not what it was when that task ended: {' and '.join(parts)} changed. "
+                "Likely causes: a head of your own was switched by hand (activate the task's before you compare), "
+                "frozen rows were written past the optimizer or before the fit (other weights were loaded), a forward "
+                "has a state of its own that is no buffer, or a layer's rows are not independent of each other"
+            )
+
+
+def of_writes(name: str, written: Sequence[str]) -> None:
+    """Warn that weights were written after the record of a task was made."""
+    if written:
+        rank_zero_warn(
+            f"{name}: weights were written after the task's record was made ({', '.join(written)}), by the module's "
+            "own on_train_end or a callback behind RelevanceFreezing (averages, schedule-free optimizers that swap "
+            "their weights), so the record is of weights that no longer exist: let a callback that stands before "
+            "RelevanceFreezing write them in its on_train_end"
+        )
+
+
+def of_failure(name: str, error: Exception) -> None:
+    """Warn that samples of a task could not be kept, or those of earlier ones not be run again."""
+    said = " ".join(str(error).split())
+    rank_zero_warn(
+        f"{name}: samples could not be kept, or those of earlier tasks not be run again ({type(error).__name__}: "
+        f"{said:.200}); the task is kept all the same, but drift is not known"
+    )
+
+
+def of_runs(name: str, left: Sequence[str]) -> None:
+    """Warn of modules that are frozen whole, since only some of the task's batches run them."""
+    if left:
+        rank_zero_warn(
+            f"{name}: {_listed(left)} ran on some batches of the reference data only, and can't be made of units (the "
+            "batches disagree about it, or earlier tasks know no such layer): frozen whole with the task"
+        )
+
+
+def _reason(units: UnitMap, module: str) -> str:
+    return next(
+        (units.reasons[name] for name in units.shared if name.rpartition(".")[0] == module and name in units.reasons),
+        "shared",
+    )
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

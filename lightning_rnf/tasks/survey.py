@@ -1,0 +1,71 @@
+"""What one walk of the whole network through all reference data tells besides its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import Routes, UnitMap
+from lightning_rnf.runtime import Ranks
+from lightning_rnf.tasks.reference import ReferenceData
+
+
+class Survey:
+    """Notes which modules run on which batches, and how the answers are spread over the classes.
+
+    Attributes:
+        routes: what runs that the trace of one batch has not seen.
+    """
+
+    def __init__(self, module: nn.Module, units: UnitMap) -> None:
+        self.routes = Routes(module, units)
+        self._counts: Tensor | None = None
+        self._targets = 0
+        self._is_made = False
+
+    @contextmanager
+    def of(self, reference: ReferenceData) -> Iterator[ReferenceData]:
+        """The same data, seen on their first way through the network; later ones are as they are."""
+        if self._is_made:
+            yield reference
+            return
+        self._is_made = True
+        batches: Any = self.routes.each(reference.batches)
+
+        def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            logits, target = reference.predict(module, batch)
+            if isinstance(logits, Tensor) and isinstance(target, Tensor) and logits.ndim == 2:
+                self._count(logits.shape[1], target)
+            return logits, target
+
+        with self.routes.watching():
+            yield replace(reference, batches=batches, predict=predict)
+
+    def constant_accuracy(self, ranks: Ranks) -> float:
+        """Accuracy of the best answer that is always the same: of one class, or of one set of labels; in [0, 1]."""
+        found = ranks.gather((self._counts, self._targets))
+        counts = [one for one, _ in found if one is not None]
+        targets = sum(number for _, number in found)
+        if not counts or not targets:
+            return 0.0
+        shares = torch.stack(counts).sum(dim=0) / targets
+        if shares.ndim == 2:  # of each label: there or not
+            return float(shares.max(dim=1).values.mean())
+        return float(shares.max())
+
+    def _count(self, classes: int, target: Tensor) -> None:
+        target = target.detach()
+        if target.ndim == 1 and not target.is_floating_point() and target.numel():
+            counts = target.long().clamp(0, classes - 1).bincount(minlength=classes).cpu().double()
+        elif target.ndim == 2:
+            there = target.bool().sum(dim=0).cpu().double()
+            counts = torch.stack([there, len(target) - there], dim=1)
+        else:
+            return
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._targets += len(target)
