@@ -100,7 +100,7 @@ class RelevanceFreezing(FinishedTasks):
             them, and recall is not exact.
         recalibrate_norm: estimate the running statistics of each candidate sub-network anew, from the inputs that
             relevance is measured on, before it is scored; recall brings those back.
-        reference_samples: how many samples to draw; accuracy is measured on all of them. None: all there are.
+        reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
         units: globs of the names of layers to make units of; None: all linear layers and convolutions outside the head.
             What is left out is frozen whole after the first task.

@@ -886,9 +886,10 @@ def test_several_validation_loaders_without_reference_are_refused():
         trainer(rnf).fit(model, loader("a"), [loader("a"), loader("b")])
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
 def test_no_validation_data_and_no_reference_is_refused_and_reference_serves():
     with pytest.raises(ValueError, match=r"no reference data.*set reference="):
-        trainer(RelevanceFreezing(), limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
+        trainer(RelevanceFreezing(), limit_val_batches=0).fit(Classifier(), loader("a"))
     rnf = RelevanceFreezing(task_data("a"))
     trainer(rnf, limit_val_batches=0).fit(Classifier(), loader("a"), loader("a"))
     assert rnf.state.tasks["task-0"].samples == 320

@@ -103,7 +103,7 @@ def measure(
     finite: bool = True,
     ranks: Ranks = ALONE,
     lowest: float | None = None,
-    expected: int = 0,
+    expected: int | None = None,
 ) -> Measured:
     """Accuracy and metrics of a module, which should be in eval mode, on labelled batches.
 
@@ -117,10 +117,11 @@ def measure(
         ranks: that measure together, each on its share; they all get the same.
         lowest: stop when this accuracy can't be reached any more. Several ranks go on to the end, but count as far as
             one would have gone. None: go on to the end.
-        expected: how many samples the batches hold, for ``lowest`` to go by.
+        expected: how many targets ``predict`` returns for all batches of all ranks, for ``lowest`` to go by. What a
+            batch shows can't tell: ``predict`` may flatten, mask, repeat and drop. None: not known, go on to the end.
 
     Returns:
-        The share of right `answers`, and the metrics' values by name, on the samples that were seen.
+        The share of right `answers`, and the metrics' values by name, on the samples that were seen: those are targets.
 
     Raises:
         ValueError: if there is no sample, a metric computes several numbers, or as `predict_checked`.
@@ -132,9 +133,9 @@ def measure(
             copy.to(logits.device).update(logits, target)
 
     def is_certain(right: int, given: int, samples: int) -> bool:
-        if lowest is None:
+        if lowest is None or expected is None:
             return False
-        to_come = (expected - samples) * given // samples  # each sample has as many answers
+        to_come = max(0, expected - samples) * given // samples  # each sample has as many answers
         return right + to_come < lowest * (given + to_come) - 1e-6
 
     def of_share() -> list[_Counted]:

@@ -44,7 +44,7 @@ class TaskRecord:
         accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned.
         subnetwork_accuracy: of the sub-network at the task's end, by the same loop.
         accepted: whether the criterion accepts that sub-network; if not, a ration or a recovery that fell short is why.
-        samples: size of the reference data.
+        samples: size of the reference data: how many targets ``predict`` has returned for them.
         evaluations: every measured cutoff, in the order of the search.
         recovery: what was measured after the epochs inside the sub-network; empty without such epochs.
         recovery_epochs: how many there were.

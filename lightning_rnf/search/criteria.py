@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found: accuracy in [0, 1], the values that the criterion asked for, and on how many samples."""
+    """What was found: accuracy in [0, 1], the values that the criterion asked for, and on how many targets."""
 
     accuracy: float
     values: Mapping[str, float] = field(default_factory=dict)
@@ -35,8 +35,8 @@ class SubnetworkScore:
         relevant: how many of them the sub-network keeps.
         free: how many would be relevant to no task if this cutoff were taken.
         free_before: the same at the search's step before this one.
-        samples: on how many of the reference samples accuracy and values were measured: all of them, or fewer where
-            too many answers were wrong already for any verdict but no. 0: not known.
+        samples: on how many targets of the reference data accuracy and values were measured: all of them, or fewer
+            where too many answers were wrong already for any verdict but no. 0: not known.
         values: what else the criterion asked for, by name: metrics, ``"flops"`` of one sample and ``"flops_before"``.
         baseline_values: the same of the whole network.
     """
@@ -80,7 +80,7 @@ class Criterion(ABC):
         return self(score)
 
     def check_samples(self, samples: int) -> None:  # noqa: B027 - most criteria have nothing to check
-        """Check that so many reference samples can tell; does nothing by default.
+        """Check that so many targets of the reference data can tell; does nothing by default.
 
         Raises:
             ValueError: if they can't.
@@ -160,10 +160,10 @@ class AccuracyDrop(Criterion):
         return baseline - self.tolerance
 
     def check_samples(self, samples: int) -> None:
-        """Check that so many samples can tell a drop of the tolerance from none. A tolerance of 0 is meant, and fine.
+        """Check that so many targets can tell a drop of the tolerance from none. A tolerance of 0 is meant, and fine.
 
         Raises:
-            ValueError: if one sample weighs more than the tolerance.
+            ValueError: if one target weighs more than the tolerance.
         """
         if 0 < self.tolerance < 1 / samples:
             raise ValueError(

@@ -116,15 +116,19 @@ class Ending:
             TypeError, ValueError: what the task's end would raise after it.
         """
         with isolate_rng():
-            example, samples = self.reference.example(trainer), self.reference.size(trainer)
+            example, size = self.reference.example(trainer), self.reference.size(trainer)
             how = trainer.precision_plugin.forward_context
-            batch = ReferenceData([example], 1, 1, self.reference.predict, how)
-            return ranks_of(trainer).decided(lambda: self._rehearse(module, state, batch, samples))
+            batch = ReferenceData([example], 1, self.reference.predict, how)
+            units, targets = ranks_of(trainer).decided(lambda: self._rehearse(module, state, batch))
+            if size is not None and self._too_few(targets * size[0] // size[1]):
+                # Other batches may have more: only what is counted is certain, and where it is little it is soon done.
+                self._check_size(self.reference.draw(trainer).targets(module))
+            return units
 
     def recover(self, trainer: Trainer, module: LightningModule, state: FreezeState, name: str) -> TaskRecord:
         """Select the sub-network that the task's last epochs are to train; the state knows that it recovers."""
-        with isolate_rng(), shown(trainer) as show:
-            reference = self._drawn(trainer)
+        with isolate_rng(), shown(trainer) as show, sharding.whole(module):
+            reference = self.reference.draw(trainer)
             with self._measuring(module, reference):
                 criteria = (self.recovery.before, self.criterion)
                 found = self._select(name, module, reference, state, *criteria, show=show)
@@ -142,8 +146,8 @@ class Ending:
         if state.recovering is None and self.recovery.epochs:
             rank_zero_warn(f"{name}: the fit ended before its last {self.recovery.epochs} epochs: no recovery")
         with isolate_rng():
-            with shown(trainer) as show:
-                reference = self._drawn(trainer)
+            with shown(trainer) as show, sharding.whole(module):  # whole: drawing may run it
+                reference = self.reference.draw(trainer)
                 with self._measuring(module, reference):
                     if state.recovering is None:
                         found = self._select(name, module, reference, state, self.criterion, show=show)
@@ -154,6 +158,8 @@ class Ending:
             with self._measuring(module, reference):
                 self._audit(record, module, reference, state, witnesses)
         self._announce(found, state, self.criterion)
+        if too_few := self._too_few(record.samples):
+            rank_zero_warn(f"{name}: {too_few}")
         if path:
             rank_zero_info(f"{name}: kept in {path}")
         tracking.log(trainer, state, record)
@@ -205,8 +211,8 @@ class Ending:
             if not module.training:
                 module.train()  # as a fit leaves it: norms that are in eval mode with all the rest are no exceptions
             drawn = self.reference.of(source).draw_alone(module)
-            held_to.check_samples(drawn.samples)
             found = self._select(name, module, drawn, state, held_to)
+            held_to.check_samples(found.record.samples)
             if not state.tasks:
                 foresight.of_units(found.units, module)
             record = self._add(found, module, state)
@@ -222,22 +228,17 @@ class Ending:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _rehearse(
-        self, module: LightningModule, state: FreezeState, batch: ReferenceData, samples: int | None
-    ) -> UnitMap:
+    def _rehearse(self, module: LightningModule, state: FreezeState, batch: ReferenceData) -> tuple[UnitMap, int]:
+        """The units, and how many targets the batch has."""
         units = self._trace(module, state, batch.example)
-        self._check_size(samples)
-        self.selection.check(module, units, batch, *self._criteria())
-        if self.heatmaps:
-            heatmaps_of(module, units.layers, batch.example, self.reference.predict, self.selection.composite)
+        targets = batch.targets(module)
+        if targets:  # predict may drop all of a batch and none of the next
+            self.selection.check(module, units, batch, *self._criteria())
+            if self.heatmaps:
+                heatmaps_of(module, units.layers, batch.example, self.reference.predict, self.selection.composite)
         if not state.tasks:
             foresight.of_units(units, module)
-        return units
-
-    def _drawn(self, trainer: Trainer) -> ReferenceData:
-        reference = self.reference.draw(trainer)
-        self._check_size(reference.samples)
-        return reference
+        return units, targets
 
     @contextmanager
     def _measuring(self, module: torch.nn.Module, reference: ReferenceData) -> Iterator[None]:
@@ -365,10 +366,19 @@ class Ending:
     def _map(self, module: torch.nn.Module, batch: Any) -> UnitMap:
         return UnitMap.of(module, batch, self.reference.predict, self.units, self.heads)
 
-    def _check_size(self, samples: int | None) -> None:
-        if samples is not None:
-            for criterion in self._criteria():
-                criterion.check_samples(samples)
+    def _check_size(self, targets: int) -> None:
+        if not targets:
+            raise ValueError("predict returns no target for any of the reference data: nothing can be measured on them")
+        for criterion in self._criteria():
+            criterion.check_samples(targets)
+
+    def _too_few(self, targets: int) -> str:
+        """What a criterion has to say against so many targets; empty: nothing."""
+        try:
+            self._check_size(targets)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _criteria(self) -> tuple[Criterion, ...]:
         return (self.criterion, self.recovery.before) if self.recovery.epochs else (self.criterion,)

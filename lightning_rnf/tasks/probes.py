@@ -147,7 +147,7 @@ def _run(
 
 
 def _how(reference: ReferenceData) -> ReferenceData:
-    return ReferenceData([], 0, 0, reference.predict, reference.forward_context, reference.convert)
+    return ReferenceData([], 0, reference.predict, reference.forward_context, reference.convert)
 
 
 def _leading(batch: Any) -> Any:

@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_rnf.anatomy import Predict, measure, supervised
-from lightning_rnf.runtime import ALONE, Ranks, alone, arguments, evaluating, joined, transferred
+from lightning_rnf.anatomy import Predict, measure, predict_checked, supervised
+from lightning_rnf.runtime import ALONE, Ranks, alone, arguments, borrowed, evaluating, joined, transferred
 from lightning_rnf.search import Measured
+from lightning_rnf.tasks import loaders
 from lightning_rnf.tasks.runs import data_module, ranks_of
 
 ReferenceSource = LightningDataModule | Iterable[Any] | Callable[[Trainer, LightningModule], Any] | None
@@ -41,7 +40,6 @@ class ReferenceData:
     Attributes:
         batches: in random order where the data could be indexed.
         attributed: number of leading batches for relevance.
-        samples: number of samples in all batches of all ranks.
         predict: how to get logits and labels of a batch.
         forward_context: entered around each forward of `accuracy`: the fit's precision.
         convert: applied to each batch before that forward, for the same reason.
@@ -50,7 +48,6 @@ class ReferenceData:
 
     batches: list[Any]
     attributed: int
-    samples: int
     predict: Predict = supervised
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     convert: Callable[[Any], Any] = lambda batch: batch
@@ -73,6 +70,7 @@ class ReferenceData:
         *,
         finite: bool = True,
         lowest: float | None = None,
+        expected: int | None = None,
     ) -> Measured:
         """Accuracy of ``module`` on all batches of all ranks, in [0, 1], and the metrics; see `measure`."""
         return measure(
@@ -84,8 +82,21 @@ class ReferenceData:
             finite=finite,
             ranks=self.ranks,
             lowest=lowest,
-            expected=self.samples,
+            expected=expected,
         )
+
+    def targets(self, module: nn.Module) -> int:
+        """How many targets `predict` returns for all batches of all ranks; the module runs once on each."""
+
+        def of_share() -> int:
+            targets = 0
+            with borrowed(module), evaluating(module), torch.no_grad():
+                for batch in map(self.convert, self.batches):
+                    with self.forward_context():
+                        targets += len(predict_checked(self.predict, module, batch, finite=False)[1])
+            return targets
+
+        return sum(self.ranks.each(of_share))
 
     def run(self, module: nn.Module) -> None:
         """Run ``module`` on the inputs of the batches for attribution, but for much smaller ones and single samples.
@@ -93,9 +104,10 @@ class ReferenceData:
         Each batch weighs the same in statistics that are estimated from them.
         """
         batches = self.for_attribution
-        sizes = [extract_batch_size(batch) for batch in batches]
+        sizes = [loaders.rows_of(batch) for batch in batches]
+        largest = max((size for size in sizes if size is not None), default=0)
         for batch, size in zip(batches, sizes, strict=True):
-            if size > 1 and size >= max(sizes) / 2:
+            if size is None or (size > 1 and size >= largest / 2):
                 with torch.no_grad(), self.forward_context():
                     self.predict(module, batch)
 
@@ -105,7 +117,7 @@ class Reference:
 
     Args:
         source: see `ReferenceSource`.
-        samples: at most so many are drawn; None: all.
+        samples: at most so many data are drawn, whatever `predict` makes of each; None: all.
         attribution_samples: at most so many of them are attributed; None: all.
         predict: how to get logits and labels of a batch; None: for batches ``(x, y)``.
         seed: of the drawing.
@@ -132,24 +144,33 @@ class Reference:
         """The same of another source."""
         return Reference(source, self.samples, self.attribution_samples, self.predict, self.seed)
 
-    def size(self, trainer: Trainer) -> int | None:
-        """How many samples would be drawn; None: only drawing can tell.
+    def size(self, trainer: Trainer) -> tuple[int, int] | None:
+        """How many data would be drawn, and how many of them are in an `example`; None: only drawing can tell.
+
+        Where a loader does not say how many it puts into a batch, batches are what is counted.
 
         Raises:
             ValueError: if a data set that can be indexed is not the same in all processes.
         """
         ranks = ranks_of(trainer)
         with self._loader(trainer) as loader:
-            if _can_be_indexed(loader, ranks):
-                length = _length(loader.dataset, ranks)
-                return length if self.samples is None else min(length, self.samples)
-            sampler: object = getattr(loader, "sampler", None)
-            batch_size: int | None = getattr(loader, "batch_size", None)
-            if not isinstance(sampler, Sized) or batch_size is None:
+            if loaders.can_be_indexed(loader, ranks):
+                length = loaders.length_of(loader.dataset, ranks)
+                drawn = length if self.samples is None else min(length, self.samples)
+                return drawn, min(length, loader.batch_size)
+            return ranks.agreed(lambda: self._size_of_walk(loader))
+
+    def _size_of_walk(self, loader: Any) -> tuple[int, int] | None:
+        sampler: object = getattr(loader, "sampler", None)
+        batch_size = getattr(loader, "batch_size", None)
+        if not batch_size or not isinstance(sampler, Sized):
+            try:
+                return len(loader), 1
+            except (TypeError, NotImplementedError):  # a stream
                 return None
-            if self.samples is None:
-                return len(sampler)
-            return min(len(sampler), math.ceil(self.samples / batch_size) * batch_size)
+        there_are = len(sampler)
+        walked = there_are if self.samples is None else math.ceil(self.samples / batch_size) * batch_size
+        return min(there_are, walked), min(there_are, batch_size)
 
     def example(self, trainer: Trainer) -> Any:
         """One batch on the device, in the fit's precision; None in all ranks but the first.
@@ -181,6 +202,7 @@ class Reference:
         with self._loader(trainer) as loader, _validating(trainer):
             return self._drawn(
                 loader,
+                trainer.lightning_module,
                 ranks_of(trainer),
                 lambda batch: on_device(batch, trainer),
                 precision.forward_context,
@@ -204,31 +226,39 @@ class Reference:
             )
         with alone(module, source), evaluating(module):
             data = source.val_dataloader() if isinstance(source, LightningDataModule) else source
-            loader = _single(data, "reference" if data is source else "reference.val_dataloader()")
-            return self._drawn(loader, ALONE, lambda batch: transferred(batch, module, source))
+            loader = loaders.single(data, "reference" if data is source else "reference.val_dataloader()")
+            return self._drawn(loader, module, ALONE, lambda batch: transferred(batch, module, source))
 
     def _drawn(
         self,
         loader: Any,
+        module: nn.Module,
         ranks: Ranks,
         to_device: Callable[[Any], Any],
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         convert: Callable[[Any], Any] = lambda batch: batch,
     ) -> ReferenceData:
-        draw = self._random_parts if _can_be_indexed(loader, ranks) else self._leading_parts
-        samples, *parts = draw(loader, ranks)
-        first, rest = ranks.agreed(lambda: [[to_device(batch) for batch in part] for part in parts])
-        if samples == 0:
-            raise ValueError(_EMPTY)
-        return ReferenceData(first + rest, len(first), samples, self.predict, forward_context, convert, ranks)
+        def targets(batch: Any) -> int:
+            copy = apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)  # hooks may write into it
+            return ReferenceData([to_device(copy)], 0, self.predict, forward_context, convert).targets(module)
 
-    def _random_parts(self, loader: DataLoader[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
+        if loaders.can_be_indexed(loader, ranks):
+            parts = self._random_parts(loader, ranks)
+        else:
+            parts = self._leading_parts(loader, ranks, loaders.weight_of(loader, targets))
+        first, rest = ranks.agreed(lambda: [[to_device(batch) for batch in part] for part in parts])
+        if not any(ranks.gather(len(first) + len(rest))):
+            raise ValueError(_EMPTY)
+        return ReferenceData(first + rest, len(first), self.predict, forward_context, convert, ranks)
+
+    def _random_parts(self, loader: DataLoader[Any], ranks: Ranks) -> tuple[Iterable[Any], Iterable[Any]]:
         dataset: Any = loader.dataset
-        drawn = torch.randperm(_length(dataset, ranks), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        length = loaders.length_of(dataset, ranks)
+        drawn = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = drawn[: self.samples]
         attributed = len(drawn) if self.attribution_samples is None else self.attribution_samples
         # The border falls between batches.
-        first, rest = _chunks(drawn[:attributed], loader.batch_size), _chunks(drawn[attributed:], loader.batch_size)
+        first, rest = (loaders.chunks(part, loader.batch_size) for part in (drawn[:attributed], drawn[attributed:]))
 
         def batches(indices: list[list[int]]) -> Iterable[Any]:
             return DataLoader(
@@ -239,31 +269,38 @@ class Reference:
                 worker_init_fn=loader.worker_init_fn,
             )
 
-        return len(drawn), batches(ranks.share(first)), batches(ranks.share(rest, len(first)))
+        return batches(ranks.share(first)), batches(ranks.share(rest, len(first)))
 
-    def _leading_parts(self, loader: Iterable[Any], ranks: Ranks) -> tuple[int, Iterable[Any], Iterable[Any]]:
+    def _leading_parts(
+        self, loader: Iterable[Any], ranks: Ranks, weight: Callable[[Any], float]
+    ) -> tuple[Iterable[Any], Iterable[Any]]:
+        def walked(source: Iterable[Any], processes: int = 1) -> tuple[list[Any], int]:
+            """The batches, and how many of them are attributed."""
+            wanted = (self.samples, self.attribution_samples)
+            samples, attributed = (None if one is None else math.ceil(one / processes) for one in wanted)
+            batches = list(loaders.leading(source, samples, weight))
+            return batches, len(list(loaders.leading(batches, attributed, weight)))
+
         if ranks.size > 1:  # samplers that draw should draw the same
             torch.set_rng_state(ranks.gather(torch.get_rng_state())[0])
-        batches = ranks.agreed(lambda: list(_leading(loader, self.samples)))
-        attributed = len(list(_leading(batches, self.attribution_samples)))
+        batches, attributed = ranks.agreed(lambda: walked(loader))
         if ranks.size == 1:
-            return _count(batches), batches[:attributed], batches[attributed:]
-        seen = ranks.each(lambda: [_fingerprint(batch) for batch in batches])
+            return batches[:attributed], batches[attributed:]
+        seen = ranks.each(lambda: [loaders.fingerprint(batch) for batch in batches])
         if all(other == seen[0] for other in seen):
             rank_zero_warn(
                 f"reference data can't be indexed: each of {ranks.size} processes walks through all of it and keeps "
                 f"every {ranks.size}-th batch"
             )
             first, rest = batches[:attributed], batches[attributed:]
-            return _count(batches), ranks.share(first), ranks.share(rest, attributed)
+            return ranks.share(first), ranks.share(rest, attributed)
         rank_zero_warn(
             f"reference data can't be indexed, and the {ranks.size} processes see different batches: each is taken to "
             "see a share of its own, and a sample that several see counts several times; give reference= a data set "
             "that can be indexed, or one that is the same in all processes"
         )
-        batches = list(_leading(batches, _part(self.samples, ranks)))
-        attributed = len(list(_leading(batches, _part(self.attribution_samples, ranks))))
-        return sum(ranks.gather(_count(batches))), batches[:attributed], batches[attributed:]
+        batches, attributed = ranks.agreed(lambda: walked(batches, ranks.size))
+        return batches[:attributed], batches[attributed:]
 
     @contextmanager
     def _loader(self, trainer: Trainer) -> Iterator[Any]:
@@ -271,12 +308,12 @@ class Reference:
         given = self.source
         source = ranks.agreed(lambda: given(trainer, trainer.lightning_module) if callable(given) else given)
         if source is None or source is data_module(trainer):
-            yield ranks.agreed(lambda: _single(_validation_data(trainer), "the fit's validation data"))
+            yield ranks.agreed(lambda: loaders.single(loaders.validation_data(trainer), "the fit's validation data"))
         elif isinstance(source, LightningDataModule):
             with set_up(source, trainer, "validate"):
-                yield ranks.agreed(lambda: _single(source.val_dataloader(), "reference.val_dataloader()"))
+                yield ranks.agreed(lambda: loaders.single(source.val_dataloader(), "reference.val_dataloader()"))
         else:
-            yield ranks.agreed(lambda: _single(source, "reference"))
+            yield ranks.agreed(lambda: loaders.single(source, "reference"))
 
 
 def on_device(batch: Any, trainer: Trainer) -> Any:
@@ -299,95 +336,6 @@ def gathered(batches: list[Any], ranks: Ranks) -> list[Any]:
     return [
         apply_to_collection(batch, Tensor, lambda one: one.to(device), allow_frozen=True) for batch in joined(shares)
     ]
-
-
-def _length(dataset: Any, ranks: Ranks) -> int:
-    lengths = ranks.each(lambda: len(dataset))
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"the data set of the reference data has {', '.join(map(str, lengths))} samples, by process: give all of "
-            "them the whole of it, each then draws a share of its own"
-        )
-    return lengths[0]
-
-
-def _chunks(indices: list[int], batch_size: int | None) -> list[list[int]]:
-    assert batch_size is not None
-    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-
-
-def _leading(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """Whole batches until there are so many samples."""
-    seen = 0
-    for batch in batches:
-        if samples is not None and seen >= samples:
-            break
-        yield batch
-        seen += extract_batch_size(batch)
-
-
-def _count(batches: Iterable[Any]) -> int:
-    return sum(extract_batch_size(batch) for batch in batches)
-
-
-def _part(samples: int | None, ranks: Ranks) -> int | None:
-    return None if samples is None else math.ceil(samples / ranks.size)
-
-
-def _fingerprint(batch: Any) -> list[str]:
-    """Sums of a batch's tensors: enough to see whether several processes walk through the same data."""
-    sums: list[str] = []
-    apply_to_collection(batch, Tensor, lambda one: sums.append(f"{tuple(one.shape)} {one.double().sum().item()}"))
-    return sums
-
-
-def _can_be_indexed(loader: object, ranks: Ranks) -> bool:
-    # A sampler of the user's own says which samples belong to the task; a subclass may do anything. In several
-    # processes torch's distributed one only says which of them each is to see.
-    samplers = (SequentialSampler, RandomSampler, *((DistributedSampler,) if ranks.size > 1 else ()))
-    return (
-        type(loader) is DataLoader
-        and loader.batch_size is not None
-        and not isinstance(loader.dataset, IterableDataset)
-        and type(loader.sampler) in samplers
-    )
-
-
-def _single(loaders: Any, where: str) -> Any:
-    if loaders is None:
-        raise ValueError(f"no reference data: {where} is missing; give the task validation data, or set reference=")
-    if not isinstance(loaders, Iterable) or iter(loaders) is loaders:
-        raise TypeError(
-            f"{where} is of type {type(loaders).__name__}, expected a data module or a loader that can be walked twice"
-        )
-    if isinstance(loaders, DataLoader):
-        return loaders
-    several = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    if not isinstance(several, (list, tuple)):
-        return loaders
-    if len(several) == 1 and isinstance(several[0], DataLoader):
-        return several[0]
-    if all(isinstance(one, DataLoader) for one in several) and several:
-        raise ValueError(
-            f"{where} has {len(several)} loaders, and which of them belongs to the task can't be told: "
-            "set the task's own as reference= (a function of trainer and module, or rnf.reference before each fit)"
-        )
-    return loaders  # batches in a list
-
-
-def _validation_data(trainer: Trainer) -> Any:
-    if trainer.enable_validation and trainer.world_size > 1:
-        # As the user gave them: Lightning deals its own out to the processes, and repeats samples until that comes out.
-        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-        return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
-    if trainer.enable_validation:
-        # Lightning does this at the first validation; here it may be asked for earlier.
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        return trainer.val_dataloaders
-    for source in (data_module(trainer), trainer.lightning_module):
-        if source is not None and is_overridden("val_dataloader", source):
-            return source.val_dataloader()
-    return None
 
 
 @contextmanager

@@ -198,7 +198,7 @@ class Selection:
             accuracy=found.taken.score.baseline,
             subnetwork_accuracy=found.taken.score.accuracy,
             accepted=found.taken.accepted or criterion.met(found.taken.score),
-            samples=reference.samples,
+            samples=found.evaluations[0].score.samples,
             evaluations=found.evaluations,
             capacity=state.capacity_after(relevant),
             seconds={"attribution": attributed - started, "search": time.perf_counter() - attributed},
@@ -352,6 +352,7 @@ class _Candidates:
         self.made = 0
         self.prefix = Prefix(module, ranking.untouched() if ranking.candidates and expected > 1 else ())
         self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
+        self.targets: int | None = None  # how many there are, the first to be measured shows: it is measured on all
         # What the ration takes away is taken whatever the verdict.
         self.measured_whole = {0, ranking.beyond_ration}
         self.resolution = selection.resolution
@@ -370,7 +371,11 @@ class _Candidates:
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
             lowest = None if cutoff in self.measured_whole else self.limit
             with self.prefix.spared("accuracy"), self.survey.of(self.reference) as reference:
-                measured = reference.measure(self.module, self.metrics, finite=cutoff == 0, lowest=lowest)
+                measured = reference.measure(
+                    self.module, self.metrics, finite=cutoff == 0, lowest=lowest, expected=self.targets
+                )
+        if self.targets is None:
+            self.targets = measured.samples
         if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
             raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
         if self.counts_flops:

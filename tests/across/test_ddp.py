@@ -9,6 +9,7 @@ import torch
 from launched import assert_same_records, launched, one_thread
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import FEW, SAME, gone_on, records, saved
+from training import clusters
 
 from lightning_rnf.runtime.ranks import ALONE, Ranks, joined
 from lightning_rnf.tasks.runs import refuse_strategies
@@ -81,6 +82,17 @@ def test_what_can_not_be_indexed_is_walked_by_all_with_a_warning(run):
 def test_a_stream_that_deals_itself_out_is_taken_as_shares(run):
     kept = len(run.ranks) - 1  # the last process sees nothing
     assert [rank["shares"] for rank in run.ranks] == [kept * 96 // (kept + 1)] * len(run.ranks)
+
+
+def test_loaders_that_fit_is_given_are_reference_data_without_a_validation_and_no_sample_is_repeated(run):
+    assert [rank["unvalidated"] for rank in run.ranks] == [77] * len(run.ranks)
+
+
+def test_targets_and_not_samples_are_counted_by_all_processes_together(alone):
+    x = clusters("a", 77).tensors[0]
+    record = alone["targets"]
+    assert record["samples"] == int((3 * x[:, 0].abs()).long().sum()) != 77
+    assert any(one["score"]["samples"] < record["samples"] for one in record["evaluations"])
 
 
 def test_frozen_rows_are_bit_equal_on_all_ranks_through_recovery_and_pinned_norms(run):

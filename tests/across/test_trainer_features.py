@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
@@ -436,6 +437,21 @@ def test_limit_val_batches_limits_validation_and_not_reference_data():
     for limit in (0, 2):
         rnf = assert_two_tasks_work(Classifier(weight_decay=0.1), limit_val_batches=limit, num_sanity_val_steps=0)
         assert rnf.state.tasks["a"].samples == 320
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_limit_val_batches_leaves_reference_data_alone_that_fit_is_given_as_loaders(limit):
+    held_out = DataLoader(clusters("a", 77, seed=1), 32)
+    for loaders in (held_out, CombinedLoader(held_out)):
+        model, rnf = Classifier(), RelevanceFreezing(task="a")
+        model.heads.activate("a")
+        options = {"limit_val_batches": limit, "num_sanity_val_steps": 0, "max_epochs": 1}
+        trainer(rnf, **options).fit(model, loader("a"), loaders)
+        x, y = held_out.dataset[:]
+        with torch.no_grad():
+            accuracy = (model.eval()(x).argmax(1) == y).double().mean()
+        record = rnf.state.tasks["a"]
+        assert (record.samples, record.accuracy) == (77, pytest.approx(float(accuracy)))
 
 
 def test_one_trainer_for_all_tasks():

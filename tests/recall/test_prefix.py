@@ -137,7 +137,7 @@ def test_cheap_layers_are_not_kept():
 def test_a_search_finds_the_same_and_computes_less(net, batches, monkeypatch, full):
     units = UnitMap.of(net, batches[0])
     net.train()
-    reference = ReferenceData(batches, 2, 24)
+    reference = ReferenceData(batches, 2)
     before = Selection().select("a", net, units, reference, FreezeState(), AccuracyDrop(0.5))
     relevant = {name: torch.full_like(mask, name in full) for name, mask in before.relevant.items()}
     state = FreezeState()

@@ -222,7 +222,7 @@ def test_a_drift_of_logits_is_their_largest_difference(kind):
     net = make(kind)
     net.heads.activate("first")
     record = record_of(net)
-    reference = ReferenceData([batch(net, 20)], 1, 20)
+    reference = ReferenceData([batch(net, 20)], 1)
     probe = probe_of(net, record, reference)
     assert len(probe.logits) == 8
     assert probe.drift(net, net.layers, record, masked=True) == 0
@@ -239,7 +239,7 @@ def test_a_batch_that_cannot_be_cut_is_probed_whole():
     net.heads.activate("first")
     x, y = batch(net, 20)
     odd = {"x": x, "y": y, "weights of classes": torch.ones(3)}
-    reference = ReferenceData([odd], 1, 20, lambda module, one: (module(one["x"]), one["y"]))
+    reference = ReferenceData([odd], 1, lambda module, one: (module(one["x"]), one["y"]))
     assert len(probe_of(net, record_of(net), reference).logits) == 20
 
 

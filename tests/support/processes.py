@@ -96,6 +96,13 @@ def by_weight_and_data(module, layers, batches, predict):
     }
 
 
+def as_often_as_it_says(module, batch):
+    """Leaves samples out and repeats others: no batch has as many targets as samples."""
+    x, y = batch
+    often = (3 * x[:, 0].abs()).long()
+    return module(x).repeat_interleave(often, 0), y.repeat_interleave(often)
+
+
 SAME = {
     "many": {"criterion": 0.05},
     "odd": {"criterion": 0.05, "reference": small(77), "attribution_samples": 43},
@@ -103,6 +110,12 @@ SAME = {
     "one batch": {"criterion": 0.2, "reference": small(7)},
     "two samples": {"criterion": 0.5, "reference": small(2, 1)},
     "stream": {"criterion": 0.1, "reference": DataLoader(Stream(100), 8), "attribution_samples": 40},
+    "targets": {
+        "criterion": 0.02,
+        "reference": small(77),
+        "predict": as_often_as_it_says,
+        "heads": "heads.tasks.*",
+    },
     "sampler": {"criterion": 0.1, "reference": DataLoader(clusters("a", 100), 8, sampler=range(60, 0, -1))},
     "metric": {
         "criterion": MetricDrop(MulticlassAUROC(num_classes=2), 0.02) & AccuracyDrop(0.1),
@@ -117,7 +130,7 @@ SAME = {
 }
 
 
-FEW = ("odd", "seven", "one batch", "stream", "metric")
+FEW = ("odd", "seven", "one batch", "stream", "metric", "targets")
 
 
 def records(names=tuple(SAME)):
@@ -252,6 +265,14 @@ def shares():
     return rnf.state.tasks["a"].samples
 
 
+def unvalidated():
+    """Loaders that fit is given, and no validation: how many targets the task's end has seen."""
+    model, rnf = trained(Classifier), RelevanceFreezing(criterion=0.1, task="a")
+    strategy = {"strategy": "ddp", "devices": WORLD} if WORLD > 1 else {}
+    trainer(rnf, max_epochs=1, limit_val_batches=0, **strategy).fit(model, loader("a"), small(77))
+    return rnf.state.tasks["a"].samples
+
+
 class OneBad(TensorDataset):
     """A label outside the head, in a batch that is not rank 0's; not seen before the task's end."""
 
@@ -320,6 +341,7 @@ if __name__ == "__main__":
         "by_hand": by_hand(),
         "pictured": pictured(),
         "shares": shares(),
+        "unvalidated": unvalidated(),
         "failure": failure(),
         "unreadable": unreadable(),
         "synchronised": synchronised(),

@@ -32,9 +32,18 @@ class Numbered(pl.LightningDataModule):
         return numbered(self.samples, **self.options)
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter((torch.tensor([float(i)]), i) for i in range(100))
+
+
 def numbered(samples, batch_size=8, **options):
     numbers = torch.arange(samples)
     return DataLoader(TensorDataset(numbers.float().view(-1, 1), numbers), batch_size, **options)
+
+
+def one_target_each(module, batch):
+    return torch.zeros(len(batch[1]), 2), batch[1] % 2
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def numbers(batches):
 def test_a_draw_is_random_without_repeats_and_the_same_for_a_seed(fit):
     first, same, other = (Reference(numbered(50), samples=30, seed=seed).draw(fit) for seed in (1, 1, 2))
     drawn = numbers(first.batches)
-    assert len(set(drawn)) == 30 == first.samples
+    assert len(set(drawn)) == 30 == len(drawn)
     assert drawn == numbers(same.batches) != numbers(other.batches)
     assert drawn != sorted(drawn)
 
@@ -74,16 +83,12 @@ def test_a_sampler_of_the_user_s_own_is_respected(fit):
     mine = numbered(50, sampler=SubsetRandomSampler(range(10, 20)))
     drawn = Reference(mine).draw(fit)
     assert sorted(numbers(drawn.batches)) == list(range(10, 20))
-    assert Reference(mine).size(fit) == 10
+    assert Reference(mine).size(fit) == (10, 8)
 
 
 def test_streams_and_lists_are_walked_from_their_start(fit):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter((torch.tensor([float(i)]), i) for i in range(100))
-
     for source in (DataLoader(Stream(), 8), list(numbered(100))):
-        drawn = Reference(source, samples=20, attribution_samples=10).draw(fit)
+        drawn = Reference(source, samples=20, attribution_samples=10, predict=one_target_each).draw(fit)
         assert numbers(drawn.batches) == list(range(24))  # whole batches
         assert numbers(drawn.for_attribution) == list(range(16))
 
@@ -113,16 +118,19 @@ def test_a_data_module_goes_through_its_life_cycle(fit):
 
 
 def test_size_is_known_before_drawing(fit):
-    assert Reference(numbered(50)).size(fit) == 50
-    assert Reference(numbered(50), samples=20).size(fit) == 20
+    assert Reference(numbered(50)).size(fit) == (50, 8)
+    assert Reference(numbered(50), samples=20).size(fit) == (20, 8)
+    assert Reference(numbered(5)).size(fit) == (5, 5)
 
 
 def test_size_of_loaders_that_are_walked_counts_whole_batches_or_is_not_known(fit):
     mine = numbered(50, batch_size=16, sampler=SubsetRandomSampler(range(40)))
-    assert Reference(mine, samples=20).size(fit) == 32 == Reference(mine, samples=20).draw(fit).samples
+    assert Reference(mine, samples=20).size(fit) == (32, 16)
+    assert len(numbers(Reference(mine, samples=20).draw(fit).batches)) == 32
     batches = DataLoader(numbered(50).dataset, batch_sampler=BatchSampler(SubsetRandomSampler(range(10)), 5, False))
-    assert Reference(batches).size(fit) is None
-    assert Reference(batches).draw(fit).samples == 10
+    assert Reference(batches).size(fit) == (2, 1)  # batches
+    assert len(numbers(Reference(batches).draw(fit).batches)) == 10
+    assert Reference(DataLoader(Stream(), 8)).size(fit) is None
 
 
 def test_transfer_hooks_see_a_validating_trainer_and_the_stage_comes_back():
