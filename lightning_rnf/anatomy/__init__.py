@@ -15,9 +15,17 @@ from lightning_rnf.anatomy.channels import (
     function_name,
     node_argument,
 )
-from lightning_rnf.anatomy.graph import SilentHook, Traced, bare, silenced, tensor_copy, torch_class
+from lightning_rnf.anatomy.graph import Traced, bare, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, absorbs, by_group, constant_output, folded, layer_form
-from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, OUTPUT_AXIS, TRANSPOSED, UnitLayer, check_kinds
+from lightning_rnf.anatomy.layers import (
+    BATCH_NORMS,
+    CHANNEL_NORMS,
+    OUTPUT_AXIS,
+    TRANSPOSED,
+    SilentHook,
+    UnitLayer,
+    check_kinds,
+)
 from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_checked, supervised, true_labels
 from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.units import UnitMap

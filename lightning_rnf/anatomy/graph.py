@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_rnf.anatomy.layers import has_foreign_hooks
 from lightning_rnf.anatomy.units import UnitLayer
 
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
@@ -130,16 +131,9 @@ def torch_class(module: nn.Module) -> type[nn.Module]:
         if kind.__module__.startswith("torch.nn."):
             computes = ("forward", "_conv_forward", "__call__")
             same = all(getattr(type(module), name, None) is getattr(kind, name, None) for name in computes)
+            same = same and not set(computes).intersection(vars(module))
             return kind if same and not hasattr(module, "parametrizations") else nn.Module
     return nn.Module
-
-
-class SilentHook:
-    """A forward hook of ours that changes nothing of what is computed: the graph may go on as if it were not there."""
-
-
-def _has_foreign_hooks(module: nn.Module) -> bool:
-    return any(not isinstance(hook, SilentHook) for hook in module._forward_hooks.values())
 
 
 class _Tracer(fx.Tracer):
@@ -153,7 +147,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks of the user's may change what goes in or comes out: fx follows them where it follows the call.
-        hooked = any(part._forward_pre_hooks or _has_foreign_hooks(part) for part in m.modules())
+        hooked = any(part._forward_pre_hooks or has_foreign_hooks(part) for part in m.modules())
         is_own = any(torch_class(part) is nn.Module for part in m.modules())
         return not hooked and not is_own and torch_class(m) is not nn.Sequential
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_rnf.anatomy.coupling import why_coupled
 from lightning_rnf.anatomy.trace import Call, Trace
 
 OUTPUT_AXIS: dict[type[nn.Module], int] = {
@@ -113,6 +114,29 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
+class SilentHook:
+    """A forward hook of ours that changes nothing of what is computed: who asks may go on as if it were not there."""
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks of others may change what it says."""
+    return any(not isinstance(hook, SilentHook) for hook in module._forward_hooks.values())
+
+
+def is_suspect(module: nn.Module) -> bool:
+    """Whether a layer, a norm or slopes may do something else than torch's class: their rows have to be tried."""
+    if not isinstance(module, (*OUTPUT_AXIS, *CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)) or is_parametrized(module):
+        return False
+    of_torch = type(module).__module__.startswith("torch.nn.modules.")
+    own = {"forward", "_conv_forward"}.intersection(vars(module))
+    return not of_torch or bool(own or module._forward_pre_hooks) or has_foreign_hooks(module)
+
+
+def coupling(trace: Trace, name: str) -> str | None:
+    """How it shows that a layer is not made of rows; None if it is."""
+    return _tried(trace, _layer(trace, name), hears=False) if name in trace.given else None
+
+
 def layer_calls(trace: Trace) -> Iterator[Call]:
     """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
     for call in trace.calls:
@@ -129,22 +153,32 @@ def select(trace: Trace, head: str, globs: Sequence[str] | None) -> list[str]:
         globs: of their names; None: all.
 
     Raises:
-        ValueError: naming a glob that matches none.
+        ValueError: naming a glob that matches none, or saying why no layer of the model is made of rows.
     """
-    names = [
+    candidates = [
         name
         for name in dict.fromkeys(call.name for call in layer_calls(trace))
         if not inside(name, head) and _has_rows(trace, name)
     ]
+    coupled = {name: found for name in candidates if (found := coupling(trace, name))}
+    names = [name for name in candidates if name not in coupled]
     for glob in globs or ():
         if not any(fnmatchcase(name, glob) for name in names):
             found = "matches no unit layer"
             if glob in trace.modules:
                 kind = type(trace.modules[glob]).__name__
                 found = f"names a {kind}, whose parameters can't be assigned to units"
+            for name in (name for name in coupled if fnmatchcase(name, glob)):
+                found = f"names {name!r}, and {_not_rows(trace, name, coupled[name])}: it is frozen whole"
             if inside(glob, head):
                 found = f"names the head {head!r}, which is never made of units"
             raise ValueError(f"units={glob!r} {found}; this model's unit layers are {_listed(names)}")
+    if coupled and not names:
+        found = "; ".join(f"{name!r}: {_not_rows(trace, name, coupled[name])}" for name in list(coupled)[:3])
+        raise ValueError(
+            f"no unit layers, all {len(coupled)} are coupled ({found}): a network needs a layer each of whose outputs "
+            "depends on its own row alone, such as torch's, or one with a scale for each row in place of one for all"
+        )
     return [name for name in names if globs is None or matches(name, globs)]
 
 
@@ -158,35 +192,34 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     calls = [call for call in trace.calls if call.name == name]
     found = None
     if is_parametrized(module):
-        found = "is parametrized: its weight is computed, so no row of it can be pinned"
+        found = (
+            "is parametrized, and rows are not followed through what its weight is computed from: bake it in before "
+            "the fit (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     elif len(calls) > 1:
         found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
     for key, parameter in trace.own_parameters(name).items():
         if len(trace.owners[parameter]) > 1:
             found = f"shares {key!r} with {sorted(set(trace.owners[parameter]) - {key})}"
-        elif parameter in trace.leaves and trace.edges[trace.leaves[parameter]] > 1 and len(calls) == 1:
+        elif len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
             found = f"has its {key!r} used a second time outside the layer"
     if found:
-        raise ValueError(f"layer {name!r} {found}; leave it out of units= and it is frozen whole after the first task")
+        raise ValueError(
+            f"layer {name!r} {found}; leave it out of units= (globs of the others) and it is frozen whole after the "
+            "first task"
+        )
     (call,) = calls
-    weight = trace.own_parameters(name)[f"{name}.weight"]
-    axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
-    units, transposed = len(weight), None
-    if isinstance(module, TRANSPOSED):
-        units, transposed = module.groups * weight.shape[1], (module.groups, len(weight) // module.groups)
-    norm = _follower(trace, call, units, axis, _is_per_channel_norm)
-    slopes = _follower(trace, norm or call, units, axis, _is_prelu)
+    layer = _layer(trace, name)
+    norm = _follower(trace, call, layer, _is_per_channel_norm)
+    slopes = _follower(trace, norm or call, layer, _is_prelu)
     parameters = [
         key for owner in (call, norm, slopes) if owner is not None for key in trace.own_parameters(owner.name)
     ]
-    return UnitLayer(
-        name,
-        units,
-        axis,
-        tuple(parameters),
+    return replace(
+        layer,
+        parameters=tuple(parameters),
         norm=None if norm is None else norm.name,
         slopes=None if slopes is None else slopes.name,
-        transposed=transposed,
     )
 
 
@@ -204,7 +237,10 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer]) -> str
     if all(call.output is not None and not trace.reached(call) for call in calls):
         return f"{kind} ran detached from the logits, or unseen (no_grad, reentrant checkpointing)"
     if isinstance(module, tuple(OUTPUT_AXIS)):
-        return "left out by units=" if _has_rows(trace, name) else f"{kind} has more to it than one row for each output"
+        if not _has_rows(trace, name):
+            return f"{kind} has more to it than one row for each output"
+        found = coupling(trace, name)
+        return "left out by units=" if found is None else _not_rows(trace, name, found)
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return "PReLU with one slope for all channels"
     if _is_per_channel_norm(module) or _is_prelu(module):
@@ -232,6 +268,34 @@ def _has_rows(trace: Trace, name: str) -> bool:
     )
 
 
+def _layer(trace: Trace, name: str) -> UnitLayer:
+    """The layer by itself, without what follows it."""
+    module, own = trace.modules[name], trace.own_parameters(name)
+    weight = own[f"{name}.weight"]
+    axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
+    if isinstance(module, TRANSPOSED):
+        of_groups = module.groups, len(weight) // module.groups
+        return UnitLayer(name, module.groups * weight.shape[1], axis, tuple(own), transposed=of_groups)
+    return UnitLayer(name, len(weight), axis, tuple(own))
+
+
+def _tried(trace: Trace, layer: UnitLayer, *, hears: bool) -> str | None:
+    if layer.name not in trace.coupled:
+        trace.coupled[layer.name] = why_coupled(
+            trace.modules[layer.name],
+            trace.given[layer.name],
+            layer.units,
+            layer.axis,
+            lambda key, values: layer.spread(f"{layer.name}.{key}", values),
+            hears=hears,
+        )
+    return trace.coupled[layer.name]
+
+
+def _not_rows(trace: Trace, name: str, found: str) -> str:
+    return f"{type(trace.modules[name]).__name__} is not made of rows, {found}"
+
+
 def _is_per_channel_norm(module: nn.Module) -> bool:
     """Whether it treats every channel by itself. Others mix channels: what is silenced would be heard after them."""
     if isinstance(module, nn.GroupNorm):
@@ -247,19 +311,26 @@ def _is_prelu(module: nn.Module) -> bool:
     return isinstance(module, nn.PReLU)
 
 
-def _follower(trace: Trace, call: Call, units: int, axis: int, is_kind: Callable[[nn.Module], bool]) -> Call | None:
+def _follower(trace: Trace, call: Call, layer: UnitLayer, is_kind: Callable[[nn.Module], bool]) -> Call | None:
     """The run of a module of some kind that reads this output along the axis of its units, if nothing else does."""
     # Modules of these kinds count channels along dimension 1 of their input.
-    if call.output is None or call.output.ndim + axis != 1 or trace.edges[call.node] != 1:
+    if call.output is None or call.output.ndim + layer.axis != 1 or trace.edges[call.node] != 1:
         return None
     for other in trace.calls:
         if other.source is not call.node or trace.runs[other.name] != 1 or not trace.reached(other):
             continue
         own = trace.own_parameters(other.name).values()
-        is_units_own = all(parameter.shape == (units,) and len(trace.owners[parameter]) == 1 for parameter in own)
-        if is_kind(trace.modules[other.name]) and is_units_own:
+        is_units_own = all(parameter.shape == (layer.units,) and len(trace.owners[parameter]) == 1 for parameter in own)
+        if is_kind(trace.modules[other.name]) and is_units_own and _keeps_channels(trace, other, layer):
             return other
     return None
+
+
+def _keeps_channels(trace: Trace, call: Call, layer: UnitLayer) -> bool:
+    """Whether what follows a layer says of each unit what it hears of that unit alone."""
+    own = tuple(trace.own_parameters(call.name))
+    follower = UnitLayer(call.name, layer.units, layer.axis, own)
+    return call.name not in trace.given or _tried(trace, follower, hears=True) is None
 
 
 _SUMS = {"CatBackward0": "a concatenation", "AddBackward0": "a sum", "SubBackward0": "a difference"}
@@ -270,6 +341,8 @@ def _why_not_a_unit_s(trace: Trace, calls: Sequence[Call], layers: Iterable[Unit
     if len(calls) > 1:
         return f"runs {len(calls)} times in one forward"
     (call,) = calls
+    if found := trace.coupled.get(call.name):
+        return f"is not made of rows, {found}"
     made_by = "" if call.source is None else type(call.source).__name__
     if made_by in _SUMS:
         return f"reads {_SUMS[made_by]}, whose channels no layer owns"

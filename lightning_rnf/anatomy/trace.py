@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_rnf.anatomy.coupling import Given, reaches_past
 from lightning_rnf.anatomy.predict import Predict, predict_checked
 from lightning_rnf.runtime import borrowed, evaluating, forget_gradient_hooks
 
@@ -44,9 +46,19 @@ class Trace:
         edges: how many edges lead to each node of the logits' autograd graph.
         leaves: the node of each leaf that the graph reaches.
         owners: all names of each parameter.
+        given: what each suspect was given when it ran first, by name.
+        elsewhere: parameters of layers that reach the logits past their layer, where autograd does not see it.
+        coupled: what was found of suspects, by name; see `layers.coupling`.
     """
 
-    def __init__(self, module: nn.Module, calls: list[Call], read: set[int], logits: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        calls: list[Call],
+        read: set[int],
+        logits: Tensor,
+        given: Mapping[str, Given],
+    ) -> None:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.calls = calls
         self.runs = Counter(call.name for call in calls)
@@ -56,25 +68,58 @@ class Trace:
         self.owners: dict[nn.Parameter, list[str]] = defaultdict(list)
         for name, parameter in module.named_parameters(remove_duplicate=False):
             self.owners[parameter].append(name)
+        self.given = given
+        self.elsewhere: set[nn.Parameter] = set()
+        self.coupled: dict[str, str | None] = {}
 
     @classmethod
-    def of(cls, module: nn.Module, batch: Any, predict: Predict) -> Trace:
+    def of(
+        cls,
+        module: nn.Module,
+        batch: Any,
+        predict: Predict,
+        layers: tuple[type[nn.Module], ...] = (),
+        is_suspect: Callable[[nn.Module], bool] = lambda module: False,
+    ) -> Trace:
         """Run ``module`` on a batch and leave it as it was.
+
+        Args:
+            module: the model.
+            batch: on its device.
+            predict: how to get logits of a batch.
+            layers: kinds of modules that should be the only ones to read their parameters.
+            is_suspect: whether a module may do something else than its class says.
 
         Raises:
             TypeError, ValueError: as `anatomy.predict_checked`.
         """
         calls: list[Call] = []
+        given: dict[str, Given] = {}
+        reads = _Reads()
         with borrowed(module), evaluating(module), torch.enable_grad():
             for parameter in module.parameters():
                 # The graph has to show what the user keeps from training, too.
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
             forget_gradient_hooks(module)
+            suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
+                if isinstance(submodule, layers):
+                    submodule.register_forward_pre_hook(reads.enter, prepend=True)
+                    submodule.register_forward_hook(reads.leave, always_call=True)
+                if name in suspects:
+                    submodule.register_forward_pre_hook(partial(_note, name, given), prepend=True, with_kwargs=True)
                 submodule.register_forward_hook(_recorder(name, calls))
-            with _Reads() as reads:
+            with reads:
                 logits, _ = predict_checked(predict, module, batch)
-            return cls(module, calls, reads.tensors, logits)
+            trace = cls(module, calls, reads.tensors, logits, given)
+        with evaluating(module):
+            for call in calls:
+                owner = trace.modules[call.name]
+                for parameter in trace.own_parameters(call.name).values():
+                    hidden = id(parameter) in reads.outside and not trace.uses_outside(parameter, call)
+                    if isinstance(owner, layers) and hidden and reaches_past(module, owner, parameter, batch, predict):
+                        trace.elsewhere.add(parameter)
+        return trace
 
     def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of this module alone, by full name."""
@@ -97,13 +142,38 @@ class Trace:
         nodes = (call.node, call.output.grad_fn)
         return any(self.edges[node] > 0 or node is self.logits.grad_fn for node in nodes)
 
+    def uses_outside(self, parameter: nn.Parameter, call: Call) -> int:
+        """How many edges lead to a parameter from other operations than those of a module's only run."""
+        leaf = self.leaves.get(parameter)
+        if leaf is None:
+            return 0
+        if call.name not in self.given:  # torch's own layers read their parameters once
+            return self.edges[leaf] - 1
+        return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]
+
 
 class _Reads(TorchFunctionMode):
-    """Notes the identity of every tensor that a function is given."""
+    """Notes the identity of every tensor that a function is given.
+
+    Attributes:
+        tensors: all of them.
+        outside: parameters whose values were read while no layer of theirs was running.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.tensors: set[int] = set()
+        self.outside: set[int] = set()
+        self._running: list[nn.Module] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """A hook: a layer begins to run."""
+        self._running.append(module)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook: it has run."""
+        if module in self._running:  # not if a hook before ours kept it from running
+            self._running.remove(module)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -111,7 +181,28 @@ class _Reads(TorchFunctionMode):
         for argument in (*args, *(kwargs or {}).values()):
             several = argument if isinstance(argument, (list, tuple)) else (argument,)
             self.tensors.update(id(tensor) for tensor in several if isinstance(tensor, Tensor))
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple, list)) and not _reads_form(function):
+            of_values = args[:1] if function in _LIKE_ANOTHER else (*args, *(kwargs or {}).values())
+            own = {id(parameter) for module in self._running for parameter in module._parameters.values()}
+            read = {id(parameter) for parameter in of_values if isinstance(parameter, nn.Parameter)}
+            self.outside.update(read - own)
+        return result
+
+
+_LIKE_ANOTHER = (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+"""They read values of their first argument alone."""
+
+
+def _reads_form(function: Any) -> bool:
+    """Whether it makes a tensor like another one, whose values it does not look at."""
+    name = str(getattr(function, "__name__", ""))
+    return name.endswith("_like") or name.startswith("new_") or name == "requires_grad_"
+
+
+def _note(name: str, given: dict[str, Given], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    if name not in given:
+        given[name] = Given.to(args, kwargs)
 
 
 def _recorder(name: str, calls: list[Call]) -> Any:
@@ -132,17 +223,20 @@ def _recorder(name: str, calls: list[Call]) -> Any:
 
 def _walk_graph(logits: Tensor) -> tuple[Counter[Any], dict[Tensor, Any]]:
     """How many edges lead to each node of the autograd graph, and the node of each leaf that it reaches."""
+    edges = _edges(logits.grad_fn)
+    nodes = (*edges, logits.grad_fn)
+    return edges, {node.variable: node for node in nodes if hasattr(node, "variable")}
+
+
+def _edges(start: Any, end: Collection[Any] = ()) -> Counter[Any]:
+    """How many edges lead to each node below ``start``; those in ``end`` lead nowhere."""
     edges: Counter[Any] = Counter()
-    leaves: dict[Tensor, Any] = {}
-    pending: list[Any] = [logits.grad_fn] if logits.grad_fn is not None else []
+    pending: list[Any] = [start] if start is not None else []
     while pending:
-        node = pending.pop()
-        if hasattr(node, "variable"):
-            leaves[node.variable] = node
-        for successor, _ in node.next_functions:
+        for successor, _ in pending.pop().next_functions:
             if successor is None:
                 continue
             edges[successor] += 1
-            if edges[successor] == 1:
+            if edges[successor] == 1 and successor not in end:
                 pending.append(successor)
-    return edges, leaves
+    return edges

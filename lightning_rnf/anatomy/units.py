@@ -13,6 +13,7 @@ from lightning_rnf.anatomy.layers import (
     OUTPUT_AXIS,
     UnitLayer,
     inside,
+    is_suspect,
     layer_calls,
     matches,
     select,
@@ -74,7 +75,7 @@ class UnitMap:
             ValueError: if no head or no unit layer is found, if a unit layer is used in a way that units can't follow
                 (it runs twice, shares its weight, is parametrized), or if ``units`` or ``heads`` match nothing usable.
         """
-        trace = Trace.of(module, example_batch, predict)
+        trace = Trace.of(module, example_batch, predict, tuple(OUTPUT_AXIS), is_suspect)
         head = _find_head(trace, _globs(heads))
         layers = tuple(unit_layer(trace, name) for name in select(trace, head, _globs(units)))
         if not layers:
