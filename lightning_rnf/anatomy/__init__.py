@@ -15,7 +15,7 @@ from lightning_rnf.anatomy.channels import (
     function_name,
     node_argument,
 )
-from lightning_rnf.anatomy.graph import Traced, bare, silenced, tensor_copy, torch_class
+from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, absorbs, by_group, constant_output, folded, layer_form
 from lightning_rnf.anatomy.layers import (
     BATCH_NORMS,
@@ -52,6 +52,7 @@ __all__ = [
     "bare",
     "by_group",
     "check_kinds",
+    "computes_itself",
     "constant_output",
     "effect_of_function",
     "effect_of_module",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_rnf.anatomy.layers import has_foreign_hooks
+from lightning_rnf.anatomy.layers import OUTPUT_AXIS, has_foreign_hooks
 from lightning_rnf.anatomy.units import UnitLayer
 
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
@@ -32,6 +32,12 @@ _VIEW_MODULES = frozenset(("Flatten", "Unflatten", "Identity", "Dropout", "Dropo
 def silenced(output: Tensor, layer: str) -> Tensor:
     """Marks in the graph where the units of ``layer`` speak. It never runs."""
     raise RuntimeError(f"the graph ran with the marker of {layer!r} still in it: it has to be replaced before")
+
+
+def computes_itself(module: nn.Module) -> bool:
+    """Whether a linear layer or convolution has a forward of its own; a parametrized one has torch's."""
+    is_layer = isinstance(module, tuple(OUTPUT_AXIS)) and not hasattr(module, "parametrizations")
+    return is_layer and torch_class(module) is nn.Module
 
 
 @dataclass(frozen=True)

@@ -127,12 +127,16 @@ class UnitMap:
 def _find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
     if globs is not None:
         return _named_head(trace, globs)
+    before_cast = _uncast(trace.logits.grad_fn)
     makers = [
         call.name
         for call in trace.calls
         if call.output is not None
         and call.output.numel() == trace.logits.numel()
-        and call.output.untyped_storage().data_ptr() == trace.logits.untyped_storage().data_ptr()
+        and (
+            call.output.untyped_storage().data_ptr() == trace.logits.untyped_storage().data_ptr()
+            or (call.node is not None and call.node is before_cast)
+        )
         and any(True for _ in trace.modules[call.name].parameters())
     ]
     if not makers or makers[0] == "" or _is_all(trace, makers[0]):
@@ -141,6 +145,13 @@ def _find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
             "LightningModule itself); name the heads' modules with heads=, for example heads='heads.*'"
         )
     return _whole_entry(trace, makers[0]) or makers[0]
+
+
+def _uncast(node: Any) -> Any:
+    """What made the logits, before they were cast to another dtype."""
+    while node is not None and type(node).__name__ == "ToCopyBackward0":
+        ((node, _), *_) = node.next_functions
+    return node
 
 
 def _is_all(trace: Trace, name: str) -> bool:

@@ -8,14 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
-from lightning_rnf.anatomy import BATCH_NORMS, Predict, UnitLayer, predict_checked, supervised, true_labels
+from lightning_rnf.anatomy import (
+    BATCH_NORMS,
+    Predict,
+    UnitLayer,
+    computes_itself,
+    predict_checked,
+    supervised,
+    torch_class,
+    true_labels,
+)
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
+from lightning_rnf.relevance.precision import SinglePrecision, UnreachableError
 from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
 
 _LOST_IN_ONE = torch.finfo(torch.float32).tiny
@@ -49,8 +58,8 @@ def attribute(
 
     A sample with several labels starts it from the logits of all of them, one without a label from none.
 
-    Runs in eval mode, eagerly, in at least single precision with autocast off. The module comes back as it was; hooks
-    of the user's on the gradients of its submodules do not run.
+    Runs in eval mode, eagerly, in at least single precision, whatever the forward casts to. The module comes back as
+    it was; hooks of the user's on the gradients of its submodules do not run.
     Relevance is reduced while it flows, so memory depends on the size of a batch and not on how many there are.
 
     Args:
@@ -59,7 +68,9 @@ def attribute(
         batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits and labels of a batch.
         composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
-            convolutions, on a network whose layers have the batch norms that directly follow merged into them.
+            convolutions, on a network whose layers have the batch norms that directly follow merged into them. A
+            layer with a forward of its own is propagated through function by function, with the weight that it
+            computes; there is no z⁺ for that, so it is epsilon for convolutions, too, and a note says so.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
         progress: called after each batch with the number of samples so far.
         ranks: whose sums are added up; they all get the same.
@@ -67,10 +78,10 @@ def attribute(
             leaves among them are the network's input.
 
     Raises:
-        ValueError: if there is no sample, relevance can't reach a layer or is not finite, or as
-            `anatomy.predict_checked`.
+        ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
+            precision, or as `anatomy.predict_checked`.
     """
-    rules = _applicable(EpsilonPlus() if composite is None else composite)
+    rules = _applicable(composite)
     journal = Journal(layers)
     functions = FunctionRules()
 
@@ -117,11 +128,18 @@ def attribute(
     return Attribution(relevance, journal.conservation(relevance))
 
 
-def _applicable(composite: Composite) -> Composite:
-    """Without rules for attention: Zennit takes it for an activation, and fails on its three inputs."""
+def _applicable(given: Composite | None) -> Composite:
+    """The rules, without those for what they are not made for.
+
+    For attention there are none: Zennit takes it for an activation, and fails on its three inputs. And none of our
+    choice for a layer that computes its weight: z⁺ would take the positive part of what it is computed from.
+    """
+    composite = EpsilonPlus() if given is None else given
 
     def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
-        return None if isinstance(module, nn.MultiheadAttention) else composite.module_map(context, name, module)
+        if isinstance(module, nn.MultiheadAttention) or (given is None and computes_itself(module)):
+            return None
+        return composite.module_map(context, name, module)
 
     return Composite(module_map, composite.canonizers)
 
@@ -141,6 +159,8 @@ def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
         if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
             continue  # other norms, and those that always use the batch's statistics
         submodule = module.get_submodule(layer.name)
+        if computes_itself(submodule) or torch_class(norm) not in BATCH_NORMS:
+            continue  # what they do with other weights is not known
         with torch.no_grad():
             scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
             shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
@@ -193,9 +213,9 @@ def propagate(
 
     def of_share() -> tuple[int, dict[str, Tensor | bool]]:
         samples = 0
-        with borrowed(module), evaluating(module), torch.enable_grad(), _autocast_off(module), ExitStack() as hooks:
+        with borrowed(module), evaluating(module), torch.enable_grad(), ExitStack() as hooks:
+            single = hooks.enter_context(SinglePrecision(module))
             module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter's gradient
-            _widen(module)
             forget_gradient_hooks(module)
             prepare(module)
             roots: list[Tensor] = []
@@ -207,9 +227,7 @@ def propagate(
                 roots.clear()
                 # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
                 with rules(module):
-                    logits, target = predict_checked(
-                        predict, module, apply_to_collection(batch, Tensor, _wide, allow_frozen=True)
-                    )
+                    logits, target = predict_checked(single.predicting(predict), module, single.batch(batch))
                     sent, ends = (
                         start(logits.detach(), target),
                         tuple(roots),
@@ -277,7 +295,7 @@ def _rooted(name: str, roots: list[Tensor]) -> Any:
     def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not torch.is_grad_enabled():
             how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
-            raise ValueError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
+            raise UnreachableError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
         if args[0].requires_grad:
             roots.append(args[0])  # if it is the user's own leaf nothing else ends in it
             return None
@@ -285,26 +303,3 @@ def _rooted(name: str, roots: list[Tensor]) -> Any:
         return (roots[-1], *args[1:])
 
     return root
-
-
-def _autocast_off(module: nn.Module) -> torch.autocast:
-    device = next(module.parameters()).device
-    return torch.autocast(device.type, enabled=False)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Half precision is too coarse to propagate relevance in."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _widen(module: nn.Module) -> None:
-    # Other tensors in the old ones' places: new data in the same ones would cut off DDP's hooks.
-    for submodule in module.modules():
-        if vars(submodule).get("_dtype") in (torch.float16, torch.bfloat16):
-            vars(submodule)["_dtype"] = torch.float32  # a LightningModule's own, which its forward may ask for
-        for name, parameter in submodule._parameters.items():
-            if parameter is not None and _wide(parameter) is not parameter:
-                submodule._parameters[name] = nn.Parameter(_wide(parameter.detach()), requires_grad=False)
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None:
-                submodule._buffers[name] = _wide(buffer)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from zennit.types import BatchNorm
 
-from lightning_rnf.anatomy import UnitLayer
+from lightning_rnf.anatomy import UnitLayer, computes_itself
 from lightning_rnf.runtime import Ranks
 
 INPUT = "<input>"
@@ -75,6 +75,7 @@ class Conservation:
         size: sum of the absolute relevance of the logits over that of the signed, at least 1: how much they cancel.
         unruled: what had no rule, places by kind: ``{"LayerNorm": ("encoder.norm1",)}``.
         causes: by cut, what may take or make relevance between it and the one above: places by kind.
+        own: layers with a forward of their own where another rule stands in for the right one, places by kind.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class Conservation:
     size: float = 1.0
     unruled: dict[str, tuple[str, ...]] = field(default_factory=dict)
     causes: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -89,6 +91,9 @@ class Conservation:
         return tuple(
             f"no rule for {_described({kind: places})}: relevance is a plain gradient there"
             for kind, places in self.unruled.items()
+        ) + tuple(
+            f"no rule is made for the own forward of {_described({kind: places})}: relevance is approximate there"
+            for kind, places in self.own.items()
         )
 
     def loss(self) -> Loss | None:
@@ -120,6 +125,7 @@ class Journal:
         self._cuts: tuple[str, ...] = ()
         self._unruled: dict[str, tuple[str, ...]] = {}
         self._causes: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._own: dict[str, tuple[str, ...]] = {}
         self._sent = self._sent_absolute = self._arrived = 0.0
 
     @contextmanager
@@ -165,6 +171,12 @@ class Journal:
             start = end
         self._cuts = (*cuts, INPUT)
         self._unruled = _grouped(cause for cause in reversed(found) if cause.kind != BIAS)
+        # For a linear layer it is the epsilon rule, of the weight that it computes: as it should be.
+        self._own = _grouped(
+            _Cause(0, type(call.module).__name__, call.name)
+            for call in self._calls
+            if computes_itself(call.module) and (call.ruled or not isinstance(call.module, nn.Linear))
+        )
         self._calls = None  # nodes hold tensors
 
     def add(self, relevance: Tensor, roots: Sequence[Tensor], arrived: Sequence[Tensor | None]) -> None:
@@ -184,7 +196,8 @@ class Journal:
         """Once, after the last batch: what all ranks have found together. Rank 0 has had a batch, others may not."""
         found = ranks.gather((self._sent, self._sent_absolute, self._arrived))
         self._sent, self._sent_absolute, self._arrived = (sum(values) for values in zip(*found, strict=True))
-        self._cuts, self._unruled, self._causes = ranks.gather((self._cuts, self._unruled, self._causes))[0]
+        mine = self._cuts, self._unruled, self._causes, self._own
+        self._cuts, self._unruled, self._causes, self._own = ranks.gather(mine)[0]
 
     def conservation(self, relevance: Mapping[str, Tensor]) -> Conservation:
         """What has been found.
@@ -195,7 +208,7 @@ class Journal:
         sums = {INPUT: self._arrived} | {name: values.sum().item() for name, values in relevance.items()}
         ratios = {name: value / self._sent if self._sent else float("nan") for name, value in sums.items()}
         size = self._sent_absolute / abs(self._sent) if self._sent else 1.0
-        return Conservation(ratios, self._cuts, size, self._unruled, self._causes)
+        return Conservation(ratios, self._cuts, size, self._unruled, self._causes, self._own)
 
 
 def is_of_torch(module: nn.Module) -> bool:
@@ -263,7 +276,8 @@ class _Call:
     def has_bias(self) -> bool:
         bias = getattr(self.module, "bias", None)
         # A batch norm's shift takes no relevance, since it lets relevance pass.
-        return self.ruled and isinstance(bias, Tensor) and not isinstance(self.module, BatchNorm) and bool(bias.any())
+        ruled = self.ruled or computes_itself(self.module)
+        return ruled and isinstance(bias, Tensor) and not isinstance(self.module, BatchNorm) and bool(bias.any())
 
 
 @dataclass(frozen=True)

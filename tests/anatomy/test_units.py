@@ -448,6 +448,12 @@ def test_the_active_head_of_a_multi_head_is_the_head():
     assert units_of(net).idle == ("heads.tasks.a.weight", "heads.tasks.a.bias")
 
 
+@pytest.mark.parametrize("cast", [Tensor.double, lambda x: x.bfloat16().float()], ids=["once", "twice"])
+def test_the_head_is_found_behind_a_cast_of_its_logits(cast):
+    net = two_layers(lambda net, x: cast(net.head(net.second(net.first(x).relu()).relu())))
+    assert (units_of(net).head, names(units_of(net))) == ("head", ["first", "second"])
+
+
 @pytest.mark.parametrize("glob", ["heads.*", "heads.a", ["nothing", "heads.?"]])
 def test_heads_names_the_head_where_a_function_makes_the_logits(glob):
     net = heads_of(nn.ModuleDict({"a": deep(), "b": deep()}), lambda heads, h: 2 * heads["a"](h))

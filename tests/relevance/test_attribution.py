@@ -344,6 +344,82 @@ def test_a_canonizer_that_folds_norms_gives_the_relevance_of_the_folded_network(
         assert difference(found, oracle(folded(net), x, y)) < 1e-5
 
 
+# -- layers that compute their weight in a forward of their own -------------------------------------------------------
+
+
+def standardised(weight: Tensor) -> Tensor:
+    """Row by row, as timm's ``ScaledStdConv2d`` does it."""
+    rows = weight.flatten(1)
+    scaled = (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True, correction=0) + 1e-5)
+    return scaled.view_as(weight)
+
+
+class StandardisedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, standardised(self.weight), self.bias)
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, standardised(self.weight), self.bias)
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """A layer of torch that computes the same."""
+    twin = copy.deepcopy(layer)
+    twin.__class__ = type(layer).__bases__[0]
+    with torch.no_grad():
+        twin.weight.copy_(standardised(layer.weight))
+    return twin
+
+
+def test_a_linear_layer_that_computes_its_weight_is_propagated_through_with_that_weight():
+    net = nn.Sequential(StandardisedLinear(4, 8), nn.ReLU(), StandardisedLinear(8, 6), nn.ReLU(), nn.Linear(6, CLASSES))
+    batch = labelled(9, 4)
+    found = attribute(net, UnitMap.of(net, batch).layers, [batch])
+    same = nn.Sequential(plain(net[0]), nn.ReLU(), plain(net[2]), nn.ReLU(), net[4])
+    assert difference(found.relevance, oracle(same, *batch)) < 1e-5
+    assert found.conservation.notes == ()
+    assert found.conservation.loss() is None  # what is lost is the biases' share
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_that_computes_its_weight_has_epsilon_for_that_weight_and_a_note(bias):
+    net = nn.Sequential(
+        StandardisedConv(2, 4, 3, bias=bias),
+        nn.BatchNorm2d(4),  # merged into the weight that the other is computed of, it would be another function
+        nn.ReLU(),
+        StandardisedConv(4, 5, 3, bias=bias),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20, CLASSES, bias=bias),
+    )
+    with torch.no_grad():
+        net[1].running_var.uniform_(0.5, 2.0)
+        net[1].weight.uniform_(0.5, 2.0)
+    batch = labelled(9, *IMAGES)
+    layers = UnitMap.of(net, batch).layers
+    assert [(layer.name, layer.norm) for layer in layers] == [("0", "1"), ("3", None)]
+
+    found = attribute(net, layers, [batch])
+
+    x = batch[0]
+    with torch.no_grad():
+        outputs = [x := module(x) for module in net.eval()]
+        relevance = nn.functional.one_hot(batch[1], CLASSES) * outputs[6]
+        expected = {"3": epsilon_rule(outputs[5], net[6].weight, bias_of(net[6]), relevance)}
+        a = outputs[2].flatten(1)
+        expected["0"] = epsilon_rule(a, *as_matrix(plain(net[3]), outputs[2]), expected["3"])
+        expected = {name: at.view_as(outputs[int(name)]).sum((0, 2, 3)) for name, at in expected.items()}
+    assert difference(found.relevance, expected) < 1e-4
+    assert found.conservation.notes == (
+        "no rule is made for the own forward of StandardisedConv (0, 3): relevance is approximate there",
+    )
+    if not bias:
+        assert found.conservation.ratios["0"] == pytest.approx(1.0, abs=1e-3)
+    assert found.conservation.loss() is None or bias
+
+
 # -- what it does not depend on ---------------------------------------------------------------------------------------
 
 
@@ -402,6 +478,115 @@ def test_a_half_precision_module_is_attributed_in_single_precision(half, inputs)
         assert now is tensor
         assert (tensor.dtype, tensor.data_ptr()) == (dtype, address)
         assert torch.equal(tensor, values)
+
+
+class Cast(nn.Module):
+    """A forward that names a dtype of its own accord, and a network in that dtype."""
+
+    def __init__(self, dtype: torch.dtype, how: str) -> None:
+        super().__init__()
+        self.dtype, self.how = dtype, how
+        self.first = nn.Linear(4, 8)  # stays in single precision if the model has several dtypes
+        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, CLASSES)).to(dtype)
+        if how != "several dtypes":
+            self.first.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "method":
+            x = x.bfloat16() if self.dtype == torch.bfloat16 else x.half()
+        elif self.how == "type":
+            x = x.type(self.dtype)
+        elif self.how == "new tensor":
+            x = torch.zeros(x.shape, dtype=self.dtype).copy_(x) if not x.requires_grad else x
+        elif self.how != "several dtypes":
+            x = x.to(self.dtype) if self.how == "to" else x.to(dtype=self.dtype, copy=True)
+        return self.rest(self.first(x).to(self.dtype)).float()
+
+
+@pytest.mark.parametrize("how", ["to", "keyword", "method", "type", "new tensor", "several dtypes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_forward_that_casts_is_attributed_in_at_least_single_precision(dtype, how):
+    if how == "method" and dtype == torch.float64:
+        pytest.skip("no cast by a method of half precision")
+    torch.manual_seed(0)
+    net, batch = Cast(dtype, how), labelled(8, 4)
+    if dtype != torch.float64:
+        batch = batch[0].to(dtype).float(), batch[1]
+    layers = UnitMap.of(net, batch).layers
+    logits = net(batch[0])
+    plain = nn.Sequential(*(copy.deepcopy(part).double() for part in (net.first, *net.rest)))
+    expected = oracle(plain, *batch)
+
+    found = attribute(net, layers, [batch]).relevance
+
+    assert difference(found, {"first": expected["0"], "rest.1": expected["2"]}) < 1e-4
+    assert net.rest[1].weight.dtype == dtype
+    assert torch.equal(net(batch[0]), logits)  # what is measured and recalled is as it was
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_autocast_inside_of_the_forward_is_attributed_in_single_precision(half):
+    def forward(net: Built, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.rest(x).float()
+
+    net = Built(forward, rest=mlp().bfloat16() if half else mlp())
+    batch = labelled(8, 4)
+    layers = UnitMap.of(net, batch).layers
+    expected = oracle(copy.deepcopy(net.rest).double(), *batch)
+    found = attribute(net, layers, [batch]).relevance
+    assert difference(found, {f"rest.{name}": of_layer for name, of_layer in expected.items()}) < 1e-4
+
+
+def test_a_default_dtype_of_half_precision_makes_no_difference():
+    net = Built(lambda net, x: net.rest(torch.cat([x, torch.ones(len(x), 1)], 1)[:, :4]), rest=mlp())
+    batch = labelled(8, 4)
+    expected = unit_relevance(net, batch)
+    net.bfloat16()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layers = UnitMap.of(net, (batch[0].bfloat16(), batch[1])).layers
+        found = attribute(net, layers, [batch]).relevance
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert difference(found, expected) < 0.1  # the weights were rounded
+
+
+class Insisting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16, "a kernel for bfloat16 alone"
+        return self.inner(x)
+
+
+def test_a_forward_that_insists_on_half_precision_is_refused_in_one_sentence_that_names_it():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Insisting(), nn.ReLU(), nn.Linear(8, CLASSES)).bfloat16()
+    x, y = labelled(8, 4)
+    layers = UnitMap.of(net, (x.bfloat16(), y)).layers
+    with pytest.raises(
+        ValueError, match=r"in single precision, and the forward of '2' \(Insisting\) insists on half precision"
+    ) as refusal:
+        attribute(net, layers, [(x.bfloat16(), y)])
+    assert is_one_sentence(refusal.value)
+    assert net[0].weight.dtype == torch.bfloat16
+
+
+def test_another_failure_of_a_forward_is_not_blamed_on_precision():
+    def forward(net: Built, x: Tensor) -> Tensor:
+        if x.requires_grad or net.broken:
+            raise KeyError("of the user's")
+        return net.rest(x)
+
+    net = Built(forward, rest=mlp())
+    net.broken = False
+    layers = UnitMap.of(net, labelled(8, 4)).layers
+    net.broken = True
+    with pytest.raises(KeyError, match="of the user's"):
+        attribute(net, layers, [labelled(8, 4)])
 
 
 def test_token_inputs_are_attributed_from_the_first_layer_on():
