@@ -1,4 +1,4 @@
-"""Modules with a forward of their own, trained on two tasks: recall of the first is bit-equal, whatever they compute."""
+"""Modules with a forward of their own, trained on two tasks: recall of the first is bit-equal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 from training import Classifier, inputs, train
 
 from lightning_rnf import RelevanceFreezing
+
+ZERO = torch.zeros(1, dtype=torch.int32)
 
 
 class OneScale(nn.Linear):
@@ -26,7 +28,7 @@ class LargestOfAll(nn.Linear):
 
     def forward(self, x):
         step = self.weight.detach().abs().max() / 7
-        quantised = torch.fake_quantize_per_tensor_affine(self.weight, float(step), 0, -7, 7)
+        quantised = torch.fake_quantize_per_tensor_affine(self.weight, step, ZERO, -7, 7)
         return nn.functional.linear(x, quantised, self.bias)
 
 
@@ -64,8 +66,8 @@ class StepOfRow(nn.Linear):
 
     def forward(self, x):
         step = self.weight.detach().abs().amax(1) / 7
-        zero = torch.zeros(len(step), dtype=torch.int32)
-        quantised = torch.fake_quantize_per_channel_affine(self.weight, step, zero, 0, -7, 7)
+        zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        quantised = torch.fake_quantize_per_channel_affine(self.weight, step, zeros, 0, -7, 7)
         return nn.functional.linear(x, quantised, self.bias)
 
 

@@ -395,9 +395,7 @@ def test_a_coupled_layer_that_units_names_is_refused_with_what_was_found(glob):
 def test_a_network_of_coupled_layers_alone_is_refused_by_name():
     net = network("Linear", layer("Linear", ternary))
     net.first = type(net.tried)(4, 4)
-    with pytest.raises(
-        ValueError, match=r"no unit layers, all 2 are coupled \('first': Own is not made of rows, .*; 'tried'"
-    ):
+    with pytest.raises(ValueError, match=r"no unit layers: 'first': Own is not made of rows, .*; 'tried'"):
         UnitMap.of(net, labelled(4, 4))
 
 
