@@ -176,8 +176,8 @@ def select(trace: Trace, head: str, globs: Sequence[str] | None) -> list[str]:
     if coupled and not names:
         found = "; ".join(f"{name!r}: {_not_rows(trace, name, coupled[name])}" for name in list(coupled)[:3])
         raise ValueError(
-            f"no unit layers: {found}; a network needs a layer each of whose outputs depends on its own row alone, such "
-            "as torch's, or one with a scale for each row in place of one for all"
+            f"no unit layers: {found}; a network needs a layer each of whose outputs depends on its own row alone, "
+            "such as torch's, or one with a scale for each row in place of one for all"
         )
     return [name for name in names if globs is None or matches(name, globs)]
 
