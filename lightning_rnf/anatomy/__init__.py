@@ -4,6 +4,7 @@ A trace of one batch says which layers run and which head makes the logits; the 
 are read by whom. All that is learned about a network is learned here, and everybody above asks here.
 """
 
+from lightning_rnf.anatomy.calls import function_name, node_argument
 from lightning_rnf.anatomy.channels import (
     Channels,
     Effect,
@@ -12,8 +13,6 @@ from lightning_rnf.anatomy.channels import (
     Read,
     effect_of_function,
     effect_of_module,
-    function_name,
-    node_argument,
 )
 from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, absorbs, by_group, constant_output, folded, layer_form

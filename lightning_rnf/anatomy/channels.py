@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_rnf.anatomy.calls import function_name, node_argument
 from lightning_rnf.anatomy.graph import torch_class
 from lightning_rnf.anatomy.grouped import reaches_outside
 from lightning_rnf.anatomy.layers import CHANNEL_NORMS
@@ -393,14 +394,3 @@ def _known(result: Tensor, constants: Iterable[Tensor]) -> Tensor:
 
 def _itself(live: Tensor) -> Tensor:
     return live
-
-
-def function_name(node: fx.Node) -> str:
-    """Of a call: in-place variants and operators like their function."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name).strip("_")
-
-
-def node_argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Of a call, by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

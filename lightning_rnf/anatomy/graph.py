@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_rnf.anatomy.layers import OUTPUT_AXIS, has_foreign_hooks
+from lightning_rnf.anatomy.calls import name_norms
+from lightning_rnf.anatomy.layers import BATCH_NORMS, OUTPUT_AXIS, has_foreign_hooks
 from lightning_rnf.anatomy.units import UnitLayer
 
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
@@ -25,6 +26,7 @@ _VIEWS = frozenset(
         *("unbind", "contiguous", "detach", "float", "double", "half", "to", "type_as", "dropout", "dropout2d"),
     )
 )
+_CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
 _ASSIGNMENTS = frozenset(("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"))
 _VIEW_MODULES = frozenset(("Flatten", "Unflatten", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"))
 
@@ -46,7 +48,8 @@ class Traced:
 
     Attributes:
         graph: its operations; a call of `silenced` follows what the units of a layer say.
-        modules: what its ``call_module`` nodes name: modules of torch, the model's own objects.
+        modules: what its ``call_module`` nodes name: modules of torch, the model's own objects; for a batch norm that
+            does more than that, torch's with its tensors.
         tensors: what its ``get_attr`` nodes name, the model's own objects, too.
         called: names of all modules that ran, those inside a module of ``modules`` left out.
         bound: names among ``modules`` that can't change their shape: they have parameters, and run twice or share one.
@@ -82,6 +85,7 @@ class Traced:
         graph.output(graph.graph_copy(recorded, {}))
         for node in graph.nodes:
             node.type = None  # annotations of the user's code would have to be importable
+        name_norms(graph, module, tracer.leaves)
         aliased = _follow_in_place(graph, tracer.leaves)
         nodes = [node for node in graph.nodes if node.op == "call_module"]
         modules = {node.target: tracer.leaves[node.target] for node in nodes}
@@ -169,10 +173,17 @@ class _Tracer(fx.Tracer):
             return inner(*args, **kwargs)
         if self.is_leaf_module(m, name):
             self.leaves[name] = m
+        elif isinstance(m, BATCH_NORMS):
+            # A forward of its own may go on in torch's, which checks its input, and fx can't. The module is borrowed.
+            vars(m).update((check, _passes) for check in _CHECKS if hasattr(m, check))
         output = super().call_module(m, forward, args, kwargs)
         if name in self.speakers:
             return self.create_proxy("call_function", silenced, (output, self.speakers[name]), {})
         return output
+
+
+def _passes(input: object) -> None:
+    """In the place of a check."""
 
 
 def _follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> frozenset[fx.Node]:

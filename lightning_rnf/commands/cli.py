@@ -157,11 +157,13 @@ def _export(options: argparse.Namespace) -> None:
     checkpoints.check(checkpoint, model)
     model.load_state_dict(checkpoint["state_dict"])
     activate_head(model, record.head)
-    small = rnf.export(model, options.task)
+    small: Any = rnf.export(model, options.task)
     output = options.output or Path(f"{options.task}.pt")
     torch.save(small, output)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (small, model)]
     print(f"{output}: {numbers[0]:,} of {numbers[1]:,} parameters; torch.load(path, weights_only=False) needs no class")
+    for reason, units in small.kept["reasons"].items():
+        print(f"  {units} silent units stay: {reason}")
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -7,16 +7,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from lightning_rnf.anatomy import (
     CHANNEL_NORMS,
     LAYERS,
     TRANSPOSED,
+    Channels,
+    Known,
     Traced,
     UnitLayer,
     bare,
     by_group,
+    effect_of_function,
+    effect_of_module,
     folded,
     layer_form,
     silenced,
@@ -24,12 +29,14 @@ from lightning_rnf.anatomy import (
     torch_class,
 )
 from lightning_rnf.memory import TaskRecord
+from lightning_rnf.recall.kept import Kept
 from lightning_rnf.recall.pruning import Plan, plan
 from lightning_rnf.recall.subnetwork import recall
 from lightning_rnf.runtime import borrowed
 
 log = logging.getLogger(__name__)
 
+_OF_COPIES = "_user_preserved_attributes"  # torch's key for attributes of a graph module that a deep copy has, too
 _FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may name as norm and slopes
 
 
@@ -52,7 +59,9 @@ def export(
     Irrelevant units go wherever nothing has to count them. They stay, with zero weights, where they share channels with
     relevant ones (the sum of a residual network), where a grouped convolution needs groups of equal size, and where an
     operation reads them that mixes channels (LayerNorm, GroupNorm, attention) or that is not known. At least one
-    channel of each layer stays.
+    channel of each layer stays. What stayed, and for which operation, is in the attribute ``kept`` of what comes back,
+    as plain data (see `Kept.to_plain`); a warning says so where it is more than half of the parameters of silent units,
+    and more than a tenth of all.
 
     Args:
         module: the model.
@@ -76,21 +85,28 @@ def export(
             )
         nobody = {layer.name: torch.zeros(layer.units, dtype=torch.bool) for layer in layers}
         silent = {name: ~record.relevant[name].cpu() for name in nobody} if masked else nobody
-        small = _build(traced, layers, silent)
-    before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (module, small))
-    log.info("%s: exported with %d of the model's %d parameters", record.name, after, before)
+        found = plan(traced, silent)
+        small = _build(traced, found, layers, silent)
+        kept = Kept.of(found, traced, layers, silent, module, small)
+    before = sum(parameter.numel() for parameter in module.parameters())
+    log.info("%s: exported with %d of the model's %d parameters", record.name, kept.parameters[1], before)
+    if kept.disappoints:
+        rank_zero_warn(f"{record.name}: {kept}")
+    # A file keeps attributes, and a copy what torch has a key for.
+    plain: Any = {"task": record.name, **kept.to_plain()}
+    small.meta[_OF_COPIES] = {"kept": plain}
+    small.kept = plain
     return small
 
 
 @torch.no_grad()
-def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, Tensor]) -> fx.GraphModule:
-    found = plan(traced, silent)
+def _build(traced: Traced, found: Plan, layers: tuple[UnitLayer, ...], silent: Mapping[str, Tensor]) -> fx.GraphModule:
     memo: dict[int, Tensor] = {}
     parts: dict[str, Any] = {name: bare(leaf, memo) for name, leaf in traced.modules.items()}
     tensors = traced.tensors.items()
     parts.update({name: tensor_copy(value, memo) if isinstance(value, Tensor) else value for name, value in tensors})
     by_name = {layer.name: layer for layer in layers}
-    quiet = {name: _silence(parts, layer, silent[name]) for name, layer in by_name.items()}
+    rows = {name: _silence(parts, layer, silent[name]) for name, layer in by_name.items()}
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node in found.outputs:
             _cut(parts[node.target], node, found)
@@ -98,10 +114,11 @@ def _build(traced: Traced, layers: tuple[UnitLayer, ...], silent: Mapping[str, T
             _resize(node, found)
         elif node.target is silenced:
             source, name = node.args
-            if quiet[name]:
+            layer, left = by_name[name], silent[name][found.kept_outputs(node, len(silent[name]))]
+            if not left.any() or (rows[name] and _stays_zero(source, layer, parts)):
                 node.replace_all_uses_with(source)
             else:
-                _fill(traced.graph, node, by_name[name].axis, silent[name], parts)
+                _fill(traced.graph, node, layer.axis, left, parts)
             traced.graph.erase_node(node)
     traced.graph.lint()
     return fx.GraphModule(parts, traced.graph).eval()
@@ -125,6 +142,25 @@ def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool
         tensor = getattr(module, name, None)
         if tensor is not None:
             tensor[silent.to(tensor.device)] = value
+    return True
+
+
+def _stays_zero(node: fx.Node, layer: UnitLayer, parts: Mapping[str, Any]) -> bool:
+    """Whether zeros of the speaker are still zeros where the units speak: a norm may have an activation of its own."""
+    steps = []
+    while node.op != "call_module" or node.target != layer.speaker:
+        if len(node.all_input_nodes) != 1:
+            return False
+        steps.append(node)
+        (node,) = node.all_input_nodes
+    zeros = Channels(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), layer.axis, None)
+    known = Known({node: zeros})
+    for step in reversed(steps):
+        module = parts.get(str(step.target))
+        effect = effect_of_function(step, known) if module is None else effect_of_module(step, module, known)
+        if effect is None or bool(effect.channels.constant != 0):
+            return False
+        known.channels[step] = effect.channels
     return True
 
 

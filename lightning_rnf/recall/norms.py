@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_rnf.anatomy import torch_class
 from lightning_rnf.memory import FreezeState
 from lightning_rnf.runtime import ALONE, Ranks
 
@@ -197,9 +198,16 @@ class _Pinned:
         if not norm.training:
             return None
         self.put_back(norm)
-        as_stored = nn.functional.batch_norm(
-            args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
-        )
+        if torch_class(norm) is nn.Module:  # a forward of its own may go on with an activation
+            norm.training = False
+            try:
+                as_stored = norm.forward(args[0])
+            finally:
+                norm.training = True
+        else:
+            as_stored = nn.functional.batch_norm(
+                args[0], self.mean, self.var, norm.weight, norm.bias, training=False, eps=norm.eps
+            )
         return torch.where(self.channels.view(-1, *[1] * (output.ndim - 2)), as_stored, output)
 
 

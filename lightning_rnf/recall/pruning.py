@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lightning_rnf.anatomy import (
     LAYERS,
@@ -36,6 +36,19 @@ from lightning_rnf.anatomy import (
 
 
 @dataclass(frozen=True)
+class Stop:
+    """Why channels stay that carry nothing.
+
+    Attributes:
+        reason: which operation keeps them, and why, in words.
+        ids: of the channels.
+    """
+
+    reason: str
+    ids: Tensor
+
+
+@dataclass(frozen=True)
 class Plan:
     """What stays of every tensor.
 
@@ -44,12 +57,29 @@ class Plan:
         outputs: channels of what each node puts out; absent if all of it stays.
         keep: bool by id of a channel.
         literals: sizes to change.
+        roots: int64 by id: the id that stands for all that are one with it.
+        stops: why ids stay, those that count first in front.
+        whole: why nothing of a node goes, by node.
     """
 
     inputs: Mapping[fx.Node, Channels]
     outputs: Mapping[fx.Node, Channels]
     keep: Tensor
     literals: Mapping[fx.Node, LiteralArgument]
+    roots: Tensor
+    stops: tuple[Stop, ...]
+    whole: Mapping[fx.Node, str]
+
+    def reasons(self, node: fx.Node, units: int) -> list[str]:
+        """Why each unit of a layer would stay although nothing needs it."""
+        if node not in self.outputs:
+            return [self.whole.get(node, _UNKNOWN)] * units
+        roots = self.roots[self.outputs[node].ids]
+        found = [_LAST] * units
+        for stop in reversed(self.stops):
+            for unit in torch.isin(roots, self.roots[stop.ids]).nonzero().flatten().tolist():
+                found[unit] = stop.reason
+        return found
 
     def kept(self, channels: Channels) -> Tensor:
         """Bool ``(channels,)``."""
@@ -84,16 +114,23 @@ class _Analysis:
         self.effects: dict[fx.Node, Effect] = {}
         self.reads: dict[fx.Node, list[Read]] = defaultdict(list)
         self.parents: list[int] = []
-        self.pinned: list[Tensor] = []
+        self.pinned: list[Stop] = []
+        self.whole: dict[fx.Node, str] = {}
+        self.shared: list[Stop] = []
 
     def plan(self) -> Plan:
         for node in self.traced.graph.nodes:
             self._follow(node)
+        missed, in_use = self._missed()
+        roots = torch.tensor([self._root(index) for index in range(len(self.parents))], dtype=torch.int64)
         return Plan(
             {node: effect.inputs for node, effect in self.effects.items() if effect.inputs is not None},
             self.known.channels,
-            self._keep(),
+            self._keep(missed, roots),
             {node: effect.literal for node, effect in self.effects.items() if effect.literal is not None},
+            roots,
+            (*self.pinned, *in_use, *self.shared),
+            self.whole,
         )
 
     # -- forward: constants -------------------------------------------------------------------------------------------
@@ -110,6 +147,7 @@ class _Analysis:
             self.reads[node].extend(effect.reads)
             for ids, others in effect.ties:
                 self._tie(ids, others)
+                self.shared.append(Stop(f"{described(node, self.traced)} makes them one with what has to stay", ids))
 
     def _effect(self, node: fx.Node) -> Effect | None:
         if node in self.traced.aliased:
@@ -127,10 +165,11 @@ class _Analysis:
 
     def _pin(self, node: fx.Node) -> None:
         """Nothing is known about this operation: it gets what it gets today."""
+        self.whole[node] = why = _why_whole(node, self.traced)
         for source in node.all_input_nodes:
             for known in (self.known.channels, self.known.sizes, self.known.counts):
                 if source in known:
-                    self.pinned.append(known[source].ids)
+                    self.pinned.append(Stop(why, known[source].ids))
             if source in self.known.channels:
                 self.reads[node].append(Read(source, _everything(len(self.known[source].ids))))
 
@@ -188,17 +227,15 @@ class _Analysis:
             if index % channels.ndim - channels.ndim == channels.axis:
                 self.known.counts[node] = channels
         elif channels is not None:
-            self.pinned.append(channels.ids)
+            self.pinned.append(Stop(f"{described(node, self.traced)} asks how many there are", channels.ids))
         return True
 
     # -- backward: needs ----------------------------------------------------------------------------------------------
 
-    def _keep(self) -> Tensor:
+    def _keep(self, missed: Tensor, roots: Tensor) -> Tensor:
         """Bool by id."""
-        keep = self._missed()
-        roots = torch.tensor([self._root(index) for index in range(len(self.parents))], dtype=torch.int64)
-        by_root = torch.zeros_like(keep)
-        by_root[roots[keep]] = True
+        by_root = torch.zeros_like(missed)
+        by_root[roots[missed]] = True
         layers = [
             self._grouped(node, roots)
             for node in self.effects
@@ -208,11 +245,12 @@ class _Analysis:
             pass
         return by_root[roots]
 
-    def _missed(self) -> Tensor:
-        """Bool by id: what is not constant and needed, and constants that are in use."""
+    def _missed(self) -> tuple[Tensor, list[Stop]]:
+        """Bool by id: what is not constant and needed, and constants that are in use; and the uses."""
         missed = torch.zeros(len(self.parents), dtype=torch.bool)
-        for ids in self.pinned:
-            missed[ids] = True
+        for stop in self.pinned:
+            missed[stop.ids] = True
+        in_use = []
         needed = {node: torch.zeros(len(value.ids), dtype=torch.bool) for node, value in self.known.channels.items()}
         for node in reversed(self.traced.graph.nodes):
             live = torch.empty(0, dtype=torch.bool)
@@ -223,9 +261,11 @@ class _Analysis:
             for read in self.reads[node]:
                 wanted, channels = read.wanted(live), self.known[read.source]
                 needed[read.source] |= wanted
-                if not read.absorbs:
-                    missed[channels.ids[wanted & ~channels.constant.isnan() & (channels.constant != 0)]] = True
-        return missed
+                used = channels.ids[wanted & ~channels.constant.isnan() & (channels.constant != 0)]
+                if not read.absorbs and len(used):
+                    missed[used] = True
+                    in_use.append(Stop(f"{described(node, self.traced)} reads constants of them that are not 0", used))
+        return missed, in_use
 
     # -- channels that are one ----------------------------------------------------------------------------------------
 
@@ -249,6 +289,47 @@ class _Analysis:
     def _tie(self, ids: Tensor, others: Tensor) -> None:
         for one, other in zip(ids.tolist(), others.tolist(), strict=True):
             self.parents[self._root(one)] = self._root(other)
+
+
+_MIXING_MODULES = (
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d),
+    *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.RNNBase),
+)
+_MIXING = frozenset(
+    (
+        *("layer_norm", "group_norm", "rms_norm", "local_response_norm", "normalize", "softmax", "log_softmax", "norm"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward", "matmul", "bmm", "einsum", "channel_shuffle"),
+    )
+)
+_LAYER_FUNCTIONS = frozenset(("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))))
+_UNKNOWN = "it is not followed"
+_LAST = "a layer keeps one unit at least, and groups an equal number"
+
+
+def described(node: fx.Node, traced: Traced) -> str:
+    """An operation by name: a module's own, or a function's and that of the module whose forward calls it."""
+    if node.op == "call_module":
+        return f"{node.target} ({type(traced.modules[str(node.target)]).__name__})"
+    inside = next(reversed(node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
+    return f"{function_name(node)} in {inside}" if inside else f"{function_name(node)} in the forward"
+
+
+def _why_whole(node: fx.Node, traced: Traced) -> str:
+    """Why an operation is left as it is, with all that it reads."""
+    if node.op == "output":
+        return "the forward returns them"
+    name = described(node, traced)
+    if node in traced.aliased:
+        return f"{name}: its output is written to in place, and read again"
+    if node.op == "call_module" and node.target in traced.bound:
+        return f"{name} runs twice, or shares a parameter"
+    if node.op == "call_module":
+        mixes = isinstance(traced.modules[str(node.target)], _MIXING_MODULES)
+    elif function_name(node) in _LAYER_FUNCTIONS:
+        return f"{name} uses a weight as a function does"
+    else:
+        mixes = function_name(node) in _MIXING
+    return f"{name} {'mixes channels' if mixes else 'is not known, or not in this form'}"
 
 
 def _complete(keep: Tensor, read: Tensor | None, said: Tensor) -> bool:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -26,6 +28,9 @@ from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
 from lightning_rnf.recall.subnetwork import recall, silence, statistics
 
 IMAGE = (3, 12, 12)
+
+# Half of the units at random: much stays in networks that mix channels, and tests of their own see to what is said.
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the parameters of its silent units")
 
 
 def stir(net: nn.Module, x: Tensor, layers: tuple[UnitLayer, ...], relevant: dict[str, Tensor]) -> None:
@@ -395,6 +400,74 @@ def conv1d() -> nn.Module:
     )
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm whose own forward goes on with an activation: timm's, with the steps of its forward."""
+
+    def __init__(self, channels: int, act: nn.Module, **options: bool) -> None:
+        super().__init__(channels, **options)
+        self.drop = nn.Identity()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected 4D input")
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        x = F.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            by_batch,
+            self.momentum,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+class Going(nn.BatchNorm2d):
+    """A batch norm that goes on where its base ends."""
+
+    def __init__(self, channels: int, act: nn.Module, **options: bool) -> None:
+        super().__init__(channels, **options)
+        self.act = act
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
+
+
+MIXED = (nn.ReLU(inplace=True), nn.Sigmoid(), nn.Softplus(), nn.Hardswish())
+
+
+def activated(
+    kind: Callable[..., nn.Module], acts: tuple[nn.Module, ...] = MIXED, *, tracked: bool = True
+) -> nn.Module:
+    """Norms with activations, that are 0 at 0 or not, before convolutions, a concatenation and a sum."""
+
+    def forward(self: Built, x: Tensor) -> Tensor:
+        x = self.bn1(self.stem(x))
+        x = x + self.bn2(self.one(x))
+        x = torch.cat([x, self.bn3(self.two(x))], 1)
+        return self.head(self.bn4(self.last(x)).mean((2, 3)))
+
+    return Built(
+        forward,
+        stem=nn.Conv2d(3, 8, 3, bias=False),
+        bn1=kind(8, acts[0]),
+        one=nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        bn2=kind(8, acts[1]),
+        two=nn.Conv2d(8, 6, 1),
+        bn3=kind(6, acts[2], affine=False),
+        last=nn.Conv2d(14, 10, 3, padding=1),
+        bn4=kind(10, acts[3], track_running_stats=tracked),
+        head=nn.Linear(10, CLASSES),
+    )
+
+
+def apart(channels: int, act: nn.Module, **options: bool) -> nn.Module:
+    """The same in two modules."""
+    return nn.Sequential(nn.BatchNorm2d(channels, **options), act)
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (4,)),
     "mlp-without-bias": (lambda: mlp(bias=False), (4,)),
@@ -418,6 +491,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "memoryless": (memoryless, IMAGE),
     "transposed": (transposed, IMAGE),
     "conv1d": (conv1d, IMAGE),
+    "norm-and-act": (lambda: activated(NormAct, tracked=False), IMAGE),
+    "norm-goes-on": (lambda: activated(Going), IMAGE),
 }
 each_net = pytest.mark.parametrize("name", NETS)
 
@@ -584,6 +659,109 @@ def test_a_gate_goes_with_what_it_gates():
         assert found["last.weight"][1] == 4
 
 
+@pytest.mark.parametrize("kind", [NormAct, Going])
+def test_a_norm_with_an_activation_of_its_own_costs_nothing(kind):
+    sizes = []
+    for each in (kind, apart):
+        torch.manual_seed(0)
+        task = Task(activated(each, (nn.ReLU(inplace=True), nn.SiLU(), nn.Tanh(), nn.Hardswish())), IMAGE)
+        small = task.check()
+        assert not any(node.target == "masked_fill" for node in small.graph.nodes)  # zeros stay zeros
+        sizes.append(size_of(small, task.x))
+    assert sizes[0] == sizes[1]
+
+
+def test_a_norm_of_its_own_that_is_called_twice_stays_whole():
+    def forward(self: Built, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.two(self.bn(self.one(x)))).mean((2, 3)))
+
+    kinds = {"one": nn.Conv2d(3, 8, 3), "two": nn.Conv2d(8, 8, 3), "bn": NormAct(8, nn.SiLU())}
+    task = Task(Built(forward, **kinds, head=nn.Linear(8, CLASSES)), IMAGE)
+    small = task.check()
+    assert shapes(small)["bn.weight"] == (8,)
+    assert any("bn (BatchNorm2d) runs twice" in reason for reason in small.kept["reasons"])
+
+
+# -- what is left, and why --------------------------------------------------------------------------------------------
+
+
+@each_net
+def test_what_is_left_is_what_is_there(name):
+    task = task_of(name)
+    small = task.check()
+    kept = small.kept
+    assert kept["task"] == "task"
+    assert kept["parameters"] == parameters(small)
+    assert kept["parameters_before"] == parameters(task.net)  # there are no other heads
+    stay = 0
+    for layer in task.layers:
+        counts = kept["layers"][layer.name]
+        silent = int((~task.relevant[layer.name]).sum())
+        assert (counts["units"], counts["silent"]) == (layer.units, silent)
+        stay += max(0, counts["kept"] - (layer.units - silent))
+        if not name.startswith("trans"):
+            assert counts["kept"] == len(small.get_parameter(f"{layer.name}.weight"))
+    assert sum(kept["reasons"].values()) >= stay
+    assert (kept["of_silent_units"] == 0) == (not kept["reasons"])
+    assert json.loads(json.dumps(kept)) == kept
+
+
+REASONS = {
+    "residual": "add in blocks.1 makes them one with what has to stay",
+    "dense": "one (Conv2d) reads constants of them that are not 0",
+    "grouped": "a layer keeps one unit at least, and groups an equal number",
+    "encoder": "layer (TransformerEncoderLayer) is not taken apart",
+    "written-through-a-view": "bn (BatchNorm2d): its output is written to in place, and read again",
+    "mixing": "add in the forward is not known, or not in this form",
+    "gated": "mul in the forward makes them one with what has to stay",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_stops_the_cut_is_named(name):
+    assert next(iter(task_of(name).exported().kept["reasons"])) == REASONS[name]
+
+
+def test_every_reason_of_a_network_is_named():
+    assert task_of("custom").exported().kept["reasons"] == {
+        "2 has a forward of its own": 4,
+        "conv2d in 2 uses a weight as a function does": 3,
+        "8 (GroupNorm) mixes channels": 3,
+    }
+
+
+def test_an_export_that_cuts_little_of_much_is_a_warning():
+    def built(norm: nn.Module) -> Task:
+        parts = {"one": nn.Conv2d(3, 16, 3), "norm": norm, "head": nn.Linear(16, CLASSES)}
+        return Task(Built(lambda self, x: self.head(self.norm(self.one(x)).relu().mean((2, 3))), **parts), IMAGE)
+
+    task = built(nn.GroupNorm(4, 16))
+    silent = int((~task.relevant["one"]).sum())
+    with pytest.warns(UserWarning, match="silent units") as said:
+        small = task.exported()
+    (warning,) = (str(one.message) for one in said)  # nothing else is said
+    assert warning.startswith("task: 100% of the parameters of its silent units are still there, 531 of 531")
+    assert warning.endswith(f"norm (GroupNorm) mixes channels ({silent} units)")
+    assert small.kept["of_silent_units"] == small.kept["of_silent_units_before"] == silent * (27 + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built(nn.BatchNorm2d(16)).exported()  # goes
+        few = built(nn.GroupNorm(4, 16))
+        few.relevant["one"] = torch.arange(16) > 0  # all that is silent stays, and it is little
+        few.exported()
+        few.relevant["one"] = torch.arange(16) >= 0
+        few.exported()
+
+
+def test_what_is_left_is_in_files_and_copies(tmp_path):
+    small = task_of("grouped").exported()
+    for number, one in enumerate((small, copy.deepcopy(small), copy.deepcopy(copy.deepcopy(small)))):
+        torch.save(one, tmp_path / f"{number}.pt")
+        loaded = torch.load(tmp_path / f"{number}.pt", weights_only=False)
+        assert small.kept == one.kept == loaded.kept
+    assert "kept" not in small.state_dict()
+
+
 # -- nothing of ours, nothing of the user's --------------------------------------------------------------------------
 
 
@@ -626,6 +804,7 @@ for name, (x, logits) in torch.load(folder / "expected.pt").items():
     small = torch.load(folder / f"{{name}}.pt", weights_only=False)
     torch.testing.assert_close(small(x).detach(), logits, rtol=1e-9, atol=1e-9)
     assert not small.training
+    assert small.kept["layers"]
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -812,7 +991,9 @@ def test_fewer_units_are_fewer_operations():
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-@pytest.mark.parametrize("name", ["convnet", "residual", "dense", "gated-by-views", "separable", "mixing"])
+@pytest.mark.parametrize(
+    "name", ["convnet", "residual", "dense", "gated-by-views", "separable", "mixing", "norm-goes-on"]
+)
 def test_onnx_gives_the_logits_of_recall(name, tmp_path):
     if torch.__version__ < (2, 9):
         pytest.skip("today's onnxscript needs torch 2.9, the first that exports with it by default")

@@ -126,6 +126,30 @@ def test_pinned_channels_normalise_with_stored_statistics_in_training_too_and_ot
     assert torch.equal(net.bn1(x), twin.bn1(x))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm whose forward goes on with an activation."""
+
+    def forward(self, input):
+        return super().forward(input).sigmoid()
+
+
+def test_a_pinned_norm_with_an_activation_of_its_own_keeps_it():
+    plain, net = conv_net(), conv_net()
+    net.bn1 = NormAct(4)
+    net.load_state_dict(plain.state_dict())
+    x = BATCHES[0]
+    for each in (plain, net):
+        each.train().bn1.momentum = 0.5
+    for _ in range(2):
+        with pinned(plain, STORED), pinned(net, STORED):
+            torch.testing.assert_close(net.bn1(net.conv1(x)), plain.bn1(plain.conv1(x)).sigmoid())
+    assert torch.equal(net.bn1.running_var, plain.bn1.running_var)  # they moved once, too
+    assert net.bn1.training
+    with pinned(net, STORED):
+        (net(BATCHES[0]).square().sum() + net(BATCHES[1]).square().sum()).backward()
+    assert net.conv1.weight.grad.abs().sum(dim=(1, 2, 3)).all()
+
+
 def test_gradients_flow_through_pinned_norms_after_several_forwards():
     net = conv_net().train()
     with pinned(net, STORED):

@@ -489,3 +489,23 @@ def test_units_in_a_transformer_are_silenced_in_spite_of_its_fast_path(norm_firs
     torch.testing.assert_close(said, rowless(tokens).detach(), rtol=0, atol=1e-5)
     with evaluating(net), silence(net, units.layers, relevant):
         assert torch.equal(net(tokens), said)  # whatever the grad mode is
+
+
+class SquashedNorm(nn.BatchNorm2d):
+    """A norm with an activation of its own, which is not 0 at 0."""
+
+    def forward(self, input):
+        return super().forward(input).sigmoid()
+
+
+def test_units_whose_norm_has_an_activation_of_its_own_are_silent_behind_it():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), SquashedNorm(4), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2, 3)).eval()
+    x = torch.randn(5, 1, 5, 5)
+    units = UnitMap.of(net, (x, torch.zeros(5, dtype=torch.int64)))
+    relevant = {"0": torch.tensor([True, False, True, False]), "2": torch.tensor([True, True])}
+    whole = net[:2](x)
+    with silence(net, units.layers, relevant), torch.no_grad():
+        spoken = net[:2](x)
+    assert units.layers[0].norm == "1"
+    assert not spoken[:, [1, 3]].any()
+    torch.testing.assert_close(spoken[:, [0, 2]], whole[:, [0, 2]])
