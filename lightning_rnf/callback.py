@@ -164,7 +164,6 @@ class RelevanceFreezing(FinishedTasks):
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
         self.reset_free = arguments.of_type("reset_free", reset_free, bool, "True or False")
-        self._holding: Holding | None = None
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         is_elastic = any(elasticity.values() if isinstance(elasticity, dict) else [elasticity])

@@ -6,6 +6,7 @@ whether what was frozen is still what it was.
 
 from lightning_rnf.memory import hub, maskfiles, masks
 from lightning_rnf.memory.fingerprints import Audit, changed, fingerprints
+from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
 from lightning_rnf.memory.plain import readable
 from lightning_rnf.memory.state import FreezeState, TaskRecord
@@ -22,4 +23,5 @@ __all__ = [
     "masks",
     "readable",
     "shortened",
+    "without",
 ]

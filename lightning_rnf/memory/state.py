@@ -97,7 +97,7 @@ class FreezeState:
         recovering: the task that is being trained inside its sub-network, as the search left it; None: no task is.
         initial: parameters and running statistics of units before the first task, by name, if free units are to be
             reset to them.
-        resets: after how many tasks free units were reset.
+        resets: after how many tasks free units were reset; -1: not since a task was given up.
     """
 
     layers: tuple[UnitLayer, ...] = ()
@@ -133,7 +133,7 @@ class FreezeState:
     def forget_unfinished(self) -> None:
         """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
         self.training = self.recovering = None
-        if not self.tasks:
+        if not self.tasks and self.resets >= 0:
             self.layers, self.initial, self.resets = (), {}, 0
 
     def capacity_after(self, relevant: Mapping[str, Tensor]) -> dict[str, float]:
@@ -278,7 +278,7 @@ class FreezeState:
         training: str | None = get(plain, "training", (str, type(None)))
         recovering: dict[str, Any] | None = get(plain, "recovering", (dict, type(None)))
         initial, resets = get_tensors(plain, "initial"), get(plain, "resets", int)
-        if not 0 <= resets <= len(tasks):
+        if not -1 <= resets <= len(tasks):
             raise ValueError(f"not a state of lightning_rnf: {resets} resets after {len(tasks)} tasks")
         allowed = {name for layer in layers for name in layer.parameters}
         allowed |= {f"{layer.norm}.{key}" for layer in layers for key in ("running_mean", "running_var")}

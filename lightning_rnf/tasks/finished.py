@@ -15,10 +15,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, hub, maskfiles
+from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, hub, maskfiles, without
 from lightning_rnf.recall import export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding
+from lightning_rnf.tasks.holding import Holding
 from lightning_rnf.tasks.probes import drifts
 from lightning_rnf.tasks.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
 from lightning_rnf.tasks.witnesses import Witnesses
@@ -44,6 +45,7 @@ class FinishedTasks(Callback):
         self.state = FreezeState()
         self._model: Callable[[], Any] = lambda: None  # of the last fit, or of what was protected since
         self._recalled = ExitStack()
+        self._holding: Holding | None = None  # of a fit that is under way
         self._witnesses = Witnesses()
         self._tested: list[str | None] = []
         self._has_older_weights = False
@@ -103,6 +105,46 @@ class FinishedTasks(Callback):
             raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
         self.state.check_module(module)
         return export(module, self.state.layers, record, masked=self.retention == "exact")
+
+    def forget(self, task: str) -> dict[str, int]:
+        """Give a finished task up: what no other task uses is free again, and its head may train again or be removed.
+
+        Nothing is done to the model. Other tasks are recalled to the bit as before, now and later. With ``reset_free``
+        the units that are free again get their initial values back before the next task. Checkpoints and files of masks
+        from before hold the task still.
+
+        A unit that is relevant to another task stays frozen. With ``candidates="free"`` that is every unit of tasks
+        that had ended before that other one: only the last task gives something back, then the one before it.
+
+        Args:
+            task: name of the task; in several processes, in all of them.
+
+        Returns:
+            How many units are free again, by layer; with a warning, if it is none.
+
+        Raises:
+            KeyError: if there is no such finished task.
+            RuntimeError: if a fit is under way.
+        """
+        if self._holding is not None:
+            raise RuntimeError(f"a fit is under way: forget {task!r} before it, or after its end")
+        given_up, state = self.state.task(task), without(self.state, task)
+        frozen = state.frozen()
+        freed = {
+            layer: int((mask & ~frozen.get(layer, torch.zeros_like(mask))).sum())
+            for layer, mask in given_up.relevant.items()
+        }
+        self.state = state
+        self._witnesses = self._witnesses.of(state.tasks)
+        for maps in self._witnesses.gallery.maps.values():
+            maps.pop(task, None)
+        if not any(freed.values()):
+            users = [name for name, record in state.tasks.items() if _uses(record, given_up)]
+            rank_zero_warn(
+                f"{task!r} is forgotten, but no unit is free again: all of its units are relevant to other tasks, too "
+                f"({', '.join(map(repr, users)) or 'it had none'}); with candidates='free', forget the last task first"
+            )
+        return freed
 
     @property
     def free_capacity(self) -> float:
@@ -372,3 +414,8 @@ class FinishedTasks(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())
+
+
+def _uses(record: TaskRecord, other: TaskRecord) -> bool:
+    """Whether a unit is relevant to both tasks."""
+    return any(bool((mask & other.relevant[layer]).any()) for layer, mask in record.relevant.items())

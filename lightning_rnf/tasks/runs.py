@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -190,7 +191,9 @@ def name_of_new_task(
     """
     name = given or ranks_of(trainer).decided(lambda: given_name(task, trainer, module))
     if name is None:
-        name = f"task-{len(state.tasks)}"
+        name = next(
+            name for name in map("task-{}".format, itertools.count(len(state.tasks))) if name not in state.tasks
+        )
     check_new_name(name, state)
     return name
 
