@@ -172,6 +172,7 @@ def test_a_layer_that_is_frozen_whole_gets_no_gradient():
     assert {name for name, there in seen[-1].items() if there} == {"heads.tasks.b.weight", "heads.tasks.b.bias"}
 
 
+@pytest.mark.filterwarnings("ignore:c. weights were written after the task's record:UserWarning")
 def test_rows_are_held_against_callbacks_that_write_weights():
     model, rnf = Classifier(), RelevanceFreezing()
     train(model, rnf, "a")

@@ -238,6 +238,7 @@ class Failing(Classifier):
         self.ended = True
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 def test_a_probe_that_fails_is_a_warning_and_the_task_is_in_its_checkpoint(tmp_path):
     class Ended(pl.Callback):
         def on_train_end(self, trainer, pl_module):
