@@ -265,12 +265,14 @@ class RelevanceFreezing(FinishedTasks):
         if self._holding is not None:
             raise RuntimeError("a fit is under way: protect a task before it, or after its end")
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
-        is_first = not self.state.tasks
-        record = self.ending.protect(module, self.state, self._witnesses, name, reference, criterion)
-        if self.reset_free and is_first:
-            initial.remember(self.state, module, self.state.layers)
-        self._model = weakref.ref(module)
-        return record
+        finished = len(self.state.tasks)
+        try:
+            return self.ending.protect(module, self.state, self._witnesses, name, reference, criterion)
+        finally:
+            if len(self.state.tasks) > finished:  # also where a warning is an error: the record stands before it
+                self._model = weakref.ref(module)
+                if self.reset_free and not finished:
+                    initial.remember(self.state, module, self.state.layers)
 
     def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a parameter the fit that is under way lets learn: see `reduce_free_rows`.
@@ -441,6 +443,3 @@ class RelevanceFreezing(FinishedTasks):
 
     def _task_name(self, trainer: pl.Trainer, module: pl.LightningModule, given: str | None = None) -> str:
         return runs.name_of_new_task(self.task, self.state, trainer, module, given)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_holding": None}

@@ -410,7 +410,7 @@ class FinishedTasks(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.
         kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
-        return {**kept, "_model": None, "_recalled": None, "_witnesses": Witnesses()}
+        return {**kept, "_model": None, "_recalled": None, "_holding": None, "_witnesses": Witnesses()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=lambda: None, _recalled=ExitStack())

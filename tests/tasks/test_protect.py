@@ -251,6 +251,23 @@ def test_free_units_start_each_task_from_their_pretrained_values():
         assert torch.equal(seen[name][free], value[free])
 
 
+def test_a_warning_that_is_an_error_leaves_a_task_that_later_ones_can_follow():
+    model, rnf = pretrained(), RelevanceFreezing(reset_free=True)
+    start = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="no free units are left"):
+        warnings.simplefilter("error")
+        rnf.protect(model, validation(), name="a", criterion=lambda score: False)
+    assert list(rnf.state.tasks) == ["a"]
+    assert rnf.state.initial
+    assert all(torch.equal(value, start[name]) for name, value in rnf.state.initial.items())
+    with rnf.recall("a"):
+        pass
+    with pytest.raises(ValueError, match="'a'"):
+        rnf.protect(Classifier(), validation(), name="a")
+    with rnf.recall("a"):
+        assert not model.training  # what was refused is not what is recalled
+
+
 def test_a_criterion_of_its_own_counts_for_this_task_only():
     model, rnf = pretrained(), RelevanceFreezing(criterion=0.0)
     record = rnf.protect(model, validation(), name="a", criterion=AccuracyDrop(0.2))
