@@ -1,6 +1,6 @@
 """Draws the wings of the package into architecture.md, from the contract in pyproject.toml and the wings' own words.
 
-python docs/wings.py
+python docs/wings.py  # of Python 3.11 or later: it has tomllib
 """
 
 from __future__ import annotations
