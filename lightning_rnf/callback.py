@@ -167,20 +167,22 @@ class RelevanceFreezing(FinishedTasks):
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         is_elastic = any(elasticity.values() if isinstance(elasticity, dict) else [elasticity])
-        inexact = {
-            "norm_statistics='shared': later tasks move the running statistics, so recall is not exact": norm_statistics
-            == "shared",
-            f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact": is_elastic,
-        }
-        self.ending.is_exact = retention == "exact" and not any(inexact.values())
-        for why in (why for why, applies in inexact.items() if applies and retention == "exact"):
-            rank_zero_warn(why)
+        self.ending.is_exact = retention == "exact" and norm_statistics != "shared" and not is_elastic
+        if retention == "exact" and norm_statistics == "shared":
+            rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
+        if retention == "exact" and is_elastic:
+            rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
 
     @classmethod
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
         return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Ending.OPTIONS:  # without this it would be taken, and change nothing
+            raise AttributeError(f"{name} is an option of a task's end: set it when you make the callback")
+        super().__setattr__(name, value)
 
     @property
     def reference(self) -> ReferenceSource:

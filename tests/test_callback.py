@@ -1069,6 +1069,14 @@ def test_defaults_are_the_documented_ones():
     assert RelevanceFreezing().state_dict() == FreezeState().to_plain()
 
 
+def test_an_option_that_would_be_without_effect_can_not_be_set_later():
+    rnf = RelevanceFreezing()
+    with pytest.raises(AttributeError, match="criterion is an option of a task's end: set it when you make"):
+        rnf.criterion = 0.1
+    rnf.reference, rnf.task, rnf.reset_free = loader("a"), "a", True  # these count from the next fit on
+    assert rnf.ending.reference.source is rnf.reference
+
+
 def test_evaluations_that_fail_early_change_no_verdict(monkeypatch):
     """The search of a fit, with and without: the same cutoffs and masks; what was taken was measured on all samples."""
     found = []

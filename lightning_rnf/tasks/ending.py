@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -84,6 +84,14 @@ class Ending:
     Raises:
         TypeError, ValueError: if an option is out of its range.
     """
+
+    OPTIONS: ClassVar = frozenset(
+        {
+            *("selection", "criterion", "recovery_epochs", "recovery_criterion", "recovery_search", "units", "heads"),
+            *("reference_samples", "attribution_samples", "predict", "seed", "heatmaps"),
+        }
+    )
+    """Names of those that a callback is given once, when it is made."""
 
     selection: Selection
     reference: Reference

@@ -7,7 +7,7 @@ import torch
 from records import ConvNet, Mlp, batch, make
 from torch import nn
 from torch.utils.data import TensorDataset
-from training import Classifier, trainer
+from training import Classifier, Recorder, trainer
 
 from lightning_rnf import RelevanceFreezing, UnitMap
 from lightning_rnf.relevance.heatmaps import Drift, Gallery, compare_heatmaps, draw, heatmaps, images_of
@@ -173,7 +173,7 @@ def test_the_heatmaps_of_many_tasks_fit_on_a_page():
     assert shown[-1].endswith(r"\$t_29\$")
 
 
-class Recorder:
+class Experiment:
     def __init__(self):
         self.figures, self.numbers = [], []
 
@@ -183,10 +183,8 @@ class Recorder:
 
 @pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 def test_the_callback_logs_them_after_each_task_and_recall_does_not_drift():
-    from test_tracking import Recorder as Logger
-
-    experiment = Recorder()
-    logger = Logger(experiment)
+    experiment = Experiment()
+    logger = Recorder(experiment)
     torch.manual_seed(0)
     model, rnf = Images(), RelevanceFreezing(heatmaps=2)
     for name in ("a", "b"):

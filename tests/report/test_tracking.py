@@ -11,32 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
-from training import Classifier, task_data, train, trainer
+from training import Classifier, Recorder, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.report.tracking import scalars, takes_figures
 from lightning_rnf.tasks import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning")
-
-
-class Recorder(Logger):
-    """Keeps what it is given."""
-
-    name, version = "recorder", "0"
-
-    def __init__(self, experiment=None):
-        self.numbers, self._experiment = [], experiment
-
-    @property
-    def experiment(self):
-        return self._experiment
-
-    def log_metrics(self, metrics, step=None):
-        self.numbers += [(step, metrics)] if any(name.startswith("rnf/") for name in metrics) else []
-
-    def log_hyperparams(self, *args, **kwargs): ...
 
 
 def two_tasks(*loggers):

@@ -19,6 +19,11 @@ from lightning_rnf.streams import TaskDataModule
 pytestmark = pytest.mark.filterwarnings("ignore:.*relevance is not conserved:UserWarning")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 class Experts(Classifier):
     """Two experts by the sign of the last input, of which few samples have a negative one; run if there are any."""
 
