@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -166,6 +165,7 @@ class RelevanceFreezing(FinishedTasks):
         self.reset_free = arguments.of_type("reset_free", reset_free, bool, "True or False")
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
+        self._scores: dict[Any, float] = {}
         is_elastic = any(elasticity.values() if isinstance(elasticity, dict) else [elasticity])
         self.ending.is_exact = retention == "exact" and norm_statistics != "shared" and not is_elastic
         if retention == "exact" and norm_statistics == "shared":
@@ -193,22 +193,13 @@ class RelevanceFreezing(FinishedTasks):
     def reference(self, source: ReferenceSource) -> None:
         self.ending.reference.source = source
 
-    def load(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> None:
-        """As `FinishedTasks.load`, between fits.
-
-        Raises:
-            RuntimeError: if a fit is under way.
-        """
-        if self._holding is not None:
-            raise RuntimeError("a fit is under way: load masks before it, or after its end")
-        super().load(path, model)
-
     def end_task(self, name: str | None = None) -> TaskRecord:
         """End the task that is being trained, inside a fit that goes on with the next one.
 
         For several tasks in one long fit. Call it between two steps, from a hook such as ``on_train_epoch_end``, before
         the next task's head is activated: its reference data is drawn and its head traced now, and its units are frozen
-        from the next step on. The fit's end then ends the last task, unless no step was made since.
+        from the next step on. The fit's end then ends the last task, unless no step was made since; let ``task`` be a
+        function that names it, ``lambda trainer, module: module.heads.active``, say.
 
         Args:
             name: of the task; None: as ``task`` says.
@@ -264,8 +255,8 @@ class RelevanceFreezing(FinishedTasks):
             TypeError: if the name is no text, the model no module, or the reference of another kind.
             ValueError: if the task has ended already, the model is sharded, or as the end of a fit.
         """
-        if self._holding is not None:
-            raise RuntimeError("a fit is under way: protect a task before it, or after its end")
+        self._check_between_fits("protect a task")
+        runs.refuse_other_package(model, reference)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         finished = len(self.state.tasks)
         try:
@@ -287,23 +278,26 @@ class RelevanceFreezing(FinishedTasks):
     # -- a fit --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Freeze whole parameters before the strategy wraps the model."""
+        """Refuse what can't work; freeze whole parameters once the model is built, before the strategy wraps it."""
+        runs.refuse_other_package(trainer, pl_module, self.reference)
         if stage != "fit":
             return
-        runs.refuse_others(trainer, RelevanceFreezing)
-        runs.refuse_strategies(trainer)
-        runs.warn_of_averages(trainer, self)
+        runs.check_trainer(trainer, self, RelevanceFreezing)
+        self._scores = runs.scores_of_before(trainer)
         # What was protected or loaded before the processes knew of each other: they go on with the same.
         self._agree(runs.ranks_of(trainer))
-        self._task_name(trainer, pl_module)
         self._is_resumed = self._has_trained = False
         self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         if self._holding is not None:
             self._holding.end()
-        pins_norms = self.ending.selection.norm_statistics == "pinned"
-        options = (self.elasticity, self.irrelevant_elasticity)
-        self._holding = Holding(pl_module, self.state, *options, pins_norms=pins_norms)
-        self._model = weakref.ref(pl_module)
+        pins = self.ending.selection.norm_statistics == "pinned"
+        self._holding = Holding(pl_module, self.state, self.elasticity, self.irrelevant_elasticity, pins_norms=pins)
+
+        def built() -> None:
+            runs.check_active_head(pl_module, self._task_name(trainer, pl_module))
+            self._model = weakref.ref(pl_module)
+
+        self._holding.wait(built)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what the task's end will need while nothing is lost, and hold frozen rows from here on."""
@@ -313,7 +307,9 @@ class RelevanceFreezing(FinishedTasks):
         if self.state.recovering is None:
             runs.check_epochs(trainer, self.ending.recovery.epochs, resumed=self._is_resumed)
         runs.check_sharding(trainer, pl_module)
+        assert self._holding is not None
         with sharding.whole(pl_module):
+            self._holding.check_weights(runs.ranks_of(trainer))
             if self.reset_free:
                 initial.reset_free(self.state, pl_module)
             units = self.ending.rehearse(trainer, pl_module, self.state)
@@ -321,7 +317,6 @@ class RelevanceFreezing(FinishedTasks):
             check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
             if self.reset_free and not self.state.tasks and not self.state.initial:
                 initial.remember(self.state, pl_module, units.layers)
-        assert self._holding is not None
         self._has_trained = True
         self._steps_at_end = -1
         self.state.training = name
@@ -365,12 +360,15 @@ class RelevanceFreezing(FinishedTasks):
             return
         assert self._holding is not None
         self._holding.pin(trainer.optimizers)
-        self._end_task(trainer, pl_module, self._task_name(trainer, pl_module))
+        record = self._end_task(trainer, pl_module, self._task_name(trainer, pl_module))
+        runs.warn_of_unearned_stop(trainer, record.name, self._scores)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task of a checkpoint from after its last epoch: with nothing left to train, no training ends."""
         if self._steps_at_end >= 0:
             self.ending.look_again(pl_module, self.state)
+        if not self._has_trained and self.state.training is None:
+            runs.warn_of_untrained(trainer, runs.given_name(self.task, trainer, pl_module), self.state)
         if self._has_trained or not self._is_resumed or self.state.training is None or not trainer.fit_loop.done:
             return
         name = self._task_name(trainer, pl_module)

@@ -225,7 +225,8 @@ def test_a_skipped_fit_ends_no_task():
     same = trainer(rnf)
     same.fit(model, datamodule=task_data("a"))
     model.heads.activate("b")
-    same.fit(model, datamodule=task_data("b"))  # max_epochs are used up
+    with pytest.warns(UserWarning, match="nothing was trained, so 'b' has not ended: .* 3 of max_epochs=3 are over"):
+        same.fit(model, datamodule=task_data("b"))
     assert list(rnf.state.tasks) == ["a"]
 
 
@@ -986,12 +987,46 @@ def test_a_model_whose_layers_no_longer_match_is_refused():
     with pytest.raises(ValueError, match=r"layer 'body.0' had 40 units.*has shape \(30, 6\)"):
         trainer(rnf).fit(wider, datamodule=task_data("b"))
     deeper = Classifier()
+    deeper.load_state_dict(model.state_dict())
     deeper.body.append(nn.Linear(40, 40))
     deeper.heads.activate("b")
     with pytest.raises(ValueError, match=r"no longer match the finished tasks: \['body.5'\] ran for one task"):
         trainer(rnf).fit(deeper, datamodule=task_data("b"))
     assert [parameter.requires_grad for parameter in wider.parameters()] == flags
     assert list(rnf.state.tasks) == ["a"]
+
+
+class Stems(Classifier):
+    """A layer for each task before the body that they share."""
+
+    def __init__(self):
+        super().__init__()
+        self.stems = nn.ModuleDict({task: nn.Linear(6, 6) for task in "abc"})
+
+    def forward(self, x):
+        return super().forward(self.stems[self.heads.active](x).tanh())
+
+
+def test_a_stem_for_each_task_is_refused_with_a_way_that_works():
+    model, rnf = Stems(), RelevanceFreezing()
+    train(model, rnf, "a")
+    with pytest.raises(ValueError, match=r"\['stems.b'\] ran for one task .* units=, from the first task"):
+        train(model, rnf, "b")
+    model, rnf = Stems(), RelevanceFreezing(units="body.*")
+    train(model, rnf, "a")
+    with rnf.recall("a"), torch.no_grad():
+        expected = model(inputs())
+    train(model, rnf, "b", "c")
+    model.heads.activate("a")  # and with it the stem
+    with rnf.recall("a"), torch.no_grad():
+        assert torch.equal(model(inputs()), expected)
+
+
+def test_a_shared_head_is_refused_with_what_is_not_possible():
+    model, rnf = Classifier(), RelevanceFreezing(task=lambda trainer, module: f"task-{len(rnf.state.tasks)}")
+    train(model, rnf, "a")
+    with pytest.raises(ValueError, match=r"several tasks share, or that grows, can't be kept: .* heads with heads="):
+        train(model, rnf, "a")
 
 
 def test_a_checkpoint_of_another_model_or_version_is_refused():

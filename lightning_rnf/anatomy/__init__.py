@@ -27,6 +27,7 @@ from lightning_rnf.anatomy.layers import (
 )
 from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_checked, supervised, true_labels
 from lightning_rnf.anatomy.routing import Routes, joined
+from lightning_rnf.anatomy.trace import form
 from lightning_rnf.anatomy.units import UnitMap
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "effect_of_function",
     "effect_of_module",
     "folded",
+    "form",
     "function_name",
     "joined",
     "layer_form",

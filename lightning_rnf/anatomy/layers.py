@@ -191,13 +191,13 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     module = trace.modules[name]
     calls = [call for call in trace.calls if call.name == name]
     found = None
+    instead = "give it a weight of its own"
     if is_parametrized(module):
-        found = (
-            "is parametrized, and rows are not followed through what its weight is computed from: bake it in before "
-            "the fit (torch.nn.utils.parametrize.remove_parametrizations)"
-        )
+        found = "is parametrized, and rows are not followed through what its weight is computed from"
+        instead = "bake it in (torch.nn.utils.parametrize.remove_parametrizations)"
     elif len(calls) > 1:
         found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
+        instead = "build a layer for each run"
     for key, parameter in trace.own_parameters(name).items():
         if len(trace.owners[parameter]) > 1:
             found = f"shares {key!r} with {sorted(set(trace.owners[parameter]) - {key})}"
@@ -206,7 +206,7 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     if found:
         raise ValueError(
             f"layer {name!r} {found}; leave it out of units= (globs of the others) and it is frozen whole after the "
-            "first task"
+            f"first task, or {instead} before the first fit"
         )
     (call,) = calls
     layer = _layer(trace, name)

@@ -152,6 +152,15 @@ class Trace:
         return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]
 
 
+def form(tensor: Tensor) -> str:
+    """Dtype and shape in words.
+
+    >>> form(torch.zeros(2, 3))
+    'float32 (2, 3)'
+    """
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 class _Reads(TorchFunctionMode):
     """Notes the identity of every tensor that a function is given.
 

@@ -21,7 +21,7 @@ from lightning_rnf.anatomy.layers import (
     why_shared,
 )
 from lightning_rnf.anatomy.predict import Predict, supervised
-from lightning_rnf.anatomy.trace import Trace
+from lightning_rnf.anatomy.trace import Trace, form
 
 __all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
 
@@ -40,6 +40,7 @@ class UnitMap:
         reasons: why each shared parameter is shared, by its name, in few words.
         kinds: type names of all modules, by module name.
         ran: names of the modules that ran.
+        forms: dtype and shape of every parameter, by each of its names; see `form`.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -51,6 +52,7 @@ class UnitMap:
     reasons: Mapping[str, str] = field(default_factory=dict, repr=False)
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
     ran: tuple[str, ...] = field(default=(), repr=False)
+    forms: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -94,6 +96,7 @@ class UnitMap:
             reasons={name: why_shared(trace, name, layers) for name in shared},
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
             ran=tuple(name for name in trace.modules if trace.runs[name]),
+            forms={name: form(parameter) for parameter, names in trace.owners.items() for name in names},
         )
 
     def __str__(self) -> str:

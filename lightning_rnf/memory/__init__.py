@@ -5,9 +5,10 @@ whether what was frozen is still what it was.
 """
 
 from lightning_rnf.memory import hub, maskfiles, masks
-from lightning_rnf.memory.fingerprints import Audit, changed, fingerprints
+from lightning_rnf.memory.fingerprints import Audit, changed, fingerprints, moved
 from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
+from lightning_rnf.memory.model import unknown_modules
 from lightning_rnf.memory.plain import readable
 from lightning_rnf.memory.state import FreezeState, TaskRecord
 
@@ -21,7 +22,9 @@ __all__ = [
     "hub",
     "maskfiles",
     "masks",
+    "moved",
     "readable",
     "shortened",
+    "unknown_modules",
     "without",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,43 @@ def changed(parameters: Mapping[str, Tensor], state: FreezeState, task: str) -> 
     return _compared(parameters, state, state.task(task))[0]
 
 
+def moved(parameters: Mapping[str, Tensor], state: FreezeState, learning: Collection[str] = ()) -> dict[str, list[str]]:
+    """What of the finished tasks' own is not as it was when the last of them ended, by task; only tasks with such.
+
+    What had moved by that end already was told of then (units of some elasticity, another precision) and is left out.
+    Rows that a later task has kept, too, are looked at once: it costs a walk over all frozen rows, however many tasks.
+
+    Args:
+        parameters: by name; `FreezeState.check_parameters` has let them pass.
+        state: the finished tasks.
+        learning: names of layers and shared parameters whose relevant rows are not frozen.
+    """
+    found: dict[str, list[str]] = {}
+    seen: dict[str, list[tuple[Tensor, bool]]] = {layer.name: [] for layer in state.layers}
+    for record in reversed(state.tasks.values()):
+        differing, kept_later = [], []
+        for layer in state.layers:
+            mask = record.relevant[layer.name]
+            if layer.name in learning or layer.name not in record.rows:
+                continue
+            later = next((same for other, same in seen[layer.name] if not (mask & ~other).any()), None)
+            if later is None:
+                same = _of_layer(parameters, layer, mask) == record.rows[layer.name]
+                seen[layer.name].append((mask, same))
+                differing += [] if same else [layer.name]
+            elif later:
+                kept_later.append(layer)
+        others = {record.head: record.head_parameters, **{name: (name,) for name in state.shared}}
+        for name, own in others.items():
+            if name in record.rows and name not in learning and record.rows[name] != _of_all(parameters, own):
+                differing.append(name)
+        if differing and not any(
+            _of_layer(parameters, layer, record.relevant[layer.name]) != record.rows[layer.name] for layer in kept_later
+        ):
+            found[record.name] = differing
+    return found
+
+
 def _compared(
     parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -85,11 +122,18 @@ def _fingerprints(
 ) -> dict[str, str]:
     found = {}
     for layer in layers:
-        mask = record.relevant[layer.name]
-        rows = {name: layer.spread(name, mask).to(own[name].device) for name in layer.parameters}
-        found[layer.name] = _digest(own[name].detach()[chosen] for name, chosen in rows.items())
-    found[record.head] = _digest(own[name].detach() for name in record.head_parameters)
-    return found | {name: _digest([own[name].detach()]) for name in shared}
+        found[layer.name] = _of_layer(own, layer, record.relevant[layer.name])
+    found[record.head] = _of_all(own, record.head_parameters)
+    return found | {name: _of_all(own, [name]) for name in shared}
+
+
+def _of_layer(own: Mapping[str, Tensor], layer: UnitLayer, mask: Tensor) -> str:
+    rows = {name: layer.spread(name, mask).to(own[name].device) for name in layer.parameters}
+    return _digest(own[name].detach()[chosen] for name, chosen in rows.items())
+
+
+def _of_all(own: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    return _digest(own[name].detach() for name in names)
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

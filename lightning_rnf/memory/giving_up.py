@@ -43,6 +43,7 @@ def without(state: FreezeState, task: str) -> FreezeState:
         tasks=tasks,
         initial=state.initial,
         resets=NOT_YET if state.initial else min(state.resets, len(tasks)),
+        forms=state.forms if known_units else {},
     )
 
 

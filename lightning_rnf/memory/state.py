@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, UnitMap, check_kinds
+from lightning_rnf.anatomy import UnitLayer, UnitMap, check_kinds
+from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, unknown_layer
 from lightning_rnf.memory.plain import (
-    COUNTS,
     check_names,
     get,
     get_count,
@@ -26,6 +26,11 @@ from lightning_rnf.memory.plain import (
 from lightning_rnf.search import Evaluation, SubnetworkScore
 
 VERSION = 1
+
+_SOME_ONLY = (
+    "layers that only some tasks run (a stem for each, say) can't be made of units: name those that all of them run in "
+    "units=, from the first task on, and the others are frozen whole after the task that runs them"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +103,7 @@ class FreezeState:
         initial: parameters and running statistics of units before the first task, by name, if free units are to be
             reset to them.
         resets: after how many tasks free units were reset; -1: not since a task was given up.
+        forms: dtype and shape of every parameter that the model had at a task's end; empty in files from before that.
     """
 
     layers: tuple[UnitLayer, ...] = ()
@@ -107,6 +113,7 @@ class FreezeState:
     recovering: TaskRecord | None = None
     initial: dict[str, Tensor] = field(default_factory=dict)
     resets: int = 0
+    forms: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -118,6 +125,7 @@ class FreezeState:
             raise ValueError(f"task {record.name!r} has ended already; finished tasks: {list(self.tasks)}")
         self.layers = self.completed(units).layers
         self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
+        self.forms = {**self.forms, **units.forms}
         self.tasks[record.name] = record
         self.training = self.recovering = None
 
@@ -178,13 +186,13 @@ class FreezeState:
                 if getattr(found[name], what) != had:
                     raise ValueError(
                         f"the model's layers no longer match the finished tasks: layer {name!r} had {what} "
-                        f"{had!r}, in its place is one with {getattr(found[name], what)!r}"
+                        f"{had!r}, in its place is one with {getattr(found[name], what)!r}; {_SOME_ONLY}"
                     )
         idle = {name for name, layer in known.items() if set(layer.parameters) <= set(units.idle)}
         if differing := sorted(known.keys() - found.keys() - idle | found.keys() - known.keys()):
             raise ValueError(
                 f"the model's layers no longer match the finished tasks: {differing} ran for one task and not for "
-                "another"
+                f"another; {_SOME_ONLY}"
             )
         at_rest = {name for layer in idle - found.keys() for name in known[layer].parameters}
         return replace(units, layers=self.layers, idle=tuple(name for name in units.idle if name not in at_rest))
@@ -193,7 +201,7 @@ class FreezeState:
         """Check that a model's parameters, by name, are there for all layers and heads of the finished tasks.
 
         Raises:
-            ValueError: naming a parameter that is missing or has another number of units.
+            ValueError: naming a parameter that is missing or has another number of units, or another shape.
         """
         for layer in self.layers:
             for name in layer.parameters:
@@ -204,10 +212,13 @@ class FreezeState:
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
                     )
+                check_shape(name, parameters[name], self.forms, f"layer {layer.name!r} of the finished tasks")
         for record in self.tasks.values():
             for name in (*record.head_parameters, *self.shared):
                 if name not in parameters:
                     raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
+                is_head = name in record.head_parameters
+                check_shape(name, parameters[name], self.forms, f"task {record.name!r}", is_head=is_head)
 
     def check_module(self, module: nn.Module) -> None:
         """Check that a model has the layers and heads of the finished tasks, before anything is done to it.
@@ -242,6 +253,20 @@ class FreezeState:
             if name not in tensors or tensors[name].shape != value.shape:
                 raise ValueError(f"this model has no {name!r} of shape {tuple(value.shape)} to reset free units of")
 
+    def check_whole(self, module: nn.Module) -> None:
+        """As `check_module`, and that the model has no more layers than those of the finished tasks.
+
+        Raises:
+            ValueError: besides, naming a layer that no finished task knows and that is no head of a task to come.
+        """
+        self.check_module(module)
+        unknown = unknown_layer(module, self.forms, [record.head for record in self.tasks.values()])
+        if unknown is not None:
+            raise ValueError(
+                f"this model has a layer {unknown!r} that it did not have when the finished tasks ended, so they are "
+                "of another model; if that layer does not run for them, load without naming the model"
+            )
+
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, built-in types and CPU tensors: loads with ``torch.load(weights_only=True)``."""
         return {
@@ -253,6 +278,7 @@ class FreezeState:
             "recovering": None if self.recovering is None else _record_to_plain(self.recovering),
             "initial": dict(self.initial),
             "resets": self.resets,
+            **({"forms": dict(self.forms)} if self.forms else {}),
         }
 
     @classmethod
@@ -267,7 +293,7 @@ class FreezeState:
             raise ValueError(f"the state has version {version}, this lightning_rnf reads up to {VERSION}: update it")
         if version < 1:
             raise ValueError(f"not a state of lightning_rnf: 'version' is {version}, expected 1 to {VERSION}")
-        layers = tuple(_layer_from_plain(layer) for layer in get(plain, "layers", list))
+        layers = tuple(layer_from_plain(layer) for layer in get(plain, "layers", list))
         tasks: dict[str, TaskRecord] = {}
         for record in (_record_from_plain(record, layers) for record in get(plain, "tasks", list)):
             if record.name in tasks:
@@ -287,7 +313,9 @@ class FreezeState:
         unfinished = None if recovering is None else _record_from_plain(recovering, layers)
         if unfinished is not None and not unfinished.evaluations:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
-        return cls(layers, names, tasks, training, unfinished, initial, resets)
+        of_heads = [name for record in tasks.values() for name in record.head_parameters]
+        forms = forms_from_plain(plain, layers, (*names, *of_heads))
+        return cls(layers, names, tasks, training, unfinished, initial, resets, forms)
 
 
 def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
@@ -300,38 +328,6 @@ def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
         "notes": list(record.notes),
         "tests": {task: dict(logged) for task, logged in record.tests.items()},
     }
-
-
-def _layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
-    units = get(plain, "units", int)
-    transposed: Any = get(plain, "transposed", (list, tuple, type(None)))
-    if transposed is not None and not (
-        len(transposed) == 2
-        and all(type(size) is int and size > 0 and size in COUNTS for size in transposed)
-        and units % transposed[0] == 0
-    ):
-        raise ValueError(
-            f"not a state of lightning_rnf: 'transposed' should be a number of groups that divides {units} units, and "
-            f"of inputs per group, it is {transposed!r:.80}"
-        )
-    layer = UnitLayer(
-        name=get_name(plain, "name"),
-        units=units,
-        axis=get(plain, "axis", int),
-        parameters=get_names(plain, "parameters"),
-        norm=get(plain, "norm", (str, type(None))),
-        slopes=get(plain, "slopes", (str, type(None))),
-        transposed=None if transposed is None else (transposed[0], transposed[1]),
-    )
-    if layer.axis not in OUTPUT_AXIS.values():
-        raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
-    owners = {parameter.rpartition(".")[0] for parameter in layer.parameters}
-    if f"{layer.name}.weight" not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
-        raise ValueError(
-            f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
-            f"its slopes, they are {layer.parameters!r:.80}"
-        )
-    return layer
 
 
 def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:

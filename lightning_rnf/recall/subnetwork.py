@@ -73,6 +73,26 @@ def recall(
 
 
 @contextmanager
+def refusing(module: nn.Module, names: Iterable[str], task: str) -> Iterator[None]:
+    """Inside the context none of these modules may run: the finished task never ran them, nobody silenced them.
+
+    Raises:
+        ValueError: in the forward, naming the one that runs.
+    """
+    with ExitStack() as hooks:
+        for name in names:
+
+            def refuse(part: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                raise ValueError(
+                    f"{name!r} ({type(part).__name__}) runs in the recall of task {task!r}, but the model had no such "
+                    "module when the last task ended: the masks are another model's, or another task's head is active"
+                )
+
+            hooks.callback(module.get_submodule(name).register_forward_pre_hook(refuse).remove)
+        yield
+
+
+@contextmanager
 def with_leading_buffers(module: nn.Module, ranks: Ranks) -> Iterator[None]:
     """Inside the context all ranks have the buffers of rank 0, which a checkpoint gets: statistics differ by rank."""
     leading: dict[str, Tensor] = {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -111,17 +111,70 @@ def audit_of(checkpoint: Mapping[str, Any], state: FreezeState) -> Audit | None:
     return Audit.of(weights, state)
 
 
-def check(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+def restore(checkpoint: dict[str, Any], module: nn.Module) -> FreezeState:
+    """Give a model the weights of a checkpoint that was `read`; what it has for tasks to come stays as it is.
+
+    Returns:
+        The finished tasks in the checkpoint.
+
+    Raises:
+        ValueError: if it has none of ours, or is of another model; nothing is loaded then.
+    """
+    state = finished_tasks(checkpoint)
+    state.check_whole(module)
+    used = {name for layer in state.layers for name in layer.parameters}.union(state.shared, state.forms)
+    used.update(*((*record.head_parameters, *record.norm_statistics) for record in state.tasks.values()))
+    check(checkpoint, module, new=set(module.state_dict()) - used)
+    if isinstance(module, LightningModule):
+        module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return state
+
+
+def refuse_more_parameters(module: LightningModule) -> Callable[[], None]:
+    """Say what to do where ``fit(ckpt_path=...)`` is about to restore a model that has heads which the file lacks.
+
+    Returns:
+        What ends the watch for it.
+    """
+
+    def check_keys(module: Any, state_dict: Mapping[str, Any], *of_torch: Any) -> None:
+        path = module.trainer.ckpt_path
+        if not path or not module.strict_loading:  # a load of the user's own, or of what the user has left in the file
+            return
+        own = module.state_dict()
+        new = [name for name in own if name not in state_dict]
+        owners = {name.rpartition(".")[0] for name in own if name in state_dict}
+        if new and owners.isdisjoint(name.rpartition(".")[0] for name in new):
+            raise ValueError(
+                f"{os.fspath(path)!r} lacks {', '.join(new[:4])}, which this model has. fit(ckpt_path=...) goes on "
+                "with a fit of the very same parameters, optimizer included; to add a task and its head to finished "
+                "ones, call rnf.restore(path, model) and then fit without ckpt_path"
+            )
+
+    handle: Any = module.register_load_state_dict_pre_hook(check_keys)  # type: ignore[no-untyped-call]
+    remove: Callable[[], None] = handle.remove
+    return remove
+
+
+def check(checkpoint: Mapping[str, Any], module: nn.Module, new: Container[str] = ()) -> None:
     """Check that a checkpoint's weights are those of a model, before anything is done to it.
+
+    Args:
+        checkpoint: that was `read`.
+        module: the model.
+        new: names of parameters and buffers that the checkpoint may lack.
 
     Raises:
         ValueError: naming a parameter or buffer that only one of them has, or that has another shape.
     """
     saved, own = checkpoint["state_dict"], module.state_dict()
+    saved = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+    own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (saved, own)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         in_file, in_model = (str(one[name]) if name in one else "missing" for one in shapes)
-        if in_file != in_model:
+        if in_file != in_model and not (name in new and name not in saved):
             raise ValueError(
                 f"the checkpoint is of another model: {name!r} is {in_file} in it, and {in_model} in this one"
             )

@@ -367,7 +367,9 @@ class Ending:
             if record.head == units.head:
                 raise ValueError(
                     f"head {units.head!r} belongs to the finished task {record.name!r} and is frozen: give each task "
-                    "a head of its own (lightning_rnf.MultiHead does) and activate it before fit"
+                    "a head of its own (lightning_rnf.MultiHead does) and activate it before fit. One that several "
+                    "tasks share, or that grows, can't be kept: it would change the finished task's logits. If "
+                    "another module makes this task's logits, name the heads with heads="
                 )
         return units
 

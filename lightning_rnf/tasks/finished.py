@@ -1,37 +1,32 @@
-"""Finished tasks as a user meets them: recalled by name and in evaluation runs, exported, reported, saved, loaded."""
+"""Finished tasks as a user meets them: recalled by name and in evaluation runs, exported, reported, given up."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, hub, maskfiles, without
+from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, unknown_modules, without
 from lightning_rnf.recall import export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding
-from lightning_rnf.tasks.holding import Holding
+from lightning_rnf.tasks.files import KeptInFiles
 from lightning_rnf.tasks.probes import drifts
 from lightning_rnf.tasks.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
 from lightning_rnf.tasks.witnesses import Witnesses
 
 Retention = Literal["exact", "paper"]
 
-T = TypeVar("T", bound="FinishedTasks")
-
 _OF_LIGHTNING = ("log", "log_dict")  # methods of the module that the Trainer leaves in each callback
 
 
-class FinishedTasks(Callback):
+class FinishedTasks(KeptInFiles):
     """What finished tasks can do without a fit; `RelevanceFreezing` adds the fits that finish them.
 
     Args:
@@ -40,13 +35,10 @@ class FinishedTasks(Callback):
     """
 
     def __init__(self, retention: Retention = "exact", task: TaskOption = None) -> None:
+        super().__init__()
         self.retention = retention
         self.task = task
-        self.state = FreezeState()
-        self._model: Callable[[], Any] = lambda: None  # of the last fit, or of what was protected since
         self._recalled = ExitStack()
-        self._holding: Holding | None = None  # of a fit that is under way
-        self._witnesses = Witnesses()
         self._tested: list[str | None] = []
         self._has_older_weights = False
 
@@ -66,14 +58,17 @@ class FinishedTasks(Callback):
 
         Raises:
             KeyError: if there is no such finished task.
-            ValueError: if there is no model, or it lacks something that the task uses.
+            ValueError: if there is no model, or it lacks something that the task uses; in the forward, if it runs a
+                module that it did not have when the last task ended.
         """
         record = self.state.task(task)
         module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if module is None:
             raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
         self.state.check_module(module)
-        with subnetwork.recall(module, self.state.layers, record, masked=self.retention == "exact"):
+        new = unknown_modules(module, self.state.forms)
+        recalled = subnetwork.recall(module, self.state.layers, record, masked=self.retention == "exact")
+        with recalled, subnetwork.refusing(module, new, task):
             yield
 
     def export(self, model: torch.nn.Module, task: str) -> torch.nn.Module:
@@ -104,7 +99,10 @@ class FinishedTasks(Callback):
         if sharding.is_sharded(module):
             raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
         self.state.check_module(module)
-        return export(module, self.state.layers, record, masked=self.retention == "exact")
+        small = export(module, self.state.layers, record, masked=self.retention == "exact")
+        if strangers := sorted(set(unknown_modules(module, self.state.forms)) & set(dict(small.named_modules()))):
+            raise ValueError(f"the model runs {strangers[0]!r}, which it did not have when the last task ended")
+        return small
 
     def forget(self, task: str) -> dict[str, int]:
         """Give a finished task up: what no other task uses is free again, and its head may train again or be removed.
@@ -126,8 +124,7 @@ class FinishedTasks(Callback):
             KeyError: if there is no such finished task.
             RuntimeError: if a fit is under way.
         """
-        if self._holding is not None:
-            raise RuntimeError(f"a fit is under way: forget {task!r} before it, or after its end")
+        self._check_between_fits(f"forget {task!r}")
         given_up, state = self.state.task(task), without(self.state, task)
         frozen = state.frozen()
         freed = {
@@ -190,90 +187,6 @@ class FinishedTasks(Callback):
             drift = drifts(module, self.state, self._witnesses.probes, masked=self.retention == "exact")
             looked_at = Audit.of(dict(module.named_parameters(remove_duplicate=False)), self.state, drift)
         return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, audit=looked_at)
-
-    def save(self, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
-        """Write the finished tasks into a small file to hand on: a bit for each unit and task, no weights.
-
-        Example::
-
-            rnf.save("masks.safetensors")
-            RelevanceFreezing().load("masks.safetensors", model)  # of the same architecture, with the same weights
-
-        Args:
-            path: of the file (safetensors).
-            relevance: of every unit, too: four bytes for each unit and task.
-
-        Raises:
-            ValueError: if no task has ended.
-        """
-        maskfiles.save(self.state, path, relevance=relevance)
-
-    def load(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> None:
-        """Take over the finished tasks of a file of `save`: nothing in it can run, a refused one changes nothing.
-
-        Args:
-            path: of the file.
-            model: to be checked against the file; None: it is checked when it is first used.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it can't be read, is of another model, or lacks a task that has ended here.
-        """
-        state = maskfiles.load(path)
-        if model is not None:
-            state.check_module(getattr(model, "_orig_mod", model))
-        lost = [name for name in self.state.tasks if name not in state.tasks]
-        if lost:
-            raise ValueError(
-                f"{os.fspath(path)!r} lacks {', '.join(map(repr, lost))}, finished here: load it into a new callback"
-            )
-        self._take(state)
-
-    @classmethod
-    def from_pretrained(
-        cls: type[T],
-        repository: str,
-        *,
-        revision: str | None = None,
-        model: torch.nn.Module | None = None,
-        **options: Any,
-    ) -> T:
-        """A callback with the finished tasks that somebody has pushed to the Hugging Face hub.
-
-        Args:
-            repository: ``"owner/name"``.
-            revision: branch, tag or commit.
-            model: to be checked against the file.
-            options: of the callback.
-
-        Raises:
-            ImportError: if huggingface-hub is not installed (extra ``hub``).
-            ValueError: as `load`.
-        """
-        path = hub.download(repository, revision)
-        callback = cls(**options)
-        callback.load(path, model)
-        return callback
-
-    def push_to_hub(self, repository: str, *, relevance: bool = False, private: bool | None = None) -> str:
-        """Put the file of `save` into a repository of the Hugging Face hub, which is made if there is none.
-
-        Args:
-            repository: ``"owner/name"``.
-            relevance: as for `save`.
-            private: whether a new repository is; None: as the owner's settings say.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ImportError: if huggingface-hub is not installed (extra ``hub``).
-            ValueError: if no task has ended.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, hub.FILE)
-            self.save(path, relevance=relevance)
-            return hub.upload(path, repository, private)
 
     # -- test, validate, predict ---------------------------------------------------------------------------------------
 
@@ -361,13 +274,6 @@ class FinishedTasks(Callback):
         of_first = ranks.decided(lambda: self.state)
         if ranks.rank > 0:
             self._take(of_first)
-
-    def _take(self, state: FreezeState) -> None:
-        """Go on with other finished tasks; what was kept beside the old ones goes, but for those that are the same."""
-        rows = {name: record.rows for name, record in self.state.tasks.items()}
-        same = [name for name, record in state.tasks.items() if record.rows and record.rows == rows.get(name)]
-        self._witnesses = self._witnesses.of(same)
-        self.state = state
 
     def _end_run(self) -> None:
         self._recalled.close()

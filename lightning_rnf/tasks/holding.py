@@ -2,54 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import nn
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_rnf.anatomy import form
 from lightning_rnf.freezing import ElasticityOption, Freezer, elasticities
-from lightning_rnf.memory import FreezeState, TaskRecord
+from lightning_rnf.memory import FreezeState, TaskRecord, moved
 from lightning_rnf.recall import norms, subnetwork
-from lightning_rnf.runtime import recompiled
+from lightning_rnf.runtime import Ranks, recompiled
+from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters
 
 
 class Holding:
     """The rows of frozen units, pinned norms, and in a recovery the silence around the sub-network: one fit's.
 
-    From its construction on, parameters that are frozen whole are out of training; rows are held once it is attached.
+    Once the model is built, parameters that are frozen whole are out of training; rows are held once it is attached.
 
     Args:
-        module: the bare model, before the strategy wraps it.
+        module: the bare model, before the strategy wraps it and before its own ``setup`` and ``configure_model``.
         state: the finished tasks.
         elasticity: of relevant units.
         irrelevant_elasticity: of the others.
         pins_norms: whether frozen channels normalise with their stored statistics.
-
-    Raises:
-        ValueError: if the model is not the one of the finished tasks.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: LightningModule,
         state: FreezeState,
         elasticity: ElasticityOption,
         irrelevant_elasticity: ElasticityOption,
         *,
         pins_norms: bool,
     ) -> None:
-        state.check_module(module)
         self.module = module
         self.state = state
         self.elasticities = (elasticity, irrelevant_elasticity)
         self.pins_norms = pins_norms
         self._silenced = ExitStack()
         self._pinned = ExitStack()
-        self._begin()
+        self._waiting = ExitStack()
+        self.freezer = Freezer(module, {})
+
+    def wait(self, built: Callable[[], Any]) -> None:
+        """Begin when the model is built, and call ``built`` then. What it lacks is refused then.
+
+        Raises:
+            ValueError: then, if the model is not the one of the finished tasks.
+        """
+        # Between these two and the strategy, which wraps the model, Lightning calls no callback; so the last that
+        # builds says when it has. Where a class has neither, the model is there already.
+        last = next((name for name in ("configure_model", "setup") if is_overridden(name, self.module)), None)
+        if last is None:
+            self._begin_built(built)
+            return
+        build, own = getattr(self.module, last), vars(self.module).get(last)
+
+        def build_and_begin(*args: Any, **options: Any) -> None:
+            self._waiting.close()
+            build(*args, **options)
+            self._begin_built(built)
+
+        setattr(self.module, last, build_and_begin)
+        if own is None:
+            self._waiting.callback(delattr, self.module, last)
+        else:
+            self._waiting.callback(setattr, self.module, last, own)
+
+    def check_weights(self, ranks: Ranks) -> None:
+        """Check that the model has the weights in which the finished tasks ended, before the fit keeps others for them.
+
+        Every rank has to call it, with the whole model. Rows that go on learning are not looked at, nor what had moved
+        when the last task ended; a model in another precision is warned of.
+
+        Raises:
+            ValueError: naming the tasks, their layers and the ways out.
+        """
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        found = ranks.decided(lambda: moved(parameters, self.state, self._learning()))
+        if not found:
+            return
+        frozen = [name for name in elasticities(self.state) if name in parameters]
+        dtypes = [{text.partition(" ")[0] for text in (form(parameters[name]), self._form(name))} for name in frozen]
+        if several := next((sorted(pair) for pair in dtypes if len(pair) > 1), None):
+            rank_zero_warn(
+                f"the model is in another precision than the finished tasks {list(found)} ended in "
+                f"({' and '.join(several)}): rounded rows are not bit-equal, and recall gives other logits than then"
+            )
+            return
+        said = "; ".join(f"of {task!r} {', '.join(names)} differ" for task, names in found.items())
+        task = next(iter(found))
+        raise ValueError(
+            f"the model's weights are not those in which the finished tasks ended ({said:.500}), so this fit would "
+            f"keep what no task needs: load those of the last task's end, rnf.restore('{file_name(task)}', model), or "
+            f"give tasks up with rnf.forget({task!r}) or a new RelevanceFreezing"
+        )
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Hold rows from here on, at the values that they have now; in a recovery that is resumed, inside of it."""
+        self._waiting.close()
         self.freezer.attach(optimizers)
         self._pin_norms()
         if self.state.recovering is not None:
@@ -87,9 +144,30 @@ class Holding:
 
     def end(self) -> None:
         """Give the model back. Safe to call twice."""
+        self._waiting.close()
         self._silenced.close()
         self._pinned.close()
         self.freezer.detach()
+
+    def _begin_built(self, built: Callable[[], Any]) -> None:
+        self.state.check_module(self.module)
+        self._begin()
+        built()
+        self._waiting.callback(refuse_more_parameters(self.module))
+
+    def _learning(self) -> set[str]:
+        """Layers and shared parameters whose relevant rows are elastic."""
+        factors = elasticities(self.state, *self.elasticities)
+        frozen = self.state.frozen()
+        of_layers = {
+            layer.name
+            for layer in self.state.layers
+            if (factors[f"{layer.name}.weight"][layer.spread(f"{layer.name}.weight", frozen[layer.name])] != 0).any()
+        }
+        return of_layers | {name for name in self.state.shared if factors[name] != 0}
+
+    def _form(self, parameter: str) -> str:
+        return self.state.forms.get(parameter, "float32 ")  # most are, and files of before don't say
 
     def _begin(self) -> None:
         self.freezer = Freezer(self.module, elasticities(self.state, *self.elasticities))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
@@ -37,12 +37,32 @@ _REFUSED = {
 }
 
 
-def refuse_others(trainer: Trainer, kind: type[Callback]) -> None:
-    """Check that the Trainer has one callback of this kind.
+def refuse_other_package(*things: object) -> None:
+    """Check that a Trainer, a module and a data module are of the package ``lightning``.
 
     Raises:
-        ValueError: if it has more.
+        TypeError: if one is of the package ``pytorch_lightning``, whose classes are others of the same names.
     """
+    for thing in things:
+        if any(kind.__module__.partition(".")[0] == "pytorch_lightning" for kind in type(thing).__mro__):
+            raise TypeError(
+                f"{type(thing).__name__} is a class of the package pytorch_lightning, which lightning_rnf does not "
+                "work with: import Trainer, LightningModule and LightningDataModule from lightning.pytorch instead"
+            )
+
+
+def check_trainer(trainer: Trainer, callback: Callback, kind: type[Callback]) -> None:
+    """Refuse Trainers that can't be worked with, and warn of callbacks that write behind this one's back.
+
+    Raises:
+        ValueError: naming what to use.
+    """
+    _refuse_others(trainer, kind)
+    refuse_strategies(trainer)
+    _warn_of_averages(trainer, callback)
+
+
+def _refuse_others(trainer: Trainer, kind: type[Callback]) -> None:
     every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if sum(isinstance(callback, kind) for callback in every) > 1:
         name = kind.__name__
@@ -110,8 +130,54 @@ def check_sharding(trainer: Trainer, module: LightningModule) -> None:
         sharding.check(module, trainer.world_size)
 
 
-def warn_of_averages(trainer: Trainer, callback: Callback) -> None:
-    """Warn of callbacks that write averaged weights into the model after this one has made a record of others."""
+def scores_of_before(trainer: Trainer) -> dict[Callback, float]:
+    """At a fit's start: the best score of each ``EarlyStopping`` that an earlier fit has used."""
+    return {
+        callback: float(callback.best_score)
+        for callback in trainer.early_stopping_callbacks
+        if callback is not None and math.isfinite(callback.best_score)
+    }
+
+
+def warn_of_unearned_stop(trainer: Trainer, task: str, before: Mapping[Callback, float]) -> None:
+    """Warn where an ``EarlyStopping`` has ended a task's fit by what it had seen in an earlier one: see `before`."""
+    for stopping, best in before.items():
+        assert isinstance(stopping, callbacks.EarlyStopping)
+        has_stopped = stopping.wait_count >= stopping.patience and float(stopping.best_score) == best
+        if has_stopped and trainer.max_epochs is not None and trainer.current_epoch < trainer.max_epochs:
+            rank_zero_warn(
+                f"{task}: EarlyStopping(monitor={stopping.monitor!r}) has ended the fit at epoch "
+                f"{trainer.current_epoch} of {trainer.max_epochs} by what it kept from an earlier fit: its best, "
+                f"{best:.4g}, and its count of epochs without a better one; give each fit a new EarlyStopping"
+            )
+
+
+def warn_of_untrained(trainer: Trainer, name: str | None, state: FreezeState) -> None:
+    """Warn where a fit had no epoch left, and so its task has not ended."""
+    is_restored = bool(state.tasks) if name is None else name in state.tasks  # one that ended before: nothing is lost
+    if trainer.max_epochs and trainer.fit_loop.done and not is_restored:
+        rank_zero_warn(
+            f"nothing was trained, so {'the task' if name is None else repr(name)} has not ended: the epochs of the "
+            f"Trainer, or of the checkpoint, count on, and {trainer.current_epoch} of max_epochs={trainer.max_epochs} "
+            "are over; use a new Trainer for each task, or raise max_epochs"
+        )
+
+
+def check_active_head(module: nn.Module, name: str) -> None:
+    """Check that the task of a fit and the `MultiHead` of the model agree, where it has a head of that name.
+
+    Raises:
+        ValueError: if another head is active.
+    """
+    for where, heads in module.named_modules():
+        if isinstance(heads, MultiHead) and name in heads.tasks and heads.active != name:
+            raise ValueError(
+                f"the fit's task is {name!r}, but the active head of {where!r} is that of {heads.active!r}: call "
+                f"{where}.activate({name!r}) before fit, or give the task another name"
+            )
+
+
+def _warn_of_averages(trainer: Trainer, callback: Callback) -> None:
     order: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for later in order[order.index(callback) + 1 :]:
         if isinstance(later, _AVERAGING):

@@ -33,6 +33,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     code, *more = [block for block in blocks if "torchgeo" not in block and "protect" not in block]
     names = {"model": model, "tasks": tasks, "x": inputs(), "torch": torch, "UnitMap": UnitMap}
     exec(code, names)
+    (names["path"],) = tmp_path.rglob("digits-23-ended.ckpt")
+    names["digits_45"] = task_data("c")
+    names["digits_45"].task = "digits-45"
     names["batch"] = (inputs(), torch.zeros(len(inputs()), dtype=torch.long))
     options, *more = more
     exec(options, {"RelevanceFreezing": RelevanceFreezing})

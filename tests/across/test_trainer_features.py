@@ -322,6 +322,22 @@ def test_early_stopping_ends_the_task():
     assert list(rnf.state.tasks) == ["a"]
 
 
+def test_an_early_stopping_of_an_earlier_fit_is_told_of_where_it_ends_the_next_one():
+    model, rnf = Classifier(lr=0.0), RelevanceFreezing()
+    stopping = EarlyStopping("val_accuracy", mode="max", patience=2)
+    fit(model, rnf, "a", stopping, max_epochs=50)  # earned: no warning
+    sentence = (
+        r"b: EarlyStopping\(monitor='val_accuracy'\) has ended the fit at epoch \d of 50 by .* a new EarlyStopping"
+    )
+    stopping.best_score = torch.tensor(1.1)  # whatever task b has is worse
+    with pytest.warns(UserWarning, match=sentence):
+        stopped = fit(model, rnf, "b", stopping, max_epochs=50)
+    assert stopped.current_epoch == 1  # its count goes on
+    assert list(rnf.state.tasks) == ["a", "b"]
+    stopping.best_score, stopping.wait_count = torch.tensor(0.1), 0
+    fit(model, rnf, "c", stopping, max_epochs=50)  # it has seen a better one in this fit: earned
+
+
 @pytest.mark.parametrize("limit", [{"max_steps": 7, "max_epochs": -1}, {"max_time": "00:00:00:01", "max_epochs": -1}])
 def test_other_ends_of_a_fit_end_the_task(limit):
     rnf = RelevanceFreezing()
@@ -460,7 +476,8 @@ def test_one_trainer_for_all_tasks():
 
     def more():
         model.heads.activate("b")
-        one.fit(model, datamodule=task_data("b"))  # has nothing to train, and so ends no task
+        with pytest.warns(UserWarning, match="nothing was trained, so 'b' has not ended: .* raise max_epochs"):
+            one.fit(model, datamodule=task_data("b"))
         assert list(rnf.state.tasks) == ["a"]
         one.fit_loop.max_epochs += 2
         one.fit(model, datamodule=task_data("b"))
@@ -505,7 +522,7 @@ class AllInOne(pl.LightningDataModule):
 @pytest.mark.parametrize("options", [{}, {"reset_free": True}, {"norm_statistics": "pinned"}])
 def test_tasks_ended_by_hand_inside_one_fit(options):
     model = ConvClassifier(weight_decay=0.1)
-    rnf = RelevanceFreezing(loader("a"), task="c", **options)
+    rnf = RelevanceFreezing(loader("a"), task=lambda trainer, module: module.heads.active, **options)
     in_turn = InTurn(rnf)
     trainer(in_turn, rnf, max_epochs=6, reload_dataloaders_every_n_epochs=2).fit(model, datamodule=AllInOne())
     assert list(rnf.state.tasks) == ["a", "b", "c"]

@@ -768,7 +768,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_layer_that_units_cant_follow_is_refused_by_name(case):
     build, name, reason = REFUSED[case]
-    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units="):
+    other = {"runs twice": "a layer for each run", "parametrized": "remove_parametrizations"}.get(case, "of its own")
+    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units=.*, or .*{other}"):
         units_of(build())
 
 

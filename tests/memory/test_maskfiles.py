@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.models import vgg16
 
 from lightning_rnf import RelevanceFreezing, UnitLayer, UnitMap
+from lightning_rnf.anatomy import form
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import maskfiles
 from lightning_rnf.memory.state import FreezeState
@@ -447,3 +448,10 @@ def test_masks_go_to_the_hub_and_come_back(tmp_path, monkeypatch):
     assert found.ending.selection.rations == (0.5,)
     with pytest.raises(ValueError, match="conv1"):
         RelevanceFreezing.from_pretrained("me/masks", model=make(Mlp))
+
+
+def test_the_forms_of_parameters_are_in_the_file(tmp_path):
+    state = state_of(make(ConvNet))
+    state.forms = {name: form(parameter) for name, parameter in make(ConvNet).named_parameters()}
+    maskfiles.save(state, tmp_path / "masks.safetensors")
+    assert maskfiles.load(tmp_path / "masks.safetensors").forms == state.forms

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -379,3 +380,57 @@ def test_a_transposed_layer_has_to_have_as_many_units_in_as_many_groups(up, fits
     model.up, model.slopes = up, nn.PReLU(6)
     with nullcontext() if fits else pytest.raises(ValueError, match="'up' had 6 units"):
         FreezeState(layers=(TRANSPOSED,)).check_module(model)
+
+
+FORMS = {
+    "fc1.weight": "float32 (6, 4)",
+    "fc1.bias": "float32 (6,)",
+    "fc2.weight": "float32 (5, 6)",
+    "fc2.bias": "float32 (5,)",
+    "norm.weight": "float32 (6,)",
+    "norm.bias": "float32 (6,)",
+    "heads.tasks.first.weight": "float32 (3, 5)",
+    "heads.tasks.first.bias": "float32 (3,)",
+}
+
+
+def state_with(forms):
+    state = state_of(make(Mlp))
+    state.forms = dict(forms)
+    return state
+
+
+def test_forms_of_parameters_come_back_and_are_left_out_where_none_are_known():
+    state = state_with(FORMS)
+    assert FreezeState.from_plain(state.to_plain()).forms == FORMS
+    state.check_whole(make(Mlp))
+    state.forms = {}
+    assert "forms" not in state.to_plain()
+    assert FreezeState.from_plain(state.to_plain()).forms == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fc1.weight": "float32 (7, 4)"}, "has no 'fc1.weight' of 6 units"),
+        ({"fc1.weight": None}, "has no 'fc1.weight' of 6 units"),
+        ({"norm.weight": None}, "lacks 'norm.weight'"),
+        ({"heads.tasks.first.bias": None}, "lacks 'heads.tasks.first.bias'"),
+        ({"more": "float32"}, "should be dtypes and shapes, one is 'float32'"),
+        ({"more": "float32 (-1, 2)"}, "should be dtypes and shapes"),
+        ({"more": f"float32 ({'9' * 17},)"}, "should be dtypes and shapes"),
+        ({"more": 3}, "'forms' should be names"),
+    ],
+)
+def test_forms_that_no_model_of_this_state_can_have_are_refused(changes, said):
+    forms = {name: form for name, form in {**FORMS, **changes}.items() if form is not None}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        FreezeState.from_plain(state_with({}).to_plain() | {"forms": forms})
+
+
+def test_a_parameter_of_another_shape_than_the_forms_say_is_refused():
+    with pytest.raises(
+        ValueError, match=re.escape("'fc2.weight' of layer 'fc2' of the finished tasks had shape (5, 9)")
+    ):
+        state_with(FORMS | {"fc2.weight": "float32 (5, 9)"}).check_module(make(Mlp))
+    state_with(FORMS | {"fc2.weight": "bfloat16 (5, 6)"}).check_module(make(Mlp))  # a conversion leaves the shape
