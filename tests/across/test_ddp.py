@@ -135,8 +135,8 @@ def test_a_failure_in_one_process_is_raised_in_all_of_them_with_its_message(run)
 
 
 def test_a_failure_that_nobody_catches_ends_the_run(run):
-    assert run.ended.returncode != 0
-    assert "labels range from 0 to 5, but the head has 2 outputs" in run.ended.stderr
+    assert run.codes == [1] * len(run.ranks)
+    assert "labels range from 0 to 5, but the head has 2 outputs" in run.stderr
 
 
 def test_a_data_set_that_is_not_whole_in_every_process_is_refused_before_training(run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -11,32 +10,18 @@ import time
 import pytest
 import torch
 from killed import MOMENTS, run
+from launched import ended, started
 
-# At random moments so many times: RNF_KILLS=20 pytest tests/across/test_resume.py is the long run.
+# At random moments so many times: RNF_KILLS=20 pytest -m slow tests/across/test_resume.py is the long run.
 KILLS = int(os.environ.get("RNF_KILLS", 3))
-
-# Forked from a process that has imported everything and computed nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["killed"])
-
-
-def start(*args):
-    process = SERVER.Process(target=run, args=args)
-    process.start()
-    return process
-
-
-def ended(process):
-    process.join(120)
-    return process.exitcode
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["plain", "recovery"])
 def uninterrupted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    started = time.monotonic()
-    assert ended(start(folder, None, request.param)) == 0
-    return request.param, torch.load(folder / "result.pt", weights_only=True), time.monotonic() - started
+    began = time.monotonic()
+    assert ended(started(run, folder, None, request.param)) == [0]
+    return request.param, torch.load(folder / "result.pt", weights_only=True), time.monotonic() - began
 
 
 def assert_equal(folder, expected):
@@ -55,23 +40,24 @@ def assert_equal(folder, expected):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_moment_and_resumed_is_as_if_never_killed(moment, uninterrupted, tmp_path):
     recovery_epochs, expected, _ = uninterrupted
-    assert ended(start(tmp_path, moment, recovery_epochs)) == -signal.SIGKILL
+    assert ended(started(run, tmp_path, moment, recovery_epochs)) == [-signal.SIGKILL]
     assert not (tmp_path / "result.pt").exists()
-    assert ended(start(tmp_path, None, recovery_epochs)) == 0
+    assert ended(started(run, tmp_path, None, recovery_epochs)) == [0]
     assert_equal(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_is_as_if_never_killed(uninterrupted, tmp_path):
     recovery_epochs, expected, seconds = uninterrupted
     draw = random.Random(recovery_epochs)
     for trial in range(KILLS):
         folder, kills = tmp_path / str(trial), 0
-        process = start(folder, None, recovery_epochs)
+        process = started(run, folder, None, recovery_epochs)
         process.join(draw.uniform(0.0, seconds))
         while process.exitcode is None and kills < 3:
             process.kill()
             kills += 1
-            process = start(folder, None, recovery_epochs)
+            process = started(run, folder, None, recovery_epochs)
             process.join(draw.uniform(0.0, seconds))
-        assert ended(process) == 0
+        assert ended(process) == [0]
         assert_equal(folder, expected)

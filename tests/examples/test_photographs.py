@@ -27,7 +27,7 @@ def noise(path, seed, size=40):
 
 @has("tinyimagenet200")
 def test_imagenet_split_forgets_nothing_on_its_stand_in(run):  # noqa: F811
-    options = ["--fast", "--tasks", "2", "--samples", "4000", "--epochs", "3", "--set", "stream.classes=5"]
+    options = ["--fast", "--tasks", "2", "--samples", "2000", "--epochs", "3", "--set", "stream.classes=5"]
     options[-1:] = [
         "stream.classes=5",
         "methods.best.freezing.criterion=0.2",
@@ -60,7 +60,7 @@ def test_adience_split_forgets_nothing_on_its_stand_in(run):  # noqa: F811
 def test_imagenet_is_kept_before_the_stand_in_for_adience(run):  # noqa: F811
     options = ["--fast", "--samples", "120", "--epochs", "1", "--method", "naive", "exact", "--set"]
     options += ["methods.exact.freezing.criterion=0.2", "methods.exact.freezing.attribution_samples=20"]
-    options += ["training.learning_rate=0.003", "methods.exact.freezing.resolution=50"]
+    options += ["training.learning_rate=0.003", "methods.exact.freezing.resolution=50", "stream.imagenet_size=128"]
     summary = run("imagenet_to_adience", "--settings", settings("imagenet_to_adience_utkface"), *options)
     naive, exact = of(summary, "naive"), of(summary, "exact")
     assert "reference data and test at once" in summary["stand_in"]

@@ -6,13 +6,12 @@ import json
 import pickle
 import random
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from launched import ended, started
 from records import ConvNet, Mlp, every_second, make, record_of, state_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -354,14 +353,13 @@ def test_what_a_file_says_of_itself_reaches_no_terminal_as_it_is(tmp_path):
 
 
 MEMORY = """
-import sys
 from lightning_rnf.memory import maskfiles
 def peak():  # ru_maxrss would be that of the parent if it is larger
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-maskfiles.load(sys.argv[1])
+maskfiles.load(small)
 before = peak()
-maskfiles.load(sys.argv[2])
-print((peak() - before) * 1024)
+maskfiles.load(large)
+grown.write_text(str((peak() - before) * 1024))
 """
 
 
@@ -380,8 +378,9 @@ def test_a_unit_takes_a_byte_and_no_more(tmp_path):
     tensors = {"masks": torch.zeros(2, units // 8, dtype=torch.uint8)}
     text = json.dumps(plain)
     save_file(tensors, large, {"lightning_rnf": text, "sha256": maskfiles.checksum(text, tensors)})
-    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(small), str(large)]
-    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = tmp_path / "grown"
+    assert ended(started(exec, MEMORY, {"small": small, "large": large, "grown": found})) == [0]
+    grown = int(found.read_text())
     # A byte a unit and task, the file, and one mask on the way.
     assert 2 * units < grown < 10 * large.stat().st_size + units
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import NARROW, narrow, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CLASSES, Built, convnet, mlp
@@ -1026,20 +1027,31 @@ ARCHITECTURES = {
     "vit_b_16": 0.7,
 }
 """The largest share of the parameters that may be left with a random half of the units."""
+WIDE = [
+    pytest.param(name, marks=pytest.mark.slow) if name in NARROW or "vgg" in name else name for name in ARCHITECTURES
+]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", WIDE)
 def test_torchvision(name):
-    models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     options = {"vit_b_16": {"image_size": 32}, "googlenet": {"aux_logits": False, "init_weights": False}}
-    net = models.get_model(name, weights=None, num_classes=CLASSES, **options.get(name, {}))
+    check_architecture(whole(name, num_classes=CLASSES, **options.get(name, {})), ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_networks_of_torchvision(name):
+    torch.manual_seed(0)
+    check_architecture(narrow(name, CLASSES), {"vit_b_16": 0.85}.get(name, 0.7))
+
+
+def check_architecture(net: nn.Module, share: float) -> None:
     for part in net.modules():
         if isinstance(part, nn.Linear):  # some heads begin at zero, and some layers are made for millions of images
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
     task = Task(net, (3, 32, 32))
     small = task.check()
-    assert parameters(small) < ARCHITECTURES[name] * parameters(net)
+    assert parameters(small) < share * parameters(net)
 
 
 def test_a_network_is_exported_and_counted_while_its_frozen_rows_are_spared():

@@ -1,4 +1,4 @@
-"""What test_communication runs in two processes: ``python -m torch.distributed.run … communicating.py folder``."""
+"""What test_communication runs in two processes: ``communicating.py folder``, started by ``launched``."""
 
 from __future__ import annotations
 

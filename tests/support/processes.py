@@ -1,11 +1,13 @@
-"""What test_ddp runs in several processes, and in one: ``python -m torch.distributed.run … processes.py folder``."""
+"""What test_ddp runs in several processes, and in one: ``processes.py folder``, started by ``launched``."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -46,6 +48,11 @@ def fit(model, rnf, task="a", *callbacks, **options):
 def trained(model_type=ConvClassifier):
     """The same weights in any number of processes, and a fit that leaves them as they are."""
     torch.manual_seed(0)
+    return copy.deepcopy(_trained(model_type))
+
+
+@cache
+def _trained(model_type):
     model = model_type(optimizer=torch.optim.SGD, lr=0.0)
     model.heads.activate("a")
     x, y = clusters("a", 320).tensors

@@ -1,4 +1,4 @@
-"""What test_sharding runs in several processes: ``python -m torch.distributed.run … sharded.py folder``."""
+"""What test_sharding runs in several processes: ``sharded.py folder``, started by ``launched``."""
 
 from __future__ import annotations
 
