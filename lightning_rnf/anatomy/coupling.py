@@ -42,7 +42,12 @@ class Given:
     def to(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
         """Copies what a module is about to be given."""
         found: list[Tensor] = []
-        apply_to_collection((list(args), dict(kwargs)), Tensor, found.append)
+
+        def seen(x: Tensor) -> Tensor:
+            found.append(x)
+            return x  # a packed sequence is put together again of what comes back
+
+        apply_to_collection((list(args), dict(kwargs)), Tensor, seen)
         few = len(found) == 1 and bool(args) and found[0] is args[0] and found[0].ndim > 1
         copied = apply_to_collection((tuple(args), dict(kwargs)), Tensor, lambda x: _copied(x[:SAMPLES] if few else x))
         device = found[0].device.type if found else "cpu"

@@ -96,7 +96,12 @@ def rows_of(batch: Any) -> int | None:
 def fingerprint(batch: Any) -> list[str]:
     """Sums of a batch's tensors: enough to see whether several processes walk through the same data."""
     sums: list[str] = []
-    apply_to_collection(batch, Tensor, lambda one: sums.append(f"{tuple(one.shape)} {one.double().sum().item()}"))
+
+    def seen(one: Tensor) -> Tensor:
+        sums.append(f"{tuple(one.shape)} {one.double().sum().item()}")
+        return one  # a packed sequence is put together again of what comes back
+
+    apply_to_collection(batch, Tensor, seen)
     return sums
 
 

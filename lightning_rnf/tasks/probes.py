@@ -170,7 +170,12 @@ def _size(batch: Any) -> int:
 
 def _tensors(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
+
+    def seen(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor  # a packed sequence is put together again of what comes back
+
+    apply_to_collection(batch, Tensor, seen, allow_frozen=True)
     return found
 
 

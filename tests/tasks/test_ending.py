@@ -9,11 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 from training import Classifier, clusters, frozen_rows, inputs, loader, task_data, train, trainer
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.streams import TaskDataModule
+from lightning_rnf.tasks.loaders import fingerprint
 
 # A sum of experts' outputs by index has no rule of its own; where they are disjoint it hands relevance on.
 pytestmark = pytest.mark.filterwarnings("ignore:.*relevance is not conserved:UserWarning")
@@ -304,6 +306,39 @@ def test_what_can_not_be_cut_into_samples_is_kept_whole_or_not_at_all(form, monk
         trainer(rnf).fit(model, loader, loader)
     assert list(rnf.state.tasks) == ["a"]
     assert rnf.report(model).drift == ({} if form == "too large" else {"a": 0.0})
+
+
+class Packed(Classifier):
+    """Samples of unequal lengths, of which the last steps count; a layer has a forward of its own."""
+
+    class Itself(nn.Linear):
+        def forward(self, steps: PackedSequence):
+            data = nn.functional.linear(steps.data, self.weight, self.bias).relu()
+            return PackedSequence(data, steps.batch_sizes, steps.sorted_indices, steps.unsorted_indices)
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.body, self.first = nn.Sequential(nn.Linear(6, 24), nn.ReLU()), self.Itself(6, 6)
+        self.heads = MultiHead(24, dict.fromkeys("abc", 2))
+
+    def forward(self, x):
+        steps, lengths = nn.utils.rnn.pad_packed_sequence(self.first(x), batch_first=True)
+        return self.heads(self.body(steps[torch.arange(len(steps)), lengths - 1]))
+
+
+def test_packed_sequences_are_kept_whole():
+    x, y = clusters("a", 60).tensors
+    steps = [(one.repeat(1 + place % 3, 1), label) for place, (one, label) in enumerate(zip(x, y, strict=True))]
+
+    def packed(samples):
+        return pack_sequence([one for one, _ in samples], enforce_sorted=False), torch.stack([y for _, y in samples])
+
+    data = DataLoader(steps, 20, collate_fn=packed)
+    rnf = RelevanceFreezing(heads="heads.tasks.*", task="a")
+    model = Packed()
+    trainer(rnf).fit(model, data, data)
+    assert rnf.report(model).drift == {"a": 0.0}
+    assert len(fingerprint(next(iter(data)))) == 5  # of all tensors of the sequence, and of the labels
 
 
 # -- what will disappoint ---------------------------------------------------------------------------------------------
