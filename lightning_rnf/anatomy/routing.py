@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.anatomy.layers import UnitLayer, inside
 from lightning_rnf.anatomy.units import UnitMap
@@ -17,11 +18,11 @@ _REASON = "runs on some batches only"
 
 
 class Routes:
-    """Watches which modules run that a trace has not seen. Where it has seen them all, nothing is watched.
+    """Watches what runs, or is read, that a trace has not seen. Where it has seen everything, nothing is watched.
 
     Attributes:
-        missed: names of such modules with parameters or buffers, in the order in which they ran.
-        batches: one for each time that there were new ones.
+        missed: by walk, names of modules that ran and of parameters that a function was given, in order.
+        batches: of the first walk, one for each time that there were new ones.
     """
 
     def __init__(self, module: nn.Module, units: UnitMap) -> None:
@@ -30,33 +31,57 @@ class Routes:
             for name, part in module.named_modules()
             if name and name not in units.ran and not inside(name, units.head) and _has_own(part)
         }
-        self._running: set[str] = set()
-        self.missed: list[str] = []
+        idle = {name for name in units.idle if not _is_beside(name, units.head)}
+        own = module.named_parameters(remove_duplicate=False)
+        self._idle = {id(parameter): name for name, parameter in own if name in idle}
+        self._seen: set[str] = set()
+        self.missed: dict[int, list[str]] = {}
         self.batches: list[Any] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside the context runs of modules are noticed."""
+        """Inside the context it is noticed."""
 
         def ran(name: str, *call: object) -> None:
-            self._running.add(name)
+            self._seen.add(name)
 
         handles = [part.register_forward_pre_hook(partial(ran, name)) for name, part in self._watched.items()]
         try:
-            yield
+            with _Reads(self._idle, self._seen) if self._idle else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def each(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Hand batches on, and note after each what ran that had not run before."""
+    def each(self, batches: Iterable[Any], walk: int) -> Iterator[Any]:
+        """Hand batches on, and note after each what had not been seen in this walk before."""
+        missed = self.missed.setdefault(walk, [])
         for batch in batches:
-            self._running.clear()
+            self._seen.clear()
             yield batch
-            new = [name for name in self._watched if name in self._running and name not in self.missed]
+            new = [name for name in (*self._watched, *self._idle.values()) if name in self._seen]
+            new = [name for name in new if name not in missed]
             if new:
-                self.missed += new
-                self.batches.append(batch)
+                missed += new
+                if len(self.missed) == 1:
+                    self.batches.append(batch)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of these parameters functions are given."""
+
+    def __init__(self, names: Mapping[int, str], seen: set[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.seen = seen
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            several = argument if isinstance(argument, (list, tuple)) else (argument,)
+            self.seen.update(self.names[id(one)] for one in several if id(one) in self.names)
+        return function(*args, **(kwargs or {}))
 
 
 def joined(
@@ -68,19 +93,20 @@ def joined(
         units: of one batch.
         module: the model.
         others: maps of batches that run more.
-        missed: modules that run in some batch.
+        missed: modules that run in some batch, and parameters that are read.
         known: layers that units may be made of, if other tasks have ended; None: any.
 
     Returns:
-        The map, and which of the missed modules can't be made of units: their parameters are shared.
+        The map, and the modules of those that can't be made of units: their parameters are shared.
     """
     for other in sorted(others, key=lambda one: one.ran):
         if _fit(units, other, known):
             units = _union(units, other)
-    own = {name: part for name, part in module.named_modules() if name in set(missed) - set(units.ran)}
+    missed = set(missed)
+    own = {name: part for name, part in module.named_modules() if name in missed - set(units.ran)}
     parameters = [f"{name}.{key}" for name, part in own.items() for key, _ in part.named_parameters(recurse=False)]
     buffers = [f"{name}.{key}" for name, part in own.items() for key, _ in part.named_buffers(recurse=False)]
-    left = [name for name in parameters if name in units.idle]
+    left = [name for name in units.idle if name in missed or name in parameters]
     whole = replace(
         units,
         shared=(*units.shared, *left),
@@ -126,6 +152,12 @@ def _by_name(units: UnitMap) -> Mapping[str, UnitLayer]:
 
 def _of_units(units: UnitMap) -> set[str]:
     return {name for layer in units.layers for name in layer.parameters}
+
+
+def _is_beside(parameter: str, head: str) -> bool:
+    """Whether it stands in the container of the head: with the heads of other tasks."""
+    container = head.rpartition(".")[0]
+    return bool(container) and parameter.startswith(f"{container}.")
 
 
 def _has_own(module: nn.Module) -> bool:

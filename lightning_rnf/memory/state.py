@@ -176,7 +176,7 @@ class FreezeState:
         """A new trace with the known layers that did not run in it: experts of another task, say.
 
         Raises:
-            ValueError: naming a layer that differs, or that is not one of the known.
+            ValueError: naming a layer that differs, or that the model has come to have.
         """
         if not self.tasks and self.recovering is None:
             return units
@@ -188,6 +188,10 @@ class FreezeState:
                         f"the model's layers no longer match the finished tasks: layer {name!r} had {what} "
                         f"{had!r}, in its place is one with {getattr(found[name], what)!r}; {_SOME_ONLY}"
                     )
+        # Experts that no earlier task has run: the model had them, so recall of those tasks does without.
+        new = [layer for name, layer in found.items() if name not in known and set(layer.parameters) <= set(self.forms)]
+        late = [name for layer in new for name in layer.parameters]
+        found = {name: layer for name, layer in found.items() if layer not in new}
         idle = {name for name, layer in known.items() if set(layer.parameters) <= set(units.idle)}
         if differing := sorted(known.keys() - found.keys() - idle | found.keys() - known.keys()):
             raise ValueError(
@@ -195,7 +199,13 @@ class FreezeState:
                 f"another; {_SOME_ONLY}"
             )
         at_rest = {name for layer in idle - found.keys() for name in known[layer].parameters}
-        return replace(units, layers=self.layers, idle=tuple(name for name in units.idle if name not in at_rest))
+        return replace(
+            units,
+            layers=self.layers,
+            idle=tuple(name for name in units.idle if name not in at_rest),
+            shared=(*units.shared, *late),
+            reasons={**units.reasons, **dict.fromkeys(late, "ran for no earlier task")},
+        )
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Check that a model's parameters, by name, are there for all layers and heads of the finished tasks.

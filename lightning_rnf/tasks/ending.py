@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +14,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_rnf.anatomy import UnitMap, joined
-from lightning_rnf.memory import FreezeState, TaskRecord, changed, fingerprints
+from lightning_rnf.memory import FreezeState, TaskRecord, changed, fingerprints, moved
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking
 from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
 from lightning_rnf.search import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.tasks import checkpoints, foresight
-from lightning_rnf.tasks.probes import SAMPLES
+from lightning_rnf.tasks.probes import SAMPLES, taken
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.tasks.runs import check_new_name, ranks_of
 from lightning_rnf.tasks.selection import MissedError, Selection
@@ -102,6 +102,7 @@ class Ending:
     masked: bool = True
     heatmaps: int = 0
     is_exact: bool = True
+    _rehearsed: UnitMap | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.recovery.epochs:
@@ -128,6 +129,7 @@ class Ending:
             how = trainer.precision_plugin.forward_context
             batch = ReferenceData([example], 1, self.reference.predict, how)
             units, targets = ranks_of(trainer).decided(lambda: self._rehearse(module, state, batch))
+            self._rehearsed = units
             if size is not None and self._too_few(targets * size[0] // size[1]):
                 # Other batches may have more: only what is counted is certain, and where it is little it is soon done.
                 self._check_size(self.reference.draw(trainer).targets(module))
@@ -240,6 +242,7 @@ class Ending:
         """The units, and how many targets the batch has."""
         units = self._trace(module, state, batch.example)
         targets = batch.targets(module)
+        foresight.tried(lambda: taken(module, batch, nullcontext()))
         if targets:  # predict may drop all of a batch and none of the next
             self.selection.check(module, units, batch, *self._criteria())
             if self.heatmaps:
@@ -264,7 +267,7 @@ class Ending:
         show: Show = silent,
     ) -> _Found:
         """By units of all that the reference data run: those of the first batch, unless others run more."""
-        units = reference.ranks.decided(lambda: self._trace(module, state, reference.example))
+        units = reference.ranks.decided(lambda: self._found(module, state, reference))
         whole: tuple[str, ...] = ()
         while True:
             survey = Survey(module, units)
@@ -273,10 +276,13 @@ class Ending:
                     name, module, units, reference, state, *criteria, show=show, survey=survey
                 )
             except MissedError:
-                units, more = self._joined(units, module, state, reference, survey)
+                units, more = self._joined(units, module, state, reference, survey, 0)
                 whole = (*whole, *more)
             else:
-                return _Found(record, units, whole, survey.constant_accuracy(reference.ranks), state.frozen())
+                # Silence may send samples another way than the whole network did.
+                units, more = self._joined(units, module, state, reference, survey, record.cutoff)
+                constant = survey.constant_accuracy(reference.ranks)
+                return _Found(record, units, (*whole, *more), constant, state.frozen())
 
     def _settle(
         self,
@@ -287,11 +293,11 @@ class Ending:
         *,
         show: Show,
     ) -> _Found:
-        units = reference.ranks.decided(lambda: self._trace(module, state, reference.example))
+        units = reference.ranks.decided(lambda: self._found(module, state, reference))
         survey = Survey(module, units)
         given = (recovered, module, units, reference, state, self.criterion)
         record = self.selection.settle(*given, milder=self.recovery.search, show=show, survey=survey)
-        units, whole = self._joined(units, module, state, reference, survey)
+        units, whole = self._joined(units, module, state, reference, survey, record.cutoff)
         return _Found(record, units, whole, survey.constant_accuracy(reference.ranks), state.frozen())
 
     def _joined(
@@ -301,19 +307,20 @@ class Ending:
         state: FreezeState,
         reference: ReferenceData,
         survey: Survey,
+        walk: int,
     ) -> tuple[UnitMap, tuple[str, ...]]:
-        """The units of what other batches run, too, and which of their modules can't be made of any."""
+        """The units of what other batches run, too, in a walk; and which of their modules can't be made of any."""
 
         def others() -> list[UnitMap]:
             found = []
-            for batch in survey.routes.batches:
+            for batch in survey.routes.batches if walk == 0 else ():
                 with suppress(TypeError, ValueError):  # what can't be made of units there is frozen whole
                     found.append(self._map(module, reference.convert(batch)))
             return found
 
         ranks = reference.ranks
         maps = [one for of_rank in ranks.each(others) for one in of_rank]
-        missed = [name for of_rank in ranks.gather(survey.routes.missed) for name in of_rank]
+        missed = [name for of_rank in ranks.gather(survey.routes.missed.get(walk, [])) for name in of_rank]
         is_first = not state.tasks and state.recovering is None
         known = None if is_first else [layer.name for layer in state.layers]
         all_units, whole = joined(units, module, maps, missed, known)
@@ -335,31 +342,41 @@ class Ending:
         witnesses: Witnesses,
     ) -> None:
         """See again what earlier tasks left, and keep samples of this one. No task is lost for it."""
-        try:
-            seen = witnesses.look(
-                record,
-                module,
-                state.layers,
-                reference,
-                state,
-                masked=self.masked,
-                images=self.heatmaps,
-                composite=self.selection.composite,
-            )
-        except Exception as error:  # whatever a forward of the user's makes of a few samples
-            foresight.of_failure(record.name, error)
-            return
+        seen = witnesses.look(
+            record,
+            module,
+            state.layers,
+            reference,
+            state,
+            masked=self.masked,
+            images=self.heatmaps,
+            composite=self.selection.composite,
+        )
         record.drift.update(seen.drift)
         if self.is_exact:
-            parameters = dict(module.named_parameters(remove_duplicate=False))
-            earlier = [name for name in state.tasks if name != record.name]
-            foresight.of_drift(record.name, seen, {name: changed(parameters, state, name) for name in earlier})
+            foresight.of_drift(record.name, seen, moved(dict(module.named_parameters(remove_duplicate=False)), state))
 
     def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
         ration = self.selection.ration(len(state.tasks) - 1)
         tracking.announce(state, found.record, ration, trained=trained)
         foresight.of_runs(found.record.name, found.whole)
         foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=ration is not None)
+
+    def _found(self, module: torch.nn.Module, state: FreezeState, reference: ReferenceData) -> UnitMap:
+        """The units of the first batch that has some as they are known: no task is lost for those that disagree.
+
+        What another batch runs besides is frozen whole. If none will do, the units are those that were rehearsed.
+        """
+        failure: Exception | None = None
+        for batch in reference.batches:
+            try:
+                return self._trace(module, state, reference.convert(batch))
+            except (TypeError, ValueError) as error:
+                failure = failure or error
+        assert failure is not None
+        if self._rehearsed is None or self._rehearsed.head in {record.head for record in state.tasks.values()}:
+            raise failure
+        return state.completed(self._rehearsed)
 
     def _trace(self, module: torch.nn.Module, state: FreezeState, batch: Any) -> UnitMap:
         units = state.completed(self._map(module, batch))

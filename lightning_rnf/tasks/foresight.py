@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -11,10 +13,24 @@ from torch import Tensor, nn
 from lightning_rnf.anatomy import UnitMap
 from lightning_rnf.memory import TaskRecord
 from lightning_rnf.search import Criterion
-from lightning_rnf.tasks.witnesses import Sight
+
+T = TypeVar("T")
 
 MOST_SHARED = 0.5
 """Share of the parameters, heads left out, that may be frozen whole without a word."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was seen at a task's end.
+
+    Attributes:
+        drift: of earlier tasks' logits, as `probes.drifts`.
+        noise: how far the task's own logits are from those of a second run; None: it has no samples that can be kept.
+    """
+
+    drift: dict[str, float]
+    noise: float | None
 
 
 def of_units(units: UnitMap, module: nn.Module) -> None:
@@ -114,13 +130,17 @@ def of_writes(name: str, written: Sequence[str]) -> None:
         )
 
 
-def of_failure(name: str, error: Exception) -> None:
-    """Warn that samples of a task could not be kept, or those of earlier ones not be run again."""
-    said = " ".join(str(error).split())
-    rank_zero_warn(
-        f"{name}: samples could not be kept, or those of earlier tasks not be run again ({type(error).__name__}: "
-        f"{said:.200}); the task is kept all the same, but drift is not known"
-    )
+def tried(work: Callable[[], T], name: str = "") -> T | None:
+    """What work gives that no task may be lost for; a failure is a warning, and None."""
+    try:
+        return work()
+    except Exception as error:  # whatever a forward of the user's makes of a few samples
+        said = " ".join(str(error).split())
+        rank_zero_warn(
+            f"{name or 'rehearsal of the task'}: a few samples could not be kept, run again or drawn "
+            f"({type(error).__name__}: {said:.200}); the task is kept all the same, but drift is not known"
+        )
+        return None
 
 
 def of_runs(name: str, left: Sequence[str]) -> None:

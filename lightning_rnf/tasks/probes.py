@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.runtime import borrowed
+from lightning_rnf.tasks.foresight import tried
 from lightning_rnf.tasks.reference import ReferenceData
 
 SAMPLES = 8
@@ -27,7 +29,8 @@ LARGEST = 2**24
 def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *, masked: bool) -> dict[str, float]:
     """How far the recalled logits of finished tasks are from those of their ends, by task: see `Probe.drift`.
 
-    Not in it are tasks without a probe, those that ended in another precision, and those whose head does not run.
+    Not in it are tasks without a probe, those that ended in another precision, those whose head does not run, and, with
+    a warning, those whose samples do not run any more.
 
     Args:
         module: whole.
@@ -35,12 +38,14 @@ def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *
         probes: by task.
         masked: as for `subnetwork.recall`.
     """
-    found = {
-        name: probe.drift(module, state.layers, state.tasks[name], masked=masked)
-        for name, probe in probes.items()
-        if name in state.tasks and probe.dtype == next(module.parameters()).dtype
-    }
-    return {name: drift for name, drift in found.items() if drift is not None}
+    dtype = next(module.parameters()).dtype
+    found: dict[str, float] = {}
+    for name, probe in probes.items():
+        if name in state.tasks and probe.dtype == dtype:
+            drift = tried(partial(probe.drift, module, state.layers, state.tasks[name], masked=masked), name)
+            if drift is not None:
+                found[name] = drift
+    return found
 
 
 @dataclass(frozen=True, eq=False)

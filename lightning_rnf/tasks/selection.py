@@ -180,7 +180,7 @@ class Selection:
 
             def measure(cutoff: int) -> Measured:
                 measured = candidates.measure(cutoff)
-                if survey is not None and cutoff == 0 and any(reference.ranks.gather(bool(survey.routes.missed))):
+                if survey is not None and cutoff == 0 and any(reference.ranks.gather(bool(survey.routes.missed[0]))):
                     raise MissedError
                 return measured
 
@@ -370,7 +370,7 @@ class _Candidates:
         with self._speaking(cutoff):
             # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
             lowest = None if cutoff in self.measured_whole else self.limit
-            with self.prefix.spared("accuracy"), self.survey.of(self.reference) as reference:
+            with self.prefix.spared("accuracy"), self.survey.of(self.reference, cutoff) as reference:
                 measured = reference.measure(
                     self.module, self.metrics, finite=cutoff == 0, lowest=lowest, expected=self.targets
                 )

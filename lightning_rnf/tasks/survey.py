@@ -26,16 +26,11 @@ class Survey:
         self.routes = Routes(module, units)
         self._counts: Tensor | None = None
         self._targets = 0
-        self._is_made = False
 
     @contextmanager
-    def of(self, reference: ReferenceData) -> Iterator[ReferenceData]:
-        """The same data, seen on their first way through the network; later ones are as they are."""
-        if self._is_made:
-            yield reference
-            return
-        self._is_made = True
-        batches: Any = self.routes.each(reference.batches)
+    def of(self, reference: ReferenceData, walk: int) -> Iterator[ReferenceData]:
+        """The same data, seen on their way through the network; a walk is named by its cutoff."""
+        is_first = not self.routes.missed
 
         def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             logits, target = reference.predict(module, batch)
@@ -43,8 +38,9 @@ class Survey:
                 self._count(logits.shape[1], target)
             return logits, target
 
+        batches: Any = self.routes.each(reference.batches, walk)
         with self.routes.watching():
-            yield replace(reference, batches=batches, predict=predict)
+            yield replace(reference, batches=batches, predict=predict if is_first else reference.predict)
 
     def constant_accuracy(self, ranks: Ranks) -> float:
         """Accuracy of the best answer that is always the same: of one class, or of one set of labels; in [0, 1]."""

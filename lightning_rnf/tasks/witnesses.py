@@ -13,21 +13,9 @@ from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import Gallery, heatmaps, images_of
+from lightning_rnf.tasks.foresight import Sight, tried
 from lightning_rnf.tasks.probes import Probe, drifts, taken
 from lightning_rnf.tasks.reference import ReferenceData
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What was seen at a task's end.
-
-    Attributes:
-        drift: of earlier tasks' logits, as `probes.drifts`.
-        noise: how far the task's own logits are from those of a second run; None: it has no samples that can be kept.
-    """
-
-    drift: dict[str, float]
-    noise: float | None
 
 
 @dataclass
@@ -68,15 +56,18 @@ class Witnesses:
             images: of so many samples of each task heatmaps are made.
             composite: Zennit's rules for them; None: as for units.
         """
-        ranks = reference.ranks
+        ranks, name = reference.ranks, record.name
         recall = subnetwork.recall(module, layers, record, masked=masked)
         drift = ranks.decided(lambda: drifts(module, state, self.probes, masked=masked))
-        kept = ranks.decided(lambda: taken(module, reference, recall))
+        # One that fails is told of there, and is not too large.
+        found = ranks.decided(lambda: tried(lambda: [taken(module, reference, recall)], name))
+        kept = found[0] if found else None
         if kept is not None and kept[2] == 0:
-            self.probes[record.name] = Probe.of(module, kept[0], kept[1], reference)
+            self.probes[name] = Probe.of(module, kept[0], kept[1], reference)
         if images:
-            ranks.decided(lambda: self._draw(record, module, layers, state, drift, masked, images, composite))
-        return Sight(drift, None if kept is None else kept[2])
+            given = (record, module, layers, state, drift, masked, images, composite)
+            ranks.decided(lambda: tried(lambda: self._draw(*given), name))
+        return Sight(drift, kept[2] if kept is not None else None if found else 0.0)
 
     def _draw(
         self,

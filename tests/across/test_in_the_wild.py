@@ -25,7 +25,7 @@ WILD = st.builds(
 NOTHING = {
     "two runs of its sub-network": "noise",
     "recall of 'a' is not what it was": "drift",
-    "samples could not be kept": "not probed",
+    "a few samples could not be kept": "not probed",
 }
 
 

@@ -15,6 +15,7 @@ from training import Classifier, clusters, frozen_rows, inputs, loader, task_dat
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.streams import TaskDataModule
+from lightning_rnf.tasks.foresight import Sight, of_drift
 from lightning_rnf.tasks.loaders import fingerprint
 
 # A sum of experts' outputs by index has no rule of its own; where they are disjoint it hands relevance on.
@@ -145,6 +146,144 @@ def test_what_can_not_be_made_of_units_is_frozen_whole_with_the_task_by_name():
         assert torch.equal(model(rare()), before)
 
 
+class Late(Experts):
+    """A third expert that no sample of the first task is sent to."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts.append(nn.Linear(40, 24))
+
+    def forward(self, x):
+        hidden, to = self.body(x), (x[:, 5] < -1.2).long()
+        to = to.masked_fill(x[:, 0] > 50, 2)
+        out = hidden.new_zeros(len(x), 24)
+        for number, expert in enumerate(self.experts):
+            rows = (to == number).nonzero().view(-1)
+            if len(rows):
+                out = out.index_add(0, rows, expert(hidden[rows]).relu())
+        return self.heads(out)
+
+
+@pytest.mark.filterwarnings("ignore:.*ran on some batches of the reference data only:UserWarning")
+@pytest.mark.parametrize("place", ["first", "last", "everywhere"])
+def test_an_expert_that_only_a_later_task_runs_is_frozen_whole_wherever_its_samples_stand(place):
+    model, rnf = Late(), RelevanceFreezing()
+    fit(model, rnf, "a", 64, max_epochs=1)
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(rare())
+    x, y = clusters("b", 320, 1).tensors
+    chosen = {"first": slice(0, 20), "last": slice(300, 320), "everywhere": slice(0, 320, 4)}[place]
+    x[chosen, 0] = 100.0
+    rnf.reference = DataLoader(TensorDataset(x, y), 16)
+    fit(model, rnf, "b", 64, max_epochs=1)
+    assert {"experts.2.weight", "experts.2.bias"} <= set(rnf.state.shared)
+    assert {layer.name for layer in rnf.state.layers} == {"body.0", "experts.0", "experts.1"}
+    with rnf.recall("b", model), torch.no_grad():
+        of_b = model(x)
+    rnf.reference = None
+    fit(model, rnf, "c", 64, max_epochs=1)
+    with torch.no_grad():
+        with rnf.recall("a", model):
+            assert torch.equal(model(rare()), before)
+        with rnf.recall("b", model):
+            assert torch.equal(model(x), of_b)
+
+
+def test_a_layer_that_runs_twice_on_some_batches_costs_no_task():
+    class Twice(Classifier):
+        def forward(self, x):
+            hidden = self.body(x)
+            if (x[:, 0] > 1.5).any():
+                hidden = self.body[3](hidden).relu()
+            return self.heads(hidden)
+
+    model, rnf = Twice(), RelevanceFreezing()
+    x, y = clusters("a", 320, 1).tensors
+    order = x[
+        :, 0
+    ].argsort()  # rehearsed on the first batch; at the end drawn at random, and the first one runs it twice
+    rnf.reference = DataLoader(TensorDataset(x[order], y[order]), 32)
+    fit(model, rnf, "a", max_epochs=1)
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    fit(model, rnf, "b", max_epochs=1)
+    assert list(rnf.state.tasks) == ["a", "b"]
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+class Optional(Classifier):
+    """Parameters of its own that functions read on some batches only."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.extra = nn.Parameter(torch.randn(40) * 0.1)
+        self.several = nn.ParameterList(torch.randn(40, 40) * 0.1 for _ in range(2))
+
+    def forward(self, x):
+        hidden, high = self.body(x), x[:, :1] > 1.2
+        if self.form == "parameter" and high.any():
+            hidden = hidden + self.extra * high
+        if self.form == "list":
+            hidden = hidden + (hidden @ self.several[0]).relu() * ~high
+            if high.any():
+                hidden = hidden + (hidden @ self.several[1]).relu() * high
+        return self.heads(hidden)
+
+
+@pytest.mark.parametrize("form", ["parameter", "list"])
+def test_parameters_that_only_some_batches_read_belong_to_the_task(form):
+    model, rnf = Optional(form), RelevanceFreezing()
+    x, y = clusters("a", 320, 1).tensors
+    order = x[:, 0].argsort()
+    rnf.reference = list(zip(x[order].split(32), y[order].split(32), strict=True))
+    fit(model, rnf, "a", max_epochs=1)
+    assert {"parameter": "extra", "list": "several.1"}[form] in rnf.state.shared
+    rnf.reference = None
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    fit(model, rnf, "b", max_epochs=1)
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+class Routed(Experts):
+    """Sent by what the body says: silence moves it."""
+
+    threshold = -1.0
+
+    def forward(self, x):
+        hidden = self.body(x)
+        to = (hidden.mean(-1) < self.threshold).long()
+        out = hidden.new_zeros(len(x), 24)
+        for number, expert in enumerate(self.experts):
+            chosen = (to == number).unsqueeze(-1)
+            if chosen.any():
+                out = out + expert(hidden).relu() * chosen
+        return self.heads(out)
+
+
+def test_what_only_the_sub_network_runs_belongs_to_the_task():
+    x = clusters("a", 320, 1).tensors[0]
+
+    class Sets(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():  # just below the least of the whole network
+                pl_module.threshold = float(pl_module.body(x).mean(-1).min()) - 1e-4
+
+    model, rnf = Routed(), RelevanceFreezing(criterion=0.1)
+    model.heads.activate("a")
+    with pytest.warns(UserWarning, match=r"a: experts\.1 ran on some batches"):
+        trainer(Sets(), rnf, max_epochs=3).fit(model, datamodule=data("a"))
+    assert "experts.1.weight" in rnf.state.shared
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    fit(model, rnf, "b", max_epochs=1)
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
 # -- drift ------------------------------------------------------------------------------------------------------------
 
 
@@ -169,22 +308,12 @@ def test_what_two_runs_do_not_agree_about_is_said_when_the_task_ends(kind):
     assert rnf.report().is_sound is None  # not known, and not called drift
 
 
-@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
-def test_rows_that_somebody_wrote_are_named_at_the_next_end():
-    model, rnf = Classifier(), RelevanceFreezing()
-    train(model, rnf, "a")
-    layer = rnf.state.layers[0].name
-    row = int(rnf.state.tasks["a"].relevant[layer].nonzero()[0])
-
-    class Writes(pl.Callback):
-        def on_train_start(self, trainer, pl_module):  # before this callback's: the rows are held as they are then
-            with torch.no_grad():
-                pl_module.get_parameter(f"{layer}.weight")[row] += 1.0
-
-    model.heads.activate("b")
-    with pytest.warns(UserWarning, match=rf"b: recall of 'a' is not .* weights that it froze in {layer}"):
-        trainer(Writes(), rnf).fit(model, datamodule=task_data("b"))
-    assert list(rnf.state.tasks) == ["a", "b"]
+def test_whatever_is_not_as_it_was_is_named_with_its_likely_causes():
+    with pytest.warns(
+        UserWarning, match=r"c: recall of 'a' is not .* a logit by 0.5 and weights .* in body.0 changed\. L"
+    ):
+        of_drift("c", Sight({"a": 0.5, "b": 0.0}, 0.0), {"a": ["body.0"], "b": []})
+    of_drift("c", Sight({"a": 0.0}, 0.0), {"a": []})
 
 
 @pytest.mark.parametrize("options", [{"retention": "paper"}, {"elasticity": 0.1}])
@@ -246,7 +375,7 @@ class Failing(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
-def test_a_probe_that_fails_is_a_warning_and_the_task_is_in_its_checkpoint(tmp_path):
+def test_a_probe_that_fails_is_a_warning_and_the_task_is_in_its_checkpoint(tmp_path, monkeypatch):
     class Ended(pl.Callback):
         def on_train_end(self, trainer, pl_module):
             pl_module.ended = True
@@ -265,9 +394,9 @@ def test_a_probe_that_fails_is_a_warning_and_the_task_is_in_its_checkpoint(tmp_p
         raise RuntimeError("no such\nsample")
 
     model.heads.activate("b")
-    rnf._witnesses.look = fails
+    monkeypatch.setattr("lightning_rnf.tasks.witnesses.taken", fails)
     fitting = trainer(rnf, ModelCheckpoint(tmp_path), **options)
-    with pytest.warns(UserWarning, match=r"b: samples could not be kept.*RuntimeError: no such sample"):
+    with pytest.warns(UserWarning, match=r"b: a few samples could not be kept.*RuntimeError: no such sample"):
         fitting.fit(model, datamodule=task_data("b"))
     checkpoint = torch.load(tmp_path / "b-ended.ckpt", weights_only=True)
     assert [task["name"] for task in checkpoint["callbacks"]["RelevanceFreezing"]["tasks"]] == ["a", "b"]
