@@ -199,9 +199,7 @@ def test_a_layer_that_runs_twice_on_some_batches_costs_no_task():
 
     model, rnf = Twice(), RelevanceFreezing()
     x, y = clusters("a", 320, 1).tensors
-    order = x[
-        :, 0
-    ].argsort()  # rehearsed on the first batch; at the end drawn at random, and the first one runs it twice
+    order = x[:, 0].argsort()  # rehearsed on the first batch; the end's first, drawn at random, runs it twice
     rnf.reference = DataLoader(TensorDataset(x[order], y[order]), 32)
     fit(model, rnf, "a", max_epochs=1)
     with rnf.recall("a", model), torch.no_grad():
