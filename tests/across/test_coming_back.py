@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import warnings
 
+import launched
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,11 +15,6 @@ from training import Classifier, ConvClassifier, frozen_rows, inputs, task_data,
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 
-# Forked from a process that has imported everything and computed nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["returning"])
-
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*relevance is not conserved:UserWarning"),
     pytest.mark.filterwarnings("ignore:no free units are left:UserWarning"),
@@ -27,10 +22,7 @@ pytestmark = [
 
 
 def in_a_process(function, *args):
-    process = SERVER.Process(target=function, args=args)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    assert launched.ended(launched.started(function, *args)) == [0]
 
 
 # -- a new process -----------------------------------------------------------------------------------------------------
