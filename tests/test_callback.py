@@ -1007,16 +1007,15 @@ class Stems(Classifier):
         return super().forward(self.stems[self.heads.active](x).tanh())
 
 
-def test_a_stem_for_each_task_is_refused_with_a_way_that_works():
-    model, rnf = Stems(), RelevanceFreezing()
-    train(model, rnf, "a")
-    with pytest.raises(ValueError, match=r"\['stems.b'\] ran for one task .* units=, from the first task"):
-        train(model, rnf, "b")
-    model, rnf = Stems(), RelevanceFreezing(units="body.*")
+@pytest.mark.parametrize("units", [None, "body.*"])
+def test_a_stem_for_each_task_is_kept_with_its_task(units):
+    """That of the first task has units of its own, unless ``units`` leaves it out; later ones are frozen whole."""
+    model, rnf = Stems(), RelevanceFreezing(units=units)
     train(model, rnf, "a")
     with rnf.recall("a"), torch.no_grad():
         expected = model(inputs())
     train(model, rnf, "b", "c")
+    assert {f"stems.{task}.weight" for task in "bc"} <= set(rnf.state.shared)
     model.heads.activate("a")  # and with it the stem
     with rnf.recall("a"), torch.no_grad():
         assert torch.equal(model(inputs()), expected)

@@ -164,6 +164,7 @@ class Ending:
                     else:
                         found = self._settle(state.recovering, module, reference, state, show=show)
                     record = self._add(found, module, state)
+            self._rehearsed = None
             path = checkpoints.keep(trainer, name)
             with self._measuring(module, reference):
                 self._audit(record, module, reference, state, witnesses)
