@@ -243,7 +243,7 @@ class Ending:
         """The units, and how many targets the batch has."""
         units = self._trace(module, state, batch.example)
         targets = batch.targets(module)
-        foresight.tried(lambda: taken(module, batch, nullcontext()))
+        foresight.tried(lambda: taken(module, batch, nullcontext))
         if targets:  # predict may drop all of a batch and none of the next
             self.selection.check(module, units, batch, *self._criteria())
             if self.heatmaps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +93,7 @@ class Probe:
 
 
 def taken(
-    module: nn.Module, reference: ReferenceData, recall: AbstractContextManager[None]
+    module: nn.Module, reference: ReferenceData, recall: Callable[[], AbstractContextManager[None]]
 ) -> tuple[Any, Tensor, float] | None:
     """A few of the reference samples, on the CPU, their logits, and how far those of a second run are from them.
 
@@ -103,7 +103,7 @@ def taken(
     Args:
         module: the model.
         reference: of several ranks, that of the first.
-        recall: the context in which the samples are run.
+        recall: makes the context in which samples are run.
     """
     device = next(module.parameters()).device
     batch = _to(reference.batches[0], torch.device("cpu"))
@@ -112,8 +112,14 @@ def taken(
             continue
         if kept is not batch and not _runs(module, kept, reference, device):
             continue
-        first, second = _run(module, kept, _how(reference), recall, device, times=2)
-        return kept, first, difference(first, second)
+        first, second = _run(module, kept, _how(reference), recall(), device, times=2)
+        noise, seen = difference(first, second), len(first)
+        for other in reference.batches[1:SAMPLES]:  # one sample alone may come out the same by chance
+            if seen >= SAMPLES:
+                break
+            one, again = _run(module, other, _how(reference), recall(), device, times=2)
+            noise, seen = max(noise, difference(one, again)), seen + len(one)
+        return kept, first, noise
     return None
 
 

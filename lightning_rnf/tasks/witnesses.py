@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -57,7 +58,7 @@ class Witnesses:
             composite: Zennit's rules for them; None: as for units.
         """
         ranks, name = reference.ranks, record.name
-        recall = subnetwork.recall(module, layers, record, masked=masked)
+        recall = partial(subnetwork.recall, module, layers, record, masked=masked)
         drift = ranks.decided(lambda: drifts(module, state, self.probes, masked=masked))
         # One that fails is told of there, and is not too large.
         found = ranks.decided(lambda: tried(lambda: [taken(module, reference, recall)], name))

@@ -212,7 +212,7 @@ def test_units_that_go_on_learning_are_told_on():
 
 
 def probe_of(net, record, reference):
-    batch, logits, noise = taken(net, reference, recall(net, net.layers, record))
+    batch, logits, noise = taken(net, reference, lambda: recall(net, net.layers, record))
     assert noise == 0
     return Probe.of(net, batch, logits, reference)
 

@@ -290,6 +290,13 @@ class Dropping(Classifier):
         return self.heads(nn.functional.dropout(self.body(x), 0.2))  # training=True: in eval mode, too
 
 
+def test_one_sample_a_batch_does_not_hide_that_runs_differ():
+    model, rnf = Dropping(), RelevanceFreezing(reference_samples=64)
+    model.heads.activate("a")
+    with pytest.warns(UserWarning, match="a: two runs of its sub-network on the same samples differ by up to"):
+        trainer(rnf, max_epochs=1).fit(model, datamodule=data("a", 1))
+
+
 class Counting(Classifier):
     runs = 0
 
