@@ -146,8 +146,9 @@ def tried(work: Callable[[], T], name: str = "") -> T | None:
 def of_runs(name: str, left: Sequence[str]) -> None:
     """Warn of modules that are frozen whole, since only some of the task's batches run them."""
     if left:
+        named = _listed(where or "the model itself" for where in left)
         rank_zero_warn(
-            f"{name}: {_listed(left)} ran on some batches of the reference data only, and can't be made of units (the "
+            f"{name}: {named} ran on some batches of the reference data only, and can't be made of units (the "
             "batches disagree about it, or earlier tasks know no such layer): frozen whole with the task"
         )
 
