@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,9 @@ from lightning_rnf.relevance import Importance, ImportanceName
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.search import Candidates, Method, Normalize, as_criterion
 from lightning_rnf.tasks import (
+    BetweenFits,
     CriterionOption,
     Ending,
-    FinishedTasks,
     Holding,
     Recovery,
     Reference,
@@ -41,7 +41,7 @@ from lightning_rnf.tasks import (
 )
 
 
-class RelevanceFreezing(FinishedTasks):
+class RelevanceFreezing(BetweenFits):
     """Relevance-based Neural Freezing: what a finished task needs stays bit-equal, the next task learns with the rest.
 
     When a fit ends, layer-wise relevance propagation scores every unit on reference data; a search finds how many of
@@ -219,53 +219,6 @@ class RelevanceFreezing(FinishedTasks):
                 initial.reset_free(self.state, module)
         self._holding.go_on()
         return record
-
-    def protect(
-        self,
-        model: torch.nn.Module,
-        reference: pl.LightningDataModule | Iterable[Any],
-        *,
-        name: str,
-        criterion: CriterionOption | None = None,
-    ) -> TaskRecord:
-        """Keep what a model can do already, as a finished task that was never trained here: its pretraining, say.
-
-        Its units are attributed and searched as at a fit's end, and the next fit freezes them. No Trainer runs: the
-        model stays on its device, in its precision, and comes back as it was. ``recovery_epochs`` count for fits only;
-        no checkpoint is written and nothing is logged. The record is in the next fit's checkpoints.
-
-        Example::
-
-            net.fc = MultiHead(net.fc.in_features, {"imagenet": net.fc, "ages": 8})
-            rnf.protect(model, imagenet, name="imagenet", criterion=0.05)
-            net.fc.activate("ages")
-            Trainer(callbacks=[rnf]).fit(model, datamodule=ages)
-
-        Args:
-            model: the very module that later fits train, not a part of it, with the head of this task active.
-            reference: labelled data of the task: a data module (its validation data), a loader or a list of batches.
-            name: of the task.
-            criterion: when pruning stops; None: the callback's.
-
-        Returns:
-            The record, which is in ``state.tasks``, too.
-
-        Raises:
-            RuntimeError: if a fit is under way.
-            TypeError: if the name is no text, the model no module, or the reference of another kind.
-            ValueError: if the task has ended already, the model is sharded, or as the end of a fit.
-        """
-        self._check_between_fits("protect a task")
-        runs.refuse_other_package(model, reference)
-        module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
-        finished = len(self.state.tasks)
-        try:
-            return self.ending.protect(module, self.state, self._witnesses, name, reference, criterion)
-        finally:
-            if len(self.state.tasks) > finished:  # also where a warning is an error: the record stands before it
-                self._model = weakref.ref(module)
-                if self.reset_free and not finished:
-                    initial.remember(self.state, module, self.state.layers)
 
     def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Which rows of a parameter the fit that is under way lets learn: see `reduce_free_rows`.

@@ -10,7 +10,8 @@ from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
 from lightning_rnf.memory.model import unknown_modules
 from lightning_rnf.memory.plain import readable
-from lightning_rnf.memory.state import FreezeState, TaskRecord
+from lightning_rnf.memory.record import TaskRecord
+from lightning_rnf.memory.state import FreezeState
 
 __all__ = [
     "Audit",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer, UnitMap
-from lightning_rnf.memory.state import FreezeState, TaskRecord
+from lightning_rnf.memory.record import TaskRecord
+from lightning_rnf.memory.state import FreezeState
 
 
 def fingerprints(module: nn.Module, units: UnitMap, record: TaskRecord, state: FreezeState) -> dict[str, str]:

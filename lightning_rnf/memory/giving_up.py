@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_rnf.memory.state import FreezeState, TaskRecord
+from lightning_rnf.memory.record import TaskRecord
+from lightning_rnf.memory.state import FreezeState
 
 NOT_YET = -1
 """As `FreezeState.resets`: free units were not reset since a task was given up."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rnf.memory.state import FreezeState, TaskRecord
+from lightning_rnf.memory.record import TaskRecord
+from lightning_rnf.memory.state import FreezeState
 
 
 def claims(state: FreezeState) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,18 +12,8 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer, UnitMap, check_kinds
 from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, unknown_layer
-from lightning_rnf.memory.plain import (
-    check_names,
-    get,
-    get_count,
-    get_name,
-    get_names,
-    get_numbers,
-    get_share,
-    get_tensors,
-    get_texts,
-)
-from lightning_rnf.search import Evaluation, SubnetworkScore
+from lightning_rnf.memory.plain import get, get_names, get_tensors
+from lightning_rnf.memory.record import TaskRecord, record_from_plain, record_to_plain
 
 VERSION = 1
 
@@ -31,63 +21,6 @@ _SOME_ONLY = (
     "layers that only some tasks run (a stem for each, say) can't be made of units: name those that all of them run in "
     "units=, from the first task on, and the others are frozen whole after the task that runs them"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class TaskRecord:
-    """One finished task.
-
-    Attributes:
-        name: of the task.
-        head: name of the module that makes its logits.
-        head_parameters: names of the head's parameters.
-        relevant: bool ``(units,)`` by layer: the units of its sub-network.
-        relevance: float32 ``(units,)`` by layer: the signed sum over the attributed samples.
-        norm_statistics: buffers of the modules that ran, norms' running statistics among them, as they were at the
-            task's end; recall brings them back.
-        cutoff: how many of the least relevant units were pruned.
-        accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned.
-        subnetwork_accuracy: of the sub-network at the task's end, by the same loop.
-        accepted: whether the criterion accepts that sub-network; if not, a ration or a recovery that fell short is why.
-        samples: size of the reference data: how many targets ``predict`` has returned for them.
-        evaluations: every measured cutoff, in the order of the search.
-        recovery: what was measured after the epochs inside the sub-network; empty without such epochs.
-        recovery_epochs: how many there were.
-        capacity: share of each layer's units that is free once this task's are frozen, in [0, 1].
-        seconds: wall-clock time of ``"attribution"``, ``"search"`` and, after a recovery, ``"settling"``.
-        conservation: relevance over that of the logits, by layer and for `conservation.INPUT`; empty for scores that
-            are no relevance.
-        cuts: those of them that all relevance runs through, where 1 is right. Elsewhere it is a branch's share.
-        notes: what a reader of the relevance should know, in plain words.
-        rows: fingerprints of what this task froze, by layer, head or shared parameter; see `fingerprints`.
-        drift: at this task's end, how far the recalled logits of earlier tasks were from those of their own ends: the
-            largest difference on a few samples. Only of tasks that have ended in the same run of the program, on the
-            same device: their samples are not kept.
-        tests: metrics that ``trainer.test`` has logged between this task's end and the next one's, by tested task.
-    """
-
-    name: str
-    head: str
-    head_parameters: tuple[str, ...]
-    relevant: dict[str, Tensor]
-    relevance: dict[str, Tensor]
-    norm_statistics: dict[str, Tensor]
-    cutoff: int
-    accuracy: float
-    subnetwork_accuracy: float
-    accepted: bool
-    samples: int
-    evaluations: tuple[Evaluation, ...]
-    capacity: dict[str, float]
-    seconds: dict[str, float]
-    recovery: tuple[Evaluation, ...] = ()
-    recovery_epochs: int = 0
-    conservation: dict[str, float] = field(default_factory=dict)
-    cuts: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    rows: dict[str, str] = field(default_factory=dict)
-    drift: dict[str, float] = field(default_factory=dict)
-    tests: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -283,9 +216,9 @@ class FreezeState:
             "version": VERSION,
             "layers": [asdict(layer) for layer in self.layers],
             "shared": list(self.shared),
-            "tasks": [_record_to_plain(record) for record in self.tasks.values()],
+            "tasks": [record_to_plain(record) for record in self.tasks.values()],
             "training": self.training,
-            "recovering": None if self.recovering is None else _record_to_plain(self.recovering),
+            "recovering": None if self.recovering is None else record_to_plain(self.recovering),
             "initial": dict(self.initial),
             "resets": self.resets,
             **({"forms": dict(self.forms)} if self.forms else {}),
@@ -305,7 +238,7 @@ class FreezeState:
             raise ValueError(f"not a state of lightning_rnf: 'version' is {version}, expected 1 to {VERSION}")
         layers = tuple(layer_from_plain(layer) for layer in get(plain, "layers", list))
         tasks: dict[str, TaskRecord] = {}
-        for record in (_record_from_plain(record, layers) for record in get(plain, "tasks", list)):
+        for record in (record_from_plain(record, layers) for record in get(plain, "tasks", list)):
             if record.name in tasks:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
@@ -320,24 +253,12 @@ class FreezeState:
         allowed |= {f"{layer.norm}.{key}" for layer in layers for key in ("running_mean", "running_var")}
         if tasks and not allowed.issuperset(initial):
             raise ValueError(f"not a state of lightning_rnf: {sorted(set(initial) - allowed)} belong to no unit")
-        unfinished = None if recovering is None else _record_from_plain(recovering, layers)
+        unfinished = None if recovering is None else record_from_plain(recovering, layers)
         if unfinished is not None and not unfinished.evaluations:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
         of_heads = [name for record in tasks.values() for name in record.head_parameters]
         forms = forms_from_plain(plain, layers, (*names, *of_heads))
         return cls(layers, names, tasks, training, unfinished, initial, resets, forms)
-
-
-def _record_to_plain(record: TaskRecord) -> dict[str, Any]:
-    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
-    return plain | {
-        "head_parameters": list(record.head_parameters),
-        "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
-        "recovery": [asdict(evaluation) for evaluation in record.recovery],
-        "cuts": list(record.cuts),
-        "notes": list(record.notes),
-        "tests": {task: dict(logged) for task, logged in record.tests.items()},
-    }
 
 
 def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:
@@ -357,83 +278,6 @@ def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], record
     twice = [name for name, times in Counter(owned).items() if times > 1]
     if twice:
         raise ValueError(f"not a state of lightning_rnf: {twice[0]!r:.80} belongs to two layers, heads or tasks")
-
-
-def _record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -> TaskRecord:
-    name = get_name(plain, "name")
-    relevant = get(plain, "relevant", dict)
-    relevance = get(plain, "relevance", dict)
-    for masks, dtype in ((relevant, torch.bool), (relevance, torch.float32)):
-        strangers = set(masks) - {layer.name for layer in layers}
-        if strangers:
-            raise ValueError(
-                f"the state of task {name!r} has layers that it doesn't list: {sorted(map(str, strangers))}"
-            )
-        for layer in layers:
-            value = masks.get(layer.name)
-            if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != (layer.units,):
-                raise ValueError(
-                    f"the state of task {name!r} holds no {dtype} tensor of {layer.units} units for {layer.name!r}"
-                )
-    statistics = get_tensors(plain, "norm_statistics")
-    for layer in layers:
-        for key in (f"{layer.norm}.running_mean", f"{layer.norm}.running_var"):
-            known = statistics.get(key)
-            if known is not None and known.shape == (layer.units,):
-                of_relevant = known[relevant[layer.name].cpu()]
-                if not of_relevant.isfinite().all() or (key.endswith("var") and bool((of_relevant.real < 0).any())):
-                    raise ValueError(
-                        f"not a state of lightning_rnf: 'norm_statistics' of task {name!r} has no statistics of "
-                        f"relevant units in {key!r}: NaN, infinite or negative ones"
-                    )
-    return TaskRecord(
-        name=name,
-        head=get_name(plain, "head"),
-        head_parameters=get_names(plain, "head_parameters"),
-        relevant={layer: mask.cpu() for layer, mask in relevant.items()},  # whatever map_location it was loaded with
-        relevance={layer: values.cpu() for layer, values in relevance.items()},
-        norm_statistics=statistics,
-        cutoff=get_count(plain, "cutoff"),
-        accuracy=get_share(plain, "accuracy"),
-        subnetwork_accuracy=get_share(plain, "subnetwork_accuracy"),
-        accepted=get(plain, "accepted", bool),
-        samples=get_count(plain, "samples"),
-        evaluations=_get_evaluations(plain, "evaluations"),
-        capacity={layer.name: get_share(get(plain, "capacity", dict), layer.name) for layer in layers},
-        seconds=get_numbers(plain, "seconds"),
-        recovery=_get_evaluations(plain, "recovery"),
-        recovery_epochs=get_count(plain, "recovery_epochs"),
-        conservation=get_numbers(plain, "conservation"),
-        cuts=get_names(plain, "cuts"),
-        notes=get_names(plain, "notes"),
-        rows=get_texts(plain, "rows"),
-        drift=get_numbers(plain, "drift"),
-        tests=_get_tests(plain),
-    )
-
-
-def _get_evaluations(plain: object, key: str) -> tuple[Evaluation, ...]:
-    return tuple(
-        Evaluation(_score_from_plain(get(evaluation, "score", dict)), get(evaluation, "accepted", bool))
-        for evaluation in get(plain, key, list)
-    )
-
-
-def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:
-    values: dict[str, Any] = {}
-    for score in fields(SubnetworkScore):
-        if score.name in {"values", "baseline_values"}:
-            values[score.name] = get_numbers(plain, score.name)
-        else:
-            read = get_share if score.name in {"accuracy", "baseline"} else get_count
-            values[score.name] = read(plain, score.name)
-    return SubnetworkScore(**values)
-
-
-def _get_tests(plain: object) -> dict[str, dict[str, float]]:
-    tests: dict[Any, Any] = get(plain, "tests", dict)
-    check_names("tests", list(tests))
-    return {task: get_numbers(tests, task) for task in tests}
 
 
 def _kind(tensor: Tensor) -> tuple[bool, ...]:

@@ -5,8 +5,9 @@ reported, saved, exported. The Trainer's events that call all this are in `light
 """
 
 from lightning_rnf.tasks import checkpoints, runs
+from lightning_rnf.tasks.between_fits import BetweenFits
 from lightning_rnf.tasks.ending import CriterionOption, Ending, Recovery
-from lightning_rnf.tasks.finished import FinishedTasks, Retention
+from lightning_rnf.tasks.finished import Retention
 from lightning_rnf.tasks.holding import Holding
 from lightning_rnf.tasks.reference import Reference, ReferenceSource, on_device, set_up
 from lightning_rnf.tasks.runs import TaskOption
@@ -14,9 +15,9 @@ from lightning_rnf.tasks.selection import Selection
 from lightning_rnf.tasks.summary import RichUnitSummary, UnitSummary
 
 __all__ = [
+    "BetweenFits",
     "CriterionOption",
     "Ending",
-    "FinishedTasks",
     "Holding",
     "Recovery",
     "Reference",
