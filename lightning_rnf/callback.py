@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from zennit.core import Composite
 
-from lightning_rnf.anatomy import Predict
+from lightning_rnf.anatomy import Predict, supervised
 from lightning_rnf.freezing import (
     ElasticityOption,
     check_elasticity,
@@ -30,6 +30,8 @@ from lightning_rnf.tasks import (
     BetweenFits,
     CriterionOption,
     Ending,
+    FitHead,
+    HeadFit,
     Holding,
     Recovery,
     Reference,
@@ -37,6 +39,7 @@ from lightning_rnf.tasks import (
     Retention,
     Selection,
     TaskOption,
+    Tracing,
     runs,
 )
 
@@ -101,6 +104,12 @@ class RelevanceFreezing(BetweenFits):
             relevance is measured on, before it is scored; recall brings those back.
         reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
+        fit_head: ``"auto"``: with ``retention="exact"``, the last layer of the task's head is fitted to each candidate
+            in closed form, and that of the accepted one is written into the model; where it is linear or a 1 × 1
+            convolution whose output ``predict`` returns. False: the head stays as it was trained.
+        fit_data: what the head is fitted on, as ``reference``; None: the fit's training data in eval mode, or where
+            ``predict`` can't do with them, half of the reference data.
+        fit_samples: so many of them; None: all there are.
         units: globs of the names of layers to make units of; None: all linear layers and convolutions outside the head.
             What is left out is frozen whole after the first task.
         heads: globs of the names of heads; None: they are found by tracing which module makes the logits.
@@ -139,6 +148,9 @@ class RelevanceFreezing(BetweenFits):
         recalibrate_norm: bool = True,
         reference_samples: int | None = 5000,
         attribution_samples: int | None = 1000,
+        fit_head: FitHead = "auto",
+        fit_data: ReferenceSource = None,
+        fit_samples: int | None = 10_000,
         units: str | Sequence[str] | None = None,
         heads: str | Sequence[str] | None = None,
         predict: Predict | None = None,
@@ -158,7 +170,9 @@ class RelevanceFreezing(BetweenFits):
             Reference(reference, reference_samples, attribution_samples, predict, seed),
             as_criterion(criterion),
             Recovery(recovery_epochs, recovery_criterion, recovery_search),
-            *(units, heads, retention == "exact", heatmaps),
+            Tracing(predict or supervised, units, heads),
+            HeadFit(fit_head if retention == "exact" else False, fit_data, fit_samples),
+            *(retention == "exact", heatmaps),
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
@@ -177,6 +191,7 @@ class RelevanceFreezing(BetweenFits):
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
+        paper |= {"fit_head": False}
         return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -37,7 +37,8 @@ class TaskRecord:
         norm_statistics: buffers of the modules that ran, norms' running statistics among them, as they were at the
             task's end; recall brings them back.
         cutoff: how many of the least relevant units were pruned.
-        accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned.
+        accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned; by the better head.
+        whole: the same by its head, ``"trained"`` or ``"fitted"``; empty where heads were not fitted.
         subnetwork_accuracy: of the sub-network at the task's end, by the same loop.
         accepted: whether the criterion accepts that sub-network; if not, a ration or a recovery that fell short is why.
         samples: size of the reference data: how many targets ``predict`` has returned for them.
@@ -78,6 +79,7 @@ class TaskRecord:
     notes: tuple[str, ...] = ()
     rows: dict[str, str] = field(default_factory=dict)
     drift: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
     tests: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -148,6 +150,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         notes=get_names(plain, "notes"),
         rows=get_texts(plain, "rows"),
         drift=get_numbers(plain, "drift"),
+        whole=get_numbers(plain, "whole") if "whole" in plain else {},  # files from before lack it
         tests=_get_tests(plain),
     )
 

@@ -8,16 +8,20 @@ from lightning_rnf.tasks import checkpoints, runs
 from lightning_rnf.tasks.between_fits import BetweenFits
 from lightning_rnf.tasks.ending import CriterionOption, Ending, Recovery
 from lightning_rnf.tasks.finished import Retention
+from lightning_rnf.tasks.fitting import FitHead, HeadFit
 from lightning_rnf.tasks.holding import Holding
 from lightning_rnf.tasks.reference import Reference, ReferenceSource, on_device, set_up
 from lightning_rnf.tasks.runs import TaskOption
 from lightning_rnf.tasks.selection import Selection
 from lightning_rnf.tasks.summary import RichUnitSummary, UnitSummary
+from lightning_rnf.tasks.tracing import Tracing
 
 __all__ = [
     "BetweenFits",
     "CriterionOption",
     "Ending",
+    "FitHead",
+    "HeadFit",
     "Holding",
     "Recovery",
     "Reference",
@@ -26,6 +30,7 @@ __all__ = [
     "RichUnitSummary",
     "Selection",
     "TaskOption",
+    "Tracing",
     "UnitSummary",
     "checkpoints",
     "on_device",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_rnf.anatomy import UnitMap, joined
+from lightning_rnf.anatomy import UnitMap
 from lightning_rnf.memory import FreezeState, TaskRecord, changed, fingerprints, moved
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
@@ -21,18 +22,17 @@ from lightning_rnf.report import tracking
 from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
 from lightning_rnf.search import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.tasks import checkpoints, foresight
+from lightning_rnf.tasks.fitting import Fitting, HeadFit, UnfitError
 from lightning_rnf.tasks.probes import SAMPLES, taken
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.tasks.runs import check_new_name, ranks_of
 from lightning_rnf.tasks.selection import MissedError, Selection
 from lightning_rnf.tasks.survey import Survey
+from lightning_rnf.tasks.tracing import Tracing
 from lightning_rnf.tasks.witnesses import Witnesses
 
 CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
 """A number is the absolute drop of accuracy to tolerate."""
-
-Globs = Any
-"""A glob of module names, or several; None: what is found."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Ending:
         reference: where reference data come from.
         criterion: what the sub-network is held to.
         recovery: how it is trained before.
-        units: which layers are made of units.
-        heads: which modules are heads.
+        tracing: which units and heads the model has.
+        head_fit: whether the task's head is fitted to its sub-network, and on what.
         masked: whether only relevant units speak in recall.
         heatmaps: of so many samples of each task.
         is_exact: whether recall is promised to be bit-identical for ever: then any drift is a warning.
@@ -89,6 +89,7 @@ class Ending:
         {
             *("selection", "criterion", "recovery_epochs", "recovery_criterion", "recovery_search", "units", "heads"),
             *("reference_samples", "attribution_samples", "predict", "seed", "heatmaps"),
+            *("fit_head", "fit_data", "fit_samples"),
         }
     )
     """Names of those that a callback is given once, when it is made."""
@@ -97,12 +98,11 @@ class Ending:
     reference: Reference
     criterion: Criterion
     recovery: Recovery
-    units: Globs = None
-    heads: Globs = None
+    tracing: Tracing
+    head_fit: HeadFit
     masked: bool = True
     heatmaps: int = 0
     is_exact: bool = True
-    _rehearsed: UnitMap | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.recovery.epochs:
@@ -111,8 +111,6 @@ class Ending:
                 raise ValueError(
                     "recovery_epochs train a sub-network, which retention='paper' never runs: leave one out"
                 )
-        self.units = arguments.globs("units", self.units)
-        self.heads = arguments.globs("heads", self.heads)
         if arguments.at_least("heatmaps", self.heatmaps, 0) > SAMPLES:
             raise ValueError(
                 f"heatmaps is {self.heatmaps}, expected at most {SAMPLES}: so many samples of a task are kept"
@@ -129,7 +127,7 @@ class Ending:
             how = trainer.precision_plugin.forward_context
             batch = ReferenceData([example], 1, self.reference.predict, how)
             units, targets = ranks_of(trainer).decided(lambda: self._rehearse(module, state, batch))
-            self._rehearsed = units
+            self.tracing.rehearsed = units
             if size is not None and self._too_few(targets * size[0] // size[1]):
                 # Other batches may have more: only what is counted is certain, and where it is little it is soon done.
                 self._check_size(self.reference.draw(trainer).targets(module))
@@ -141,7 +139,9 @@ class Ending:
             reference = self.reference.draw(trainer)
             with self._measuring(module, reference):
                 criteria = (self.recovery.before, self.criterion)
-                found = self._select(name, module, reference, state, *criteria, show=show)
+                found = self._select(name, module, reference, state, *criteria, trainer=trainer, show=show)
+                if found.wear is not None:
+                    found.wear()  # what trains on goes on from there
         state.recover(found.record, found.units)
         return found.record
 
@@ -160,11 +160,11 @@ class Ending:
                 reference = self.reference.draw(trainer)
                 with self._measuring(module, reference):
                     if state.recovering is None:
-                        found = self._select(name, module, reference, state, self.criterion, show=show)
+                        found = self._select(name, module, reference, state, self.criterion, trainer=trainer, show=show)
                     else:
-                        found = self._settle(state.recovering, module, reference, state, show=show)
+                        found = self._settle(state.recovering, module, reference, state, trainer=trainer, show=show)
                     record = self._add(found, module, state)
-            self._rehearsed = None
+            self.tracing.rehearsed = None
             path = checkpoints.keep(trainer, name)
             with self._measuring(module, reference):
                 self._audit(record, module, reference, state, witnesses)
@@ -241,7 +241,7 @@ class Ending:
 
     def _rehearse(self, module: LightningModule, state: FreezeState, batch: ReferenceData) -> tuple[UnitMap, int]:
         """The units, and how many targets the batch has."""
-        units = self._trace(module, state, batch.example)
+        units = self.tracing.of_batch(module, state, batch.example)
         targets = batch.targets(module)
         foresight.tried(lambda: taken(module, batch, nullcontext))
         if targets:  # predict may drop all of a batch and none of the next
@@ -265,25 +265,31 @@ class Ending:
         reference: ReferenceData,
         state: FreezeState,
         *criteria: Criterion,
+        trainer: Trainer | None = None,
         show: Show = silent,
     ) -> _Found:
         """By units of all that the reference data run: those of the first batch, unless others run more."""
-        units = reference.ranks.decided(lambda: self._found(module, state, reference))
+        ranks = reference.ranks
+        units = ranks.decided(lambda: self.tracing.of_data(module, state, reference))
         whole: tuple[str, ...] = ()
-        while True:
-            survey = Survey(module, units)
-            try:
-                record = self.selection.select(
-                    name, module, units, reference, state, *criteria, show=show, survey=survey
-                )
-            except MissedError:
-                units, more = self._joined(units, module, state, reference, survey, 0)
-                whole = (*whole, *more)
-            else:
-                # Silence may send samples another way than the whole network did.
-                units, more = self._joined(units, module, state, reference, survey, record.cutoff)
-                constant = survey.constant_accuracy(reference.ranks)
-                return _Found(record, units, (*whole, *more), constant, state.frozen())
+        for fitting, measured in self._fittings(module, units, reference, trainer):
+            while True:
+                survey = Survey(module, units)
+                try:
+                    given: tuple[Any, ...] = (name, module, units, measured, state, *criteria)
+                    record, head = self.selection.select(*given, show=show, survey=survey, fitting=fitting)
+                except MissedError:
+                    units, more = self.tracing.joined(units, module, state, measured, survey, 0)
+                    whole = (*whole, *more)
+                except UnfitError:
+                    break
+                else:
+                    # Silence may send samples another way than the whole network did.
+                    units, more = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
+                    constant = survey.constant_accuracy(ranks)
+                    wear = None if fitting is None or head is None else partial(fitting.write, head)
+                    return _Found(record, units, (*whole, *more), constant, state.frozen(), wear)
+        raise AssertionError("the last offer fits no head")
 
     def _settle(
         self,
@@ -292,44 +298,36 @@ class Ending:
         reference: ReferenceData,
         state: FreezeState,
         *,
+        trainer: Trainer,
         show: Show,
     ) -> _Found:
-        units = reference.ranks.decided(lambda: self._found(module, state, reference))
-        survey = Survey(module, units)
-        given = (recovered, module, units, reference, state, self.criterion)
-        record = self.selection.settle(*given, milder=self.recovery.search, show=show, survey=survey)
-        units, whole = self._joined(units, module, state, reference, survey, record.cutoff)
-        return _Found(record, units, whole, survey.constant_accuracy(reference.ranks), state.frozen())
-
-    def _joined(
-        self,
-        units: UnitMap,
-        module: torch.nn.Module,
-        state: FreezeState,
-        reference: ReferenceData,
-        survey: Survey,
-        walk: int,
-    ) -> tuple[UnitMap, tuple[str, ...]]:
-        """The units of what other batches run, too, in a walk; and which of their modules can't be made of any."""
-
-        def others() -> list[UnitMap]:
-            found = []
-            for batch in survey.routes.batches if walk == 0 else ():
-                with suppress(TypeError, ValueError):  # what can't be made of units there is frozen whole
-                    found.append(self._map(module, reference.convert(batch)))
-            return found
-
         ranks = reference.ranks
-        maps = [one for of_rank in ranks.each(others) for one in of_rank]
-        missed = [name for of_rank in ranks.gather(survey.routes.missed.get(walk, [])) for name in of_rank]
-        is_first = not state.tasks and state.recovering is None
-        known = None if is_first else [layer.name for layer in state.layers]
-        all_units, whole = joined(units, module, maps, missed, known)
-        frozen = {name.rpartition(".")[0] for name in state.shared}
-        return state.completed(all_units), tuple(name for name in whole if name not in frozen)
+        units = ranks.decided(lambda: self.tracing.of_data(module, state, reference))
+        for fitting, measured in self._fittings(module, units, reference, trainer):
+            survey = Survey(module, units)
+            given = (recovered, module, units, measured, state, self.criterion)
+            how: dict[str, Any] = {"milder": self.recovery.search, "show": show, "survey": survey, "fitting": fitting}
+            with suppress(UnfitError):
+                record, head = self.selection.settle(*given, **how)
+                units, whole = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
+                wear = None if fitting is None or head is None else partial(fitting.write, head)
+                return _Found(record, units, whole, survey.constant_accuracy(ranks), state.frozen(), wear)
+        raise AssertionError("the last offer fits no head")
+
+    def _fittings(
+        self, module: torch.nn.Module, units: UnitMap, reference: ReferenceData, trainer: Trainer | None
+    ) -> Iterator[tuple[Fitting | None, ReferenceData]]:
+        """How the head can be fitted, and on what sub-networks are then measured, the best first; in the end not."""
+        for offer in self.head_fit.offers(trainer, self.reference, reference):
+            if offer.fitted_on is None:
+                yield None, offer.reference
+            elif fitting := Fitting.of(module, units.head, offer.fitted_on):
+                yield fitting, offer.reference
 
     def _add(self, found: _Found, module: torch.nn.Module, state: FreezeState) -> TaskRecord:
-        """Put the record into the state, with fingerprints of what is frozen."""
+        """Put the record into the state, with the head that was fitted and fingerprints of what is frozen."""
+        if found.wear is not None:
+            found.wear()
         found.record.rows.update(fingerprints(module, found.units, found.record, state))
         state.add(found.record, found.units)
         return found.record
@@ -363,37 +361,6 @@ class Ending:
         foresight.of_runs(found.record.name, found.whole)
         foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=ration is not None)
 
-    def _found(self, module: torch.nn.Module, state: FreezeState, reference: ReferenceData) -> UnitMap:
-        """The units of the first batch that has some as they are known: no task is lost for those that disagree.
-
-        What another batch runs besides is frozen whole. If none will do, the units are those that were rehearsed.
-        """
-        failure: Exception | None = None
-        for batch in reference.batches:
-            try:
-                return self._trace(module, state, reference.convert(batch))
-            except (TypeError, ValueError) as error:
-                failure = failure or error
-        assert failure is not None
-        if self._rehearsed is None or self._rehearsed.head in {record.head for record in state.tasks.values()}:
-            raise failure
-        return state.completed(self._rehearsed)
-
-    def _trace(self, module: torch.nn.Module, state: FreezeState, batch: Any) -> UnitMap:
-        units = state.completed(self._map(module, batch))
-        for record in state.tasks.values():
-            if record.head == units.head:
-                raise ValueError(
-                    f"head {units.head!r} belongs to the finished task {record.name!r} and is frozen: give each task "
-                    "a head of its own (lightning_rnf.MultiHead does) and activate it before fit. One that several "
-                    "tasks share, or that grows, can't be kept: it would change the finished task's logits. If "
-                    "another module makes this task's logits, name the heads with heads="
-                )
-        return units
-
-    def _map(self, module: torch.nn.Module, batch: Any) -> UnitMap:
-        return UnitMap.of(module, batch, self.reference.predict, self.units, self.heads)
-
     def _check_size(self, targets: int) -> None:
         if not targets:
             raise ValueError("predict returns no target for any of the reference data: nothing can be measured on them")
@@ -422,6 +389,7 @@ class _Found:
         whole: names of modules that only some batches run, and that are frozen whole.
         constant: accuracy of the best answer that is always the same.
         frozen_before: bool ``(units,)`` by layer: what earlier tasks need.
+        wear: writes the head that was fitted; None: it stays as it was trained.
     """
 
     record: TaskRecord
@@ -429,3 +397,4 @@ class _Found:
     whole: tuple[str, ...]
     constant: float
     frozen_before: dict[str, Tensor]
+    wear: Callable[[], None] | None = None

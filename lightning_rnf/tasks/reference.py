@@ -142,7 +142,11 @@ class Reference:
 
     def of(self, source: ReferenceSource) -> Reference:
         """The same of another source."""
-        return Reference(source, self.samples, self.attribution_samples, self.predict, self.seed)
+        return self.to_fit(source, self.samples, self.attribution_samples)
+
+    def to_fit(self, source: ReferenceSource, samples: int | None, leading: int | None) -> Reference:
+        """Draws so many of another source, and so many of them first."""
+        return Reference(source, samples, leading, self.predict, self.seed)
 
     def size(self, trainer: Trainer) -> tuple[int, int] | None:
         """How many data would be drawn, and how many of them are in an `example`; None: only drawing can tell.

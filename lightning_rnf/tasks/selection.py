@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from zennit.core import Composite
 
 from lightning_rnf.anatomy import UnitMap
 from lightning_rnf.memory import FreezeState, TaskRecord
-from lightning_rnf.recall import NormStatistics, Prefix, SubnetworkFlops, norms, subnetwork
+from lightning_rnf.recall import NormStatistics
 from lightning_rnf.relevance import (
     IMPORTANCES,
     Attribution,
@@ -33,7 +30,7 @@ from lightning_rnf.relevance import (
     check_scores,
     random,
 )
-from lightning_rnf.runtime import Show, arguments, borrowed, evaluating, silent
+from lightning_rnf.runtime import Show, arguments, silent
 from lightning_rnf.search import (
     Candidates,
     Criterion,
@@ -47,6 +44,8 @@ from lightning_rnf.search import (
     rank,
     search_cutoff,
 )
+from lightning_rnf.tasks.candidates import Subnetworks, Taken, subnetworks
+from lightning_rnf.tasks.fitting import Fitting, Head
 from lightning_rnf.tasks.reference import ReferenceData, gathered
 from lightning_rnf.tasks.survey import Survey
 
@@ -131,7 +130,7 @@ class Selection:
         self.attribute(module, units, example)
         if any(criterion.counts_flops or criterion.metrics for criterion in criteria):
             ranking = rank({layer.name: torch.ones(layer.units) for layer in units.layers}, {})
-            with self._candidates(module, units, example, ranking, *criteria) as candidates:
+            with self._subnetworks(module, units, example, ranking, *criteria) as candidates:
                 candidates.measure(0)
 
     def select(
@@ -145,7 +144,8 @@ class Selection:
         *later: Criterion,
         show: Show = silent,
         survey: Survey | None = None,
-    ) -> TaskRecord:
+        fitting: Fitting | None = None,
+    ) -> tuple[TaskRecord, Head | None]:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is.
 
         Args:
@@ -158,6 +158,10 @@ class Selection:
             later: criteria that the record will be held to after a recovery: what they ask for is measured, too.
             show: how far it has come.
             survey: of the walk that measures the whole network; None: nothing is asked.
+            fitting: of the task's head to each candidate; None: as it was trained.
+
+        Returns:
+            The record, and the head that it was measured with and that has to be written; None: as it was trained.
 
         Raises:
             MissedError: if batches run modules that are not in ``units``.
@@ -174,9 +178,8 @@ class Selection:
             return reference.ranks.decided(lambda: criterion(score))
 
         expected = about(ranking, self.search, self.resolution)
-        with self._candidates(
-            module, units, reference, ranking, criterion, *later, show=show, expected=expected, survey=survey
-        ) as candidates:
+        options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
+        with self._subnetworks(module, units, reference, ranking, criterion, *later, **options) as candidates:
 
             def measure(cutoff: int) -> Measured:
                 measured = candidates.measure(cutoff)
@@ -185,28 +188,39 @@ class Selection:
                 return measured
 
             found = search_cutoff(ranking, measure, verdict, method=self.search, resolution=self.resolution)
-            statistics = candidates.statistics(found.taken.score.cutoff)
-        relevant = ranking.relevant(found.taken.score.cutoff)
+            score, evaluations = found.taken.score, found.evaluations
+            whole = evaluations[0].score
+            baseline = Measured(whole.accuracy, whole.values, whole.samples)
+
+            def scored(measured: Measured) -> SubnetworkScore:
+                return ranking.score(score.cutoff, measured, baseline, self.resolution)
+
+            taken = candidates.take(score.cutoff, lambda measured: verdict(scored(measured)))
+            if taken.measured is not None:
+                score = scored(taken.measured)
+                evaluations = (*evaluations, Evaluation(score, verdict(score)))
+        relevant = ranking.relevant(score.cutoff)
         record = TaskRecord(
             name=name,
             head=units.head,
             head_parameters=units.head_parameters,
             relevant=relevant,
             relevance=relevance,
-            norm_statistics=statistics,
-            cutoff=found.taken.score.cutoff,
-            accuracy=found.taken.score.baseline,
-            subnetwork_accuracy=found.taken.score.accuracy,
-            accepted=found.taken.accepted or criterion.met(found.taken.score),
-            samples=found.evaluations[0].score.samples,
-            evaluations=found.evaluations,
+            norm_statistics=taken.statistics,
+            cutoff=score.cutoff,
+            accuracy=whole.accuracy,
+            whole=candidates.whole,
+            subnetwork_accuracy=score.accuracy,
+            accepted=evaluations[-1].accepted if taken.measured else found.taken.accepted or criterion.met(score),
+            samples=whole.samples,
+            evaluations=evaluations,
             capacity=state.capacity_after(relevant),
             seconds={"attribution": attributed - started, "search": time.perf_counter() - attributed},
             conservation=conservation.ratios,
             cuts=conservation.cuts,
             notes=notes,
         )
-        return reference.ranks.decided(lambda: record)
+        return reference.ranks.decided(lambda: record), taken.head
 
     def check_goes_on(self, record: TaskRecord, state: FreezeState) -> None:
         """Check that a recovery that was begun, maybe by another program, is of the sub-network that would be settled.
@@ -235,7 +249,8 @@ class Selection:
         milder: bool,
         show: Show = silent,
         survey: Survey | None = None,
-    ) -> TaskRecord:
+        fitting: Fitting | None = None,
+    ) -> tuple[TaskRecord, Head | None]:
         """Measure a sub-network after its recovery: the record of a task that ends with the module as it is.
 
         Args:
@@ -249,6 +264,7 @@ class Selection:
                 largest first; if it accepts none of them, the recovered one stays.
             show: how far it has come.
             survey: of the first walk; None: nothing is asked.
+            fitting: of the task's head, as in `select`.
         """
         started = time.perf_counter()
         ranks = reference.ranks
@@ -258,50 +274,58 @@ class Selection:
         )
         whole = record.evaluations[0].score
         baseline = Measured(whole.accuracy, whole.values, whole.samples)
-        made: list[Evaluation] = []
+        made: list[tuple[Evaluation, Taken]] = []
         expected = 1 + len(smaller) * milder
-        with self._candidates(
-            module, units, reference, ranking, criterion, show=show, expected=expected, survey=survey
-        ) as candidates:
+        options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
+        with self._subnetworks(module, units, reference, ranking, criterion, **options) as candidates:
             candidates.limit = criterion.accuracy_limit(baseline.accuracy)
             for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
-                score = ranking.score(cutoff, candidates.measure(cutoff), baseline, self.resolution)
-                made.append(Evaluation(score, ranks.decided(partial(criterion.met, score))))
-                if made[-1].accepted:
+
+                def met(measured: Measured, cutoff: int = cutoff) -> bool:
+                    score = ranking.score(cutoff, measured, baseline, self.resolution)
+                    return ranks.decided(partial(criterion.met, score))
+
+                one = candidates.take(cutoff, met)
+                measured = candidates.measure(cutoff) if one.measured is None else one.measured
+                score = ranking.score(cutoff, measured, baseline, self.resolution)
+                made.append((Evaluation(score, met(measured)), one))
+                if made[-1][0].accepted:
                     break
-            taken = made[-1] if made[-1].accepted else made[0]
-            statistics = candidates.statistics(taken.score.cutoff)
+            taken, kept = made[-1] if made[-1][0].accepted else made[0]
         relevant = ranking.relevant(taken.score.cutoff)
         settled = replace(
             record,
             relevant=relevant,
-            norm_statistics=statistics,
+            norm_statistics=kept.statistics,
             cutoff=taken.score.cutoff,
             subnetwork_accuracy=taken.score.accuracy,
             accepted=taken.accepted,
             capacity=state.capacity_after(relevant),
-            recovery=tuple(made),
+            recovery=tuple(evaluation for evaluation, _ in made),
             seconds={**record.seconds, "settling": time.perf_counter() - started},
         )
-        return ranks.decided(lambda: settled)
+        return ranks.decided(lambda: settled), kept.head
 
-    @contextmanager
-    def _candidates(
+    def _subnetworks(
         self,
         module: nn.Module,
         units: UnitMap,
         reference: ReferenceData,
         ranking: Ranking,
         *criteria: Criterion,
-        show: Show = silent,
-        expected: int = 1,
-        survey: Survey | None = None,
-    ) -> Iterator[_Candidates]:
-        # Norms that the user keeps in eval mode have their statistics on purpose.
-        own = norms.with_statistics(module, units.buffers)
-        moving = [norm for norm in own.values() if isinstance(norm, _BatchNorm) and norm.training]
-        with borrowed(module), evaluating(module):
-            yield _Candidates(self, module, units, reference, ranking, criteria, own, moving, show, expected, survey)
+        **options: Any,
+    ) -> AbstractContextManager[Subnetworks]:
+        return subnetworks(
+            module,
+            units,
+            reference,
+            ranking,
+            *criteria,
+            norm_statistics=self.norm_statistics,
+            recalibrate_norm=self.recalibrate_norm,
+            resolution=self.resolution,
+            **options,
+        )
 
     def _heed(self, name: str, conservation: Conservation) -> tuple[str, ...]:
         """What the record has to say about a relevance that was conserved so well; warns where it matters."""
@@ -321,115 +345,3 @@ class Selection:
         normalize = "layer" if _PER_LAYER in notes else self.normalize
         ration = self.ration(len(state.tasks))
         return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=ration)
-
-
-class _Candidates:
-    """The sub-networks of a ranking, measured one by one in a borrowed module."""
-
-    def __init__(
-        self,
-        selection: Selection,
-        module: nn.Module,
-        units: UnitMap,
-        reference: ReferenceData,
-        ranking: Ranking,
-        criteria: Sequence[Criterion],
-        own_norms: Mapping[str, nn.Module],
-        moving_norms: Sequence[nn.Module],
-        show: Show,
-        expected: int,
-        survey: Survey | None,
-    ) -> None:
-        self.module = module
-        self.units = units
-        self.reference = reference
-        self.ranking = ranking
-        self.criterion = criteria[0]
-        self.metrics = reduce(and_, criteria).metrics
-        self.show = show
-        self.expected = expected
-        self.survey = Survey(module, units) if survey is None else survey
-        self.made = 0
-        self.prefix = Prefix(module, ranking.untouched() if ranking.candidates and expected > 1 else ())
-        self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
-        self.targets: int | None = None  # how many there are, the first to be measured shows: it is measured on all
-        # What the ration takes away is taken whatever the verdict.
-        self.measured_whole = {0, ranking.beyond_ration}
-        self.resolution = selection.resolution
-        self.ranks = reference.ranks
-        self.is_shared = selection.norm_statistics == "shared"
-        self.norms = own_norms
-        # Shared statistics are not brought back by recall: the sub-network has to do with the model's own.
-        self.recalibrated = moving_norms if selection.recalibrate_norm and not self.is_shared else ()
-        self.counts_flops = any(criterion.counts_flops for criterion in criteria)
-        counts_here = self.counts_flops and self.ranks.rank == 0
-        self.flops = self.ranks.agreed(lambda: _flops_counter(module, units, reference) if counts_here else None)
-
-    def measure(self, cutoff: int) -> Measured:
-        """Accuracy, and what else the criterion asks for, with so many candidates silenced."""
-        with self._speaking(cutoff):
-            # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
-            lowest = None if cutoff in self.measured_whole else self.limit
-            with self.prefix.spared("accuracy"), self.survey.of(self.reference, cutoff) as reference:
-                measured = reference.measure(
-                    self.module, self.metrics, finite=cutoff == 0, lowest=lowest, expected=self.targets
-                )
-        if self.targets is None:
-            self.targets = measured.samples
-        if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
-            raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
-        if self.counts_flops:
-            flops = self.ranks.decided(lambda: self._count(cutoff))
-            measured = replace(measured, values={**measured.values, **flops})
-        log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
-        self.made += 1
-        if cutoff == 0:
-            self.limit = self.criterion.accuracy_limit(measured.accuracy)
-        limit = "" if self.limit is None else f" (limit {self.limit:.3f})"
-        self.show("search", self.made, self.expected, f"cutoff {cutoff}, accuracy {measured.accuracy:.3f}{limit}")
-        return measured
-
-    def statistics(self, cutoff: int) -> dict[str, Tensor]:
-        """What recall brings back: the buffers with which that sub-network was measured."""
-        with self._speaking(cutoff):
-            buffers = subnetwork.statistics(self.module, self.units)
-        if self.is_shared:
-            return {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
-        return buffers
-
-    def _count(self, cutoff: int) -> dict[str, float]:
-        assert self.flops is not None
-        before = self.ranking.before(cutoff, self.resolution)
-        return {
-            "flops": float(self.flops(self.ranking.relevant(cutoff)) if cutoff else self.flops.total),
-            "flops_before": float(self.flops(self.ranking.relevant(before)) if before else self.flops.total),
-        }
-
-    @contextmanager
-    def _speaking(self, cutoff: int) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
-            if self.recalibrated and cutoff > 0:
-                stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
-            yield
-
-    def _run(self) -> None:
-        with self.prefix.spared("statistics"):
-            self.reference.run(self.module)
-
-
-def _flops_counter(module: nn.Module, units: UnitMap, reference: ReferenceData) -> SubnetworkFlops:
-    """Counts what ``module`` needs for one sample of the reference data."""
-    inputs: list[Any] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args if args else kwargs)
-
-    hook = module.register_forward_pre_hook(note, with_kwargs=True)
-    with hook, torch.no_grad(), reference.forward_context():
-        reference.predict(module, reference.example)
-    if not inputs:
-        raise ValueError(
-            "operations can't be counted: predict does not call the module itself; do without ComputeBudget"
-        )
-    return SubnetworkFlops(module, units.layers, inputs[0])

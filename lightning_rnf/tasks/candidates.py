@@ -1,0 +1,266 @@
+"""The sub-networks that a search asks about, measured one by one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.recall import NormStatistics, Prefix, SubnetworkFlops, norms, subnetwork
+from lightning_rnf.runtime import Show, borrowed, evaluating, joined, silent
+from lightning_rnf.search import Criterion, Measured, Ranking
+from lightning_rnf.tasks.fitting import Fitting, Head, scale_of
+from lightning_rnf.tasks.reference import ReferenceData
+from lightning_rnf.tasks.survey import Survey
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The sub-network that a search ends with.
+
+    Attributes:
+        measured: with the head that it keeps; None: heads are not fitted, it is what the search has measured.
+        statistics: what recall brings back: the buffers with which it was measured.
+        head: to be written; None: the one that was trained.
+    """
+
+    measured: Measured | None
+    statistics: dict[str, Tensor]
+    head: Head | None
+
+
+class Subnetworks:
+    """The sub-networks of a ranking, measured one by one in a borrowed module; see `subnetworks`.
+
+    Attributes:
+        limit: the accuracy below which no candidate has to be measured to the end; None: nobody knows it yet.
+        whole: accuracy of the whole network by its head, ``"trained"`` or ``"fitted"``; empty if heads are not fitted.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        units: UnitMap,
+        reference: ReferenceData,
+        ranking: Ranking,
+        criteria: Sequence[Criterion],
+        own_norms: Mapping[str, nn.Module],
+        moving_norms: Sequence[nn.Module],
+        show: Show,
+        expected: int,
+        survey: Survey | None,
+        fitting: Fitting | None,
+        resolution: int,
+        counts_flops: bool,
+        is_shared: bool,
+    ) -> None:
+        self.module = module
+        self.units = units
+        self.reference = reference
+        self.ranking = ranking
+        self.criterion = criteria[0]
+        self.metrics = reduce(and_, criteria).metrics
+        self.show = show
+        self.expected = expected
+        self.survey = Survey(module, units) if survey is None else survey
+        self.made = 0
+        self.prefix = Prefix(module, ranking.untouched() if ranking.candidates and expected > 1 else ())
+        self.limit: float | None = None  # before cutoff 0 is measured nobody knows it
+        self.targets: int | None = None  # how many there are, the first to be measured shows: it is measured on all
+        # What the ration takes away is taken whatever the verdict.
+        self.measured_whole = {0, ranking.beyond_ration}
+        self.resolution = resolution
+        self.fitting = fitting
+        self.whole: dict[str, float] = {}
+        self.ranks = reference.ranks
+        self.is_shared = is_shared
+        self.norms = own_norms
+        self.recalibrated = moving_norms
+        self.counts_flops = counts_flops
+        counts_here = self.counts_flops and self.ranks.rank == 0
+        self.flops = self.ranks.agreed(lambda: _flops_counter(module, units, reference) if counts_here else None)
+
+    def measure(self, cutoff: int) -> Measured:
+        """Accuracy, and what else the criterion asks for, with so many candidates silenced, and a head fitted to them.
+
+        The whole network is measured with its trained head, too, and the better one counts.
+        """
+        with self._speaking(cutoff):
+            if cutoff == 0 or self.fitting is None:
+                measured = self._measure(cutoff)
+            if self.fitting is not None:
+                with self.fitting.wearing(self._fitted(all_data=False)):
+                    fitted = self._measure(cutoff, surveyed=cutoff > 0)
+                if cutoff == 0:
+                    self.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
+                    fitted = max(measured, fitted, key=lambda one: one.accuracy)
+                measured = fitted
+        if self.counts_flops:
+            flops = self.ranks.decided(lambda: self._count(cutoff))
+            measured = replace(measured, values={**measured.values, **flops})
+        log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
+        self.made += 1
+        if cutoff == 0:
+            self.limit = self.criterion.accuracy_limit(measured.accuracy)
+        limit = "" if self.limit is None else f" (limit {self.limit:.3f})"
+        self.show("search", self.made, self.expected, f"cutoff {cutoff}, accuracy {measured.accuracy:.3f}{limit}")
+        return measured
+
+    def take(self, cutoff: int, verdict: Callable[[Measured], bool]) -> Taken:
+        """End with a sub-network: its head is fitted to all there is to fit it on.
+
+        Of that one, the one of the search and the trained one it keeps what the verdict accepts, the most accurate of
+        those, and in doubt the first.
+        """
+        with self._speaking(cutoff):
+            buffers = subnetwork.statistics(self.module, self.units)
+            measured = head = None
+            if self.fitting is not None:
+                measured, head = self._best(cutoff, self.fitting, verdict)
+        if self.is_shared:
+            buffers = {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
+        return Taken(measured, buffers, head)
+
+    def _best(self, cutoff: int, fitting: Fitting, verdict: Callable[[Measured], bool]) -> tuple[Measured, Head | None]:
+        found: list[tuple[Measured, Head | None]] = []
+        for head in (self._fitted(all_data=True), self._fitted(all_data=False), None):
+            seen: list[tuple[Tensor, Tensor]] = []
+            with nullcontext() if head is None else fitting.wearing(head):
+                measured = self._measure(cutoff, surveyed=cutoff > 0 and not found, seen=seen)
+            if self.counts_flops:
+                flops = self.ranks.decided(lambda: self._count(cutoff))
+                measured = replace(measured, values={**measured.values, **flops})
+            if head is not None:
+                every = joined(self.ranks.gather(seen))
+                logits, target = (torch.cat(parts) for parts in zip(*every, strict=True))
+                head = head.scaled(scale_of(logits, target))
+            found.append((measured, head))
+        return max(found, key=lambda one: (verdict(one[0]), one[0].accuracy))
+
+    def _fitted(self, *, all_data: bool) -> Head:
+        assert self.fitting is not None
+        with self.prefix.spared("fitting"):
+            return self.fitting.fit(all_data=all_data)
+
+    def _measure(
+        self, cutoff: int, *, surveyed: bool = True, seen: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Measured:
+        # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
+        lowest = None if cutoff in self.measured_whole or seen is not None else self.limit
+        watched = self.survey.of(self.reference, cutoff) if surveyed else nullcontext(self.reference)
+        with self.prefix.spared("accuracy"), watched as reference:
+            if seen is not None:
+                reference = _noting(reference, seen)
+            measured = reference.measure(
+                self.module, self.metrics, finite=cutoff == 0, lowest=lowest, expected=self.targets
+            )
+        if self.targets is None:
+            self.targets = measured.samples
+        if cutoff == 0 and any(math.isnan(value) for value in measured.values.values()):
+            raise ValueError(f"a metric of the whole network is not a number: {dict(measured.values)}")
+        return measured
+
+    def _count(self, cutoff: int) -> dict[str, float]:
+        assert self.flops is not None
+        before = self.ranking.before(cutoff, self.resolution)
+        return {
+            "flops": float(self.flops(self.ranking.relevant(cutoff)) if cutoff else self.flops.total),
+            "flops_before": float(self.flops(self.ranking.relevant(before)) if before else self.flops.total),
+        }
+
+    @contextmanager
+    def _speaking(self, cutoff: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
+            if self.recalibrated and cutoff > 0:
+                stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
+            yield
+
+    def _run(self) -> None:
+        with self.prefix.spared("statistics"):
+            self.reference.run(self.module)
+
+
+@contextmanager
+def subnetworks(
+    module: nn.Module,
+    units: UnitMap,
+    reference: ReferenceData,
+    ranking: Ranking,
+    *criteria: Criterion,
+    norm_statistics: NormStatistics,
+    recalibrate_norm: bool,
+    resolution: int = 1,
+    show: Show = silent,
+    expected: int = 1,
+    survey: Survey | None = None,
+    fitting: Fitting | None = None,
+) -> Iterator[Subnetworks]:
+    """Inside the context the module is borrowed, in eval mode, and its sub-networks can be measured.
+
+    Args:
+        module: the model.
+        units: of it.
+        reference: what accuracy is measured on.
+        ranking: the units in the order in which they go.
+        criteria: the first is the search's; what any of them asks for is measured.
+        norm_statistics: whether recall brings running statistics back.
+        recalibrate_norm: whether they are estimated anew for each candidate.
+        resolution: units per step of the search.
+        show: how far it has come.
+        expected: how many evaluations there will be.
+        survey: of the first walk; None: nothing is asked.
+        fitting: of the task's head to each candidate; None: as it was trained.
+    """
+    # Norms that the user keeps in eval mode have their statistics on purpose.
+    own = norms.with_statistics(module, units.buffers)
+    is_shared = norm_statistics == "shared"
+    # Shared statistics are not brought back by recall: the sub-network has to do with the model's own.
+    recalibrates = recalibrate_norm and not is_shared
+    moving = [norm for norm in own.values() if isinstance(norm, _BatchNorm) and norm.training] if recalibrates else []
+    counts_flops = any(criterion.counts_flops for criterion in criteria)
+    with borrowed(module), evaluating(module):
+        yield Subnetworks(
+            *(module, units, reference, ranking, criteria, own, moving, show, expected, survey, fitting),
+            *(resolution, counts_flops, is_shared),
+        )
+
+
+def _noting(reference: ReferenceData, seen: list[tuple[Tensor, Tensor]]) -> ReferenceData:
+    """The same data; logits and targets are kept on the CPU."""
+
+    def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        logits, target = reference.predict(module, batch)
+        seen.append((logits.detach().float().cpu(), target.detach().long().cpu()))
+        return logits, target
+
+    return replace(reference, predict=predict)
+
+
+def _flops_counter(module: nn.Module, units: UnitMap, reference: ReferenceData) -> SubnetworkFlops:
+    """Counts what ``module`` needs for one sample of the reference data."""
+    inputs: list[Any] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args if args else kwargs)
+
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+    with hook, torch.no_grad(), reference.forward_context():
+        reference.predict(module, reference.example)
+    if not inputs:
+        raise ValueError(
+            "operations can't be counted: predict does not call the module itself; do without ComputeBudget"
+        )
+    return SubnetworkFlops(module, units.layers, inputs[0])
