@@ -95,7 +95,7 @@ class RelevanceFreezing(BetweenFits):
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
             units without any go first. ``"none"``: raw, the paper; not followed, with a warning, where something has no
             rule (a layer norm, attention): raw relevance doesn't compare across layers then.
-        search: ``"bisect"``, or the paper's ``"linear"``.
+        search: ``"fewest"``: from the fewest units upwards; ``"bisect"``, or the paper's ``"linear"``, from the most.
         resolution: units per step of the search (the paper's pruning ratio r).
         norm_statistics: ``"per_task"``: recall brings back the running statistics of the task's end. ``"pinned"``:
             besides, frozen channels normalise with their stored statistics in training. ``"shared"``: later tasks move
@@ -142,7 +142,7 @@ class RelevanceFreezing(BetweenFits):
         importance: ImportanceName | Importance = "lrp",
         composite: Composite | None = None,
         normalize: Normalize = "layer",
-        search: Method = "bisect",
+        search: Method = "fewest",
         resolution: int = 1,
         norm_statistics: NormStatistics = "per_task",
         recalibrate_norm: bool = True,
@@ -191,7 +191,7 @@ class RelevanceFreezing(BetweenFits):
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
-        paper |= {"fit_head": False}
+        paper |= {"fit_head": False, "search": "bisect"}
         return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
 
     def __setattr__(self, name: str, value: Any) -> None:

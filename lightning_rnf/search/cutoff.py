@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_rnf.search.criteria import Measured, SubnetworkScore
 from lightning_rnf.search.ranking import Ranking
 
-Method = Literal["bisect", "linear"]
+Method = Literal["fewest", "bisect", "linear"]
+
+_GROWTH = 4
+"""From one kept count to the next. With 2 the way there and the bisection behind it would cost two, not 1.5."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,45 @@ class SearchResult:
     taken: Evaluation
     evaluations: tuple[Evaluation, ...]
 
+    @property
+    def from_fewest(self) -> tuple[Evaluation, ...]:
+        """All evaluations, those that keep the fewest units first.
+
+        The accuracy of a rejected one may have been measured on some of the data only: its ``samples`` say so.
+        """
+        return tuple(sorted(self.evaluations, key=lambda evaluation: evaluation.score.relevant))
+
 
 def search_cutoff(
     ranking: Ranking,
     measure: Callable[[int], Measured],
     criterion: Callable[[SubnetworkScore], bool],
     *,
-    method: Method = "bisect",
+    method: Method = "fewest",
     resolution: int = 1,
 ) -> SearchResult:
     """Find a large cutoff that the criterion accepts.
 
     Cutoff 0, the whole network, is measured first and needs no verdict. What the ration takes away is the least that
-    is pruned, whatever the verdict. The returned cutoff has been measured. Accuracy is not monotone in the cutoff: both
-    methods end at *a* boundary, where the next measured cutoff is rejected.
+    is pruned, whatever the verdict. Accuracy is not monotone in the cutoff: ten units may do where eighty don't. So all
+    methods end at *a* boundary, and of what they return this holds for any criterion:
+
+    - it has been measured, and accepted, unless it is what the ration takes away;
+    - the next larger cutoff that has been measured is rejected, and no larger one is accepted;
+    - no cutoff is measured twice.
+
+    If acceptance is monotone, all three return the largest accepted cutoff, to the resolution.
 
     Args:
         ranking: the units in the order in which they go.
         measure: what is found with that many candidates silenced.
         criterion: shown each score.
-        method: ``"bisect"``: about log2(candidates / resolution) evaluations. ``"linear"``: the paper's loop, from the
-            least relevant upwards until the first rejection.
+        method: ``"fewest"``: from the fewest units upwards. Of the candidates none is kept first, then steps of 2, 8,
+            32, … of them until that is accepted, then it bisects between the last that was rejected and the first that
+            was accepted: at most 1.5 times as many evaluations as `about` says of a bisection, most of them of small
+            networks. ``"bisect"``: about log2(candidates / resolution) evaluations, halving from both ends; where
+            acceptance is not monotone it ends at the upper boundary as likely as not. ``"linear"``: the paper's loop,
+            from the least relevant upwards until the first rejection.
         resolution: units per step (the paper's pruning ratio r), at least 1.
 
     Raises:
@@ -69,7 +91,7 @@ def search_cutoff(
     cutoffs = ranking.cutoffs(resolution)
     if ranking.beyond_ration:
         accepts(cutoffs[0])
-    walk = {"bisect": _bisect, "linear": _linear}[method]
+    walk = {"fewest": _fewest, "bisect": _bisect, "linear": _linear}[method]
     last = cutoffs[walk(lambda step: accepts(cutoffs[step]), len(cutoffs) - 1)]
     found = next(evaluation for evaluation in evaluations if evaluation.score.cutoff == last)
     return SearchResult(found, tuple(evaluations))
@@ -77,15 +99,49 @@ def search_cutoff(
 
 def about(ranking: Ranking, method: Method, resolution: int = 1) -> int:
     """How many evaluations a search makes: at most, and for ``"bisect"`` within one of it."""
-    steps = len(ranking.cutoffs(resolution)) - 1
-    walked = (steps + 1).bit_length() if method == "bisect" else steps  # ⌈log2(steps + 1)⌉, or one more
+    steps = -(-(ranking.candidates - ranking.beyond_ration) // resolution)
+    walked = steps
+    if method == "bisect":
+        walked = (steps + 1).bit_length()  # ⌈log2(steps + 1)⌉, or one more
+    elif method == "fewest":
+        kept = [*_kept_counts(steps), steps]  # all are rejected up to one, which is accepted; the last is not measured
+        walked = max(
+            (
+                min(number + 1, len(kept) - 1) + (more - fewer - 1).bit_length()
+                for number, (fewer, more) in enumerate(itertools.pairwise(kept), start=1)
+            ),
+            default=0,
+        )
     return 1 + bool(ranking.beyond_ration) + walked
+
+
+def _fewest(accepts: Callable[[int], bool], steps: int) -> int:
+    """The step that keeps the fewest of those that it has seen accepted in 0 … steps; 0 is taken as accepted."""
+    rejected, accepted = -1, steps
+    for kept in _kept_counts(steps):
+        if accepts(steps - kept):
+            accepted = kept
+            break
+        rejected = kept
+    return steps - _between(lambda kept: accepts(steps - kept), rejected, accepted)
+
+
+def _kept_counts(steps: int) -> Iterator[int]:
+    """How many steps to keep, from none: 0, 2, 8, 32, … below all of them."""
+    kept = 0
+    while kept < steps:
+        yield kept
+        kept = kept * _GROWTH or 2
 
 
 def _bisect(accepts: Callable[[int], bool], steps: int) -> int:
     """The step below a boundary in 0 … steps; 0 is taken as accepted."""
-    accepted, rejected = 0, steps + 1
-    while rejected - accepted > 1:
+    return _between(accepts, steps + 1, 0)
+
+
+def _between(accepts: Callable[[int], bool], rejected: int, accepted: int) -> int:
+    """The accepted side of a boundary between what is rejected and what is accepted, whichever is larger."""
+    while abs(rejected - accepted) > 1:
         middle = (accepted + rejected) // 2
         if accepts(middle):
             accepted = middle

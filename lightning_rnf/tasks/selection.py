@@ -67,7 +67,7 @@ class Selection:
     normalize: Normalize = "layer"
     candidates: Candidates = "free"
     rations: float | Sequence[float] | None = None
-    search: Method = "bisect"
+    search: Method = "fewest"
     resolution: int = 1
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True

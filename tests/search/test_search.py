@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_rnf.search.cutoff import SearchResult, search_cutoff
+from lightning_rnf.search.cutoff import SearchResult, about, search_cutoff
 from lightning_rnf.search.ranking import Measured, Ranking, rank
 
 quickly = settings(deadline=None, database=None, max_examples=60)
-each_method = pytest.mark.parametrize("method", ["bisect", "linear"])
+each_method = pytest.mark.parametrize("method", ["fewest", "bisect", "linear"])
 
 
 def order(relevance: dict[str, list[float]], frozen: dict[str, list[int]] | None = None, **options) -> list[int]:
@@ -243,6 +243,17 @@ def test_the_next_cutoff_is_a_rejected_one_or_there_is_none(method, verdicts, re
 @each_method
 @quickly
 @given(verdicts=verdicts, resolution=resolutions)
+def test_no_larger_cutoff_that_was_measured_is_accepted_and_the_next_one_is_rejected(method, verdicts, resolution):
+    network = Network(verdicts)
+    found = network.search(method, resolution)
+    assert list(found.from_fewest) == sorted(found.evaluations, key=lambda one: -one.score.cutoff)
+    larger = found.from_fewest[: found.from_fewest.index(found.taken)]
+    assert not any(evaluation.accepted or verdicts[evaluation.score.cutoff] for evaluation in larger)
+
+
+@each_method
+@quickly
+@given(verdicts=verdicts, resolution=resolutions)
 def test_every_evaluation_is_recorded_in_order_and_none_is_made_twice(method, verdicts, resolution):
     network = Network(verdicts)
     found = network.search(method, resolution)
@@ -275,6 +286,55 @@ def test_bisect_needs_logarithmically_many_evaluations(verdicts, resolution):
 
 @quickly
 @given(verdicts=verdicts, resolution=resolutions)
+def test_never_more_evaluations_than_foretold(verdicts, resolution):
+    for method in ("fewest", "bisect", "linear"):
+        made = len(Network(verdicts).search(method, resolution).evaluations)
+        assert made <= about(ranking_of(len(verdicts) - 1, frozen=2), method, resolution)
+
+
+def test_from_the_fewest_costs_at_most_one_and_a_half_bisections_for_any_number_of_candidates():
+    positions, mask = torch.arange(200_000), torch.zeros(0, dtype=torch.bool)
+    # Both numbers change at powers of two, and at those plus a kept count, only.
+    turns = {2**power + more for power in range(17) for more in (-1, 0, 1, 2, *(2 * 4**step + 1 for step in range(8)))}
+    for candidates in {*range(5000), *turns, 100_000}:
+        ranking = Ranking({}, positions[:candidates], mask)
+        assert about(ranking, "fewest") <= 1.5 * about(ranking, "bisect"), candidates
+    for candidates in range(0, 200, 7):
+        for resolution in (1, 3, 10):
+            for ration in (None, 0.3):
+                ranking = rank({"layer": torch.arange(float(candidates + 1))}, {}, ration=ration)
+                assert about(ranking, "fewest", resolution) <= 1.5 * about(ranking, "bisect", resolution)
+
+
+def test_what_is_foretold_of_a_search_from_the_fewest_is_what_the_worst_boundary_needs():
+    for candidates in range(45):
+        most = 0
+        for boundary in range(candidates + 1):
+            network = Network([cutoff <= boundary for cutoff in range(candidates + 1)])
+            assert network.search("fewest").taken.score.cutoff == boundary
+            most = max(most, len(network.measured))
+        assert most == about(ranking_of(candidates), "fewest")
+
+
+def test_from_the_fewest_finds_few_units_that_do_where_more_do_not():
+    def does(kept: int) -> bool:  # as seen on an MLP of 800 units
+        return 10 <= kept < 50 or kept > 300
+
+    network = Network([does(800 - cutoff) for cutoff in range(801)])
+    assert network.search("fewest").taken.score.cutoff == 800 - 10
+    assert network.measured[:5] == [0, 800, 798, 792, 768]
+    assert min(network.measured[1:]) == 768  # nothing large was measured on the way
+    assert Network(network.verdicts).search("bisect").taken.score.cutoff == 800 - 301
+
+
+def test_from_the_fewest_keeps_none_of_the_candidates_if_the_frozen_units_do():
+    network = Network([True] * 801)
+    assert network.search("fewest").taken.score.cutoff == 800
+    assert network.measured == [0, 800]
+
+
+@quickly
+@given(verdicts=verdicts, resolution=resolutions)
 def test_linear_is_the_paper_s_loop_and_stops_at_the_first_rejection(verdicts, resolution):
     cutoff = 0
     while cutoff < len(verdicts) - 1:
@@ -299,10 +359,12 @@ def test_where_acceptance_is_monotone_the_largest_cutoff_is_found_to_the_resolut
 
 @quickly
 @given(candidates=st.integers(0, 70), acceptable=st.integers(0, 80), resolution=resolutions)
-def test_where_acceptance_is_monotone_both_methods_agree(candidates, acceptable, resolution):
+def test_where_acceptance_is_monotone_all_methods_agree(candidates, acceptable, resolution):
     verdicts = [cutoff <= acceptable for cutoff in range(candidates + 1)]
-    bisect, linear = (Network(verdicts).search(method, resolution).taken.score for method in ("bisect", "linear"))
-    assert bisect == linear
+    fewest, bisect, linear = (
+        Network(verdicts).search(method, resolution).taken.score for method in ("fewest", "bisect", "linear")
+    )
+    assert fewest == bisect == linear
 
 
 @each_method
