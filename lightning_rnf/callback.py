@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -134,11 +134,12 @@ class RelevanceFreezing(BetweenFits):
         irrelevant_elasticity: ElasticityOption = 1.0,
         retention: Retention = "exact",
         candidates: Candidates = "free",
-        recovery_epochs: int = 0,
+        recovery_epochs: int | Literal["auto"] = "auto",
         recovery_criterion: CriterionOption | None = None,
         recovery_search: bool = False,
-        ration: float | Sequence[float] | None = None,
-        reset_free: bool = False,
+        ration: float | Sequence[float] | Literal["auto"] | None = "auto",
+        reset_free: bool | Literal["auto"] = "auto",
+        tasks: int | None = None,
         importance: ImportanceName | Importance = "lrp",
         composite: Composite | None = None,
         normalize: Normalize = "layer",
@@ -162,10 +163,15 @@ class RelevanceFreezing(BetweenFits):
             arguments.one_of("retention", retention, Retention),
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
+        if retention == "paper":
+            ration, recovery_epochs, reset_free = (
+                default if given == "auto" else given
+                for given, default in ((ration, None), (recovery_epochs, 0), (reset_free, False))
+            )
         self.ending = Ending(
             Selection(
                 *(importance, composite, normalize, candidates, ration, search, resolution),
-                *(norm_statistics, recalibrate_norm),
+                *(norm_statistics, recalibrate_norm, tasks),
             ),
             Reference(reference, reference_samples, attribution_samples, predict, seed),
             as_criterion(criterion),
@@ -176,7 +182,9 @@ class RelevanceFreezing(BetweenFits):
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
-        self.reset_free = arguments.of_type("reset_free", reset_free, bool, "True or False")
+        self.reset_free = (
+            True if reset_free == "auto" else arguments.of_type("reset_free", reset_free, bool, "True or False")
+        )
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         self._scores: dict[Any, float] = {}
@@ -273,7 +281,8 @@ class RelevanceFreezing(BetweenFits):
         if self.state.recovering is not None and self.state.recovering.name != name:
             self.state.forget_unfinished()
         if self.state.recovering is None:
-            runs.check_epochs(trainer, self.ending.recovery.epochs, resumed=self._is_resumed)
+            if self.ending.recovery.epochs != "auto":
+                runs.check_epochs(trainer, self.ending.recovery.epochs, resumed=self._is_resumed)
         runs.check_sharding(trainer, pl_module)
         assert self._holding is not None
         with sharding.whole(pl_module):
@@ -301,7 +310,7 @@ class RelevanceFreezing(BetweenFits):
         if self.state.training is None:  # the last one was ended by hand
             name = runs.given_name(self.task, trainer, pl_module)
             self.state.training = None if name in self.state.tasks else name
-        if self.state.recovering is None and runs.is_time_to_recover(trainer, self.ending.recovery.epochs):
+        if self.state.recovering is None and runs.is_time_to_recover(trainer, self.ending.recovery.epochs_of(trainer)):
             name = self._task_name(trainer, pl_module)
             self._holding.stay_inside(self.ending.recover(trainer, pl_module, self.state, name))
         if self.state.recovering is not None:

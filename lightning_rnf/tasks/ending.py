@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +21,7 @@ from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking
 from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
 from lightning_rnf.search import Criterion, SubnetworkScore, as_criterion
-from lightning_rnf.tasks import checkpoints, foresight
+from lightning_rnf.tasks import auto, checkpoints, foresight
 from lightning_rnf.tasks.fitting import Fitting, HeadFit, UnfitError
 from lightning_rnf.tasks.probes import SAMPLES, taken
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
@@ -40,7 +40,7 @@ class Recovery:
     """How a task's last epochs train inside its sub-network.
 
     Attributes:
-        epochs: so many; 0: there is no recovery.
+        epochs: so many; 0: there is no recovery. ``"auto"``: see `auto.recovery_epochs`.
         criterion: what the search before them may take; None: a drop of 0.1.
         search: if the recovery falls short of the task's criterion, try milder cutoffs.
 
@@ -48,17 +48,22 @@ class Recovery:
         TypeError, ValueError: if an option is out of its range, or of no use.
     """
 
-    epochs: int = 0
+    epochs: int | Literal["auto"] = 0
     criterion: CriterionOption | None = None
     search: bool = False
 
     def __post_init__(self) -> None:
-        arguments.at_least("recovery_epochs", self.epochs, 0)
+        if self.epochs != "auto":
+            arguments.at_least("recovery_epochs", self.epochs, 0)
         arguments.of_type("recovery_search", self.search, bool, "True or False")
         before = self.before  # raises if it is none
         if not self.epochs and (self.criterion is not None or self.search):
             raise ValueError("recovery_criterion and recovery_search are of use with recovery_epochs only: it is 0")
         object.__setattr__(self, "criterion", before)
+
+    def epochs_of(self, trainer: Trainer) -> int:
+        """How many of a fit's last epochs are a recovery."""
+        return auto.recovery_epochs(trainer) if self.epochs == "auto" else self.epochs
 
     @property
     def before(self) -> Criterion:
@@ -107,7 +112,7 @@ class Ending:
     def __post_init__(self) -> None:
         if self.recovery.epochs:
             _ = (self.criterion & self.recovery.before).metrics  # raises where one name means two metrics
-            if not self.masked:
+            if not self.masked and self.recovery.epochs != "auto":
                 raise ValueError(
                     "recovery_epochs train a sub-network, which retention='paper' never runs: leave one out"
                 )
@@ -153,7 +158,7 @@ class Ending:
         Its record is in the state and in a checkpoint before anything is probed, logged or drawn. What fails from there
         on is a warning.
         """
-        if state.recovering is None and self.recovery.epochs:
+        if state.recovering is None and self.recovery.epochs and self.recovery.epochs != "auto":
             rank_zero_warn(f"{name}: the fit ended before its last {self.recovery.epochs} epochs: no recovery")
         with isolate_rng():
             with shown(trainer) as show, sharding.whole(module):  # whole: drawing may run it

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -44,6 +44,7 @@ from lightning_rnf.search import (
     rank,
     search_cutoff,
 )
+from lightning_rnf.tasks import auto
 from lightning_rnf.tasks.candidates import Subnetworks, Taken, subnetworks
 from lightning_rnf.tasks.fitting import Fitting, Head
 from lightning_rnf.tasks.reference import ReferenceData, gathered
@@ -66,11 +67,12 @@ class Selection:
     composite: Composite | None = None
     normalize: Normalize = "layer"
     candidates: Candidates = "free"
-    rations: float | Sequence[float] | None = None
+    rations: float | Sequence[float] | Literal["auto"] | None = None
     search: Method = "fewest"
     resolution: int = 1
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True
+    tasks: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.importance):
@@ -78,7 +80,9 @@ class Selection:
         arguments.of_type("composite", self.composite, Composite, "a composite of Zennit")
         arguments.one_of("normalize", self.normalize, Normalize)
         arguments.one_of("candidates", self.candidates, Candidates)
-        object.__setattr__(self, "rations", arguments.shares("ration", self.rations))  # a tuple from here on
+        if self.rations != "auto":
+            object.__setattr__(self, "rations", arguments.shares("ration", self.rations))  # a tuple from here on
+        arguments.at_least("tasks", self.tasks, 1, or_none=True)
         arguments.one_of("search", self.search, Method)
         arguments.at_least("resolution", self.resolution, 1)
         arguments.one_of("norm_statistics", self.norm_statistics, NormStatistics)
@@ -89,6 +93,8 @@ class Selection:
 
     def ration(self, task: int) -> float | None:
         """What a task may claim of each layer's free units; ``task`` counts the finished ones. None: all."""
+        if self.rations == "auto":
+            return auto.share_of(task, self.tasks)
         rations: Any = self.rations
         return rations[min(task, len(rations) - 1)] if rations else None
 
@@ -173,9 +179,19 @@ class Selection:
         notes = self._heed(name, conservation)
         ranking = reference.ranks.decided(lambda: self._rank(relevance, state, notes))
 
+        floors: list[float] = []
+
         def verdict(score: SubnetworkScore) -> bool:
             # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
-            return reference.ranks.decided(lambda: criterion(score))
+            accepted = reference.ranks.decided(lambda: criterion(score))
+            if self.rations != "auto" or score.accuracy == floors:
+                return accepted
+            if not floors:
+                limit = criterion.accuracy_limit(score.baseline)
+                top = score.accuracy if ranking.beyond_ration else score.baseline
+                floors.append(top - auto.SLACK * (score.baseline - (score.baseline if limit is None else limit)))
+                candidates.limit = floors[0]
+            return score.accuracy >= floors[0]
 
         expected = about(ranking, self.search, self.resolution)
         options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
@@ -211,7 +227,7 @@ class Selection:
             accuracy=whole.accuracy,
             whole=candidates.whole,
             subnetwork_accuracy=score.accuracy,
-            accepted=evaluations[-1].accepted if taken.measured else found.taken.accepted or criterion.met(score),
+            accepted=criterion.met(score),
             samples=whole.samples,
             evaluations=evaluations,
             capacity=state.capacity_after(relevant),

@@ -1,0 +1,303 @@
+"""The head fitted to its sub-network: which heads, on which data, and that it is what is recorded and recalled."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from training import Classifier, ConvClassifier, clusters, inputs, task_data, train, trainer
+
+from lightning_rnf import MultiHead, RelevanceFreezing
+from lightning_rnf.runtime import Ranks
+from lightning_rnf.tasks.fitting import SCALES, Fitting, last_layer, scale_of
+from lightning_rnf.tasks.reference import ReferenceData
+
+FEW = {"recovery_epochs": 0, "ration": None, "reset_free": False, "criterion": 0.02}
+"""Nothing but the search and the head."""
+
+
+def accuracy(model, task, seed=1):
+    x, y = clusters(task, 320, seed).tensors
+    return float((model(x).argmax(1) == y).float().mean())
+
+
+def ended(model=None, *tasks, **options):
+    torch.manual_seed(0)
+    model = model or Classifier()
+    rnf = RelevanceFreezing(**{**FEW, **options})
+    train(model, rnf, *(tasks or ("a",)))
+    return model, rnf
+
+
+@pytest.mark.parametrize("network", [Classifier, ConvClassifier])
+def test_what_is_recorded_is_what_recall_measures(network):
+    model, rnf = ended(network())
+    record = rnf.state.task("a")
+    assert set(record.whole) == {"trained", "fitted"}
+    assert record.accuracy == max(record.whole.values()) == record.evaluations[0].score.accuracy
+    with rnf.recall("a", model), torch.no_grad():
+        assert accuracy(model, "a") == pytest.approx(record.subnetwork_accuracy, abs=1e-6)  # the validation data
+    assert record.evaluations[-1].score.accuracy == record.subnetwork_accuracy
+    assert record.accepted
+    assert record.accuracy - record.subnetwork_accuracy <= 0.02 + 1e-6
+
+
+def test_fewer_units_are_kept_than_with_the_head_as_it_was_trained():
+    kept = {}
+    for fit in ("auto", False):
+        _, rnf = ended(fit_head=fit)
+        kept[fit] = sum(int(mask.sum()) for mask in rnf.state.task("a").relevant.values())
+    assert kept["auto"] < kept[False], kept
+
+
+class Trained(pl.Callback):
+    """Keeps the heads as the training has left them."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.heads = copy.deepcopy(pl_module.heads.state_dict())
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("options", [{"fit_head": False}, {"retention": "paper"}, {}])
+def test_the_head_stays_as_it_was_trained_where_nobody_asked(options):
+    rnf = RelevanceFreezing(**FEW, **options) if options else RelevanceFreezing.paper()
+    model, before = Classifier(), Trained()
+    trainer(before, rnf).fit(model, datamodule=task_data("a"))
+    assert rnf.state.task("a").whole == {}
+    assert same(model.heads.state_dict(), before.heads)
+
+
+def test_only_the_last_layer_of_the_task_s_own_head_is_written():
+    model, before, rnf = Classifier(), Trained(), RelevanceFreezing(**FEW)
+    model.heads = MultiHead(40, {"a": nn.Sequential(nn.Linear(40, 9), nn.Tanh(), nn.Linear(9, 2)), "b": 2})
+    trainer(before, rnf).fit(model, datamodule=task_data("a"))
+    written = {name for name, value in model.heads.state_dict().items() if not torch.equal(value, before.heads[name])}
+    assert written == {"tasks.a.2.weight", "tasks.a.2.bias"}
+
+
+def test_recall_export_and_checkpoint_have_the_fitted_head(tmp_path):
+    model, rnf = ended(None, "a")
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(inputs())
+    head = copy.deepcopy(model.heads.tasks["a"].state_dict())
+    train(model, rnf, "b")
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(inputs()), before)
+    small = rnf.export(model, "a")
+    with torch.no_grad():
+        assert (small(inputs()) - before).abs().max() < 1e-4 * before.abs().max()
+    assert same(model.heads.tasks["a"].state_dict(), head)
+    assert not any(rnf.report(model).audit.changed.values())
+
+
+def test_a_head_without_bias_is_fitted_too():
+    model = Classifier()
+    model.heads = MultiHead(40, {"a": nn.Linear(40, 2, bias=False)})
+    _, rnf = ended(model)
+    assert rnf.state.task("a").whole
+
+
+# -- which heads -----------------------------------------------------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """Two classes for each pixel, some of which have no label."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def labelled_pixels(module, batch):
+    x, y = batch
+    logits = module(x).permute(0, 2, 3, 1)
+    return logits[y >= 0], y[y >= 0]
+
+
+def pixels(seed=0, samples=12):
+    x = torch.randn(samples, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    y = (x[:, 0] + x[:, 1] > 0).long()
+    y[:, :2] = -1
+    return x, y
+
+
+def test_pixels_that_have_a_label():
+    torch.manual_seed(0)
+    module = Pixels().eval()
+    data = ReferenceData([pixels(seed) for seed in range(6)], 6, labelled_pixels)
+    fitting = Fitting.of(module, "head", data)
+    assert fitting is not None
+    fitting.write(fitting.fit(all_data=True))
+    # What another way of least squares gives on the same pixels: no weaker ridge can leave less.
+    features = torch.cat([module.body(pixels(seed)[0]).permute(0, 2, 3, 1)[pixels(seed)[1] >= 0] for seed in range(6)])
+    wanted = nn.functional.one_hot(torch.cat([y[y >= 0] for _, y in map(pixels, range(6))]), 2).float()
+    columns = torch.cat([features, torch.ones(len(features), 1)], dim=1).detach()
+    best = torch.linalg.lstsq(columns, wanted).solution
+    weight, bias = module.head.weight.flatten(1), module.head.bias
+    ours = ((features @ weight.T + bias - wanted) ** 2).sum()
+    assert ours < 1.02 * ((columns @ best - wanted) ** 2).sum()
+
+
+def test_several_labels_each_have_their_own_yes():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    x = torch.randn(500, 6)
+    y = (x[:, :3] > 0).long()
+    data = ReferenceData([(x[start : start + 50], y[start : start + 50]) for start in range(0, 500, 50)], 10)
+    fitting = Fitting.of(module, "2", data)
+    assert fitting is not None
+    fitting.write(fitting.fit(all_data=True))
+    assert ((module(x) > 0) == y.bool()).float().mean() > 0.85
+
+
+class Odd(nn.Module):
+    """Heads whose last layer's output is not the logits."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Sequential(nn.Linear(8, 2), nn.Softmax(1)) if kind == "softmax" else nn.Linear(8, 2)
+        if kind == "normalised":
+            self.head = nn.utils.parametrizations.weight_norm(self.head)
+        if kind == "wide kernel":
+            self.head = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 2, 8), nn.Flatten())
+
+    def forward(self, x):
+        x = self.head(self.body(x).relu())
+        return x * 3 if self.kind == "scaled" else x
+
+
+@pytest.mark.parametrize("kind", ["softmax", "normalised", "wide kernel", "scaled"])
+def test_others_are_left_alone(kind):
+    torch.manual_seed(0)
+    module = Odd(kind)
+    before = copy.deepcopy(module.state_dict())
+    data = ReferenceData([(torch.randn(16, 6), torch.arange(16) % 2)], 1)
+    assert Fitting.of(module, "head", data) is None
+    assert same(module.state_dict(), before)
+    assert last_layer(Odd("plain"), "head", data) == "head"
+
+
+# -- on which data ---------------------------------------------------------------------------------------------------
+
+
+class Unlabelled(TensorDataset):
+    """Training data of another kind than the validation data: two views of each sample, no label."""
+
+    def __getitem__(self, index):
+        return self.tensors[0][index], self.tensors[0][index]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        x, y = clusters("a", 320).tensors
+        while True:
+            yield from zip(x, y, strict=True)
+
+
+class SelfTaught(Classifier):
+    """Is trained without the labels that it is tested with."""
+
+    def training_step(self, batch):
+        x, other = batch
+        return nn.functional.mse_loss(self(x), other[:, :2])
+
+
+def test_where_predict_can_t_do_with_the_training_data_half_of_the_reference_is_fitted_on():
+    model = SelfTaught()
+    training = DataLoader(Unlabelled(*clusters("a", 320).tensors), batch_size=32)
+    rnf = RelevanceFreezing(**{**FEW, "criterion": 0.1}, task="a")
+    trainer(rnf).fit(model, training, DataLoader(clusters("a", 320, 1), batch_size=32))
+    record = rnf.state.task("a")
+    assert record.whole
+    assert record.samples == 160
+
+
+def test_one_batch_of_reference_data_can_t_be_parted_so_the_head_stays():
+    model, rnf = SelfTaught(), RelevanceFreezing(**FEW, task="a")
+    training = DataLoader(Unlabelled(*clusters("a", 320).tensors), batch_size=32)
+    trainer(rnf).fit(model, training, DataLoader(clusters("a", 320, 1), batch_size=320))
+    assert rnf.state.task("a").whole == {}
+
+
+def test_training_data_without_an_end_are_walked_as_far_as_asked():
+    model, rnf = Classifier(), RelevanceFreezing(**FEW, task="a", fit_samples=100)
+    trainer(rnf, limit_train_batches=10).fit(
+        model, DataLoader(Endless(), batch_size=32), DataLoader(clusters("a", 320, 1), batch_size=32)
+    )
+    assert rnf.state.task("a").whole
+
+
+def test_data_of_the_user_s_own_are_fitted_on(monkeypatch):
+    seen = []
+    original = Fitting._moments
+
+    def moments(self, batch):
+        seen.append(len(batch[0]))
+        return original(self, batch)
+
+    monkeypatch.setattr(Fitting, "_moments", moments)
+    _, rnf = ended(None, "a", fit_data=DataLoader(clusters("a", 90, 3), batch_size=45))
+    assert set(seen) == {45}
+    assert rnf.state.task("a").whole
+    with pytest.raises(ValueError, match="fit_samples"):
+        RelevanceFreezing(fit_samples=0)
+    with pytest.raises(ValueError, match="fit_head"):
+        RelevanceFreezing(fit_head=True)
+
+
+def test_shares_of_three_processes_give_what_one_process_gives():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    batches = [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(7)]
+    fitting = Fitting(module, "2", ReferenceData(batches, 7))
+    of_one = fitting._moments(batches[0])
+    for batch in batches[1:]:
+        of_one += fitting._moments(batch)
+    shares = []
+    for rank in range(3):
+        share = Ranks(rank, 3).share(batches)
+        found = fitting._moments(share[0])
+        for batch in share[1:]:
+            found += fitting._moments(batch)
+        shares.append(found)
+    together = shares[0] + shares[1] + shares[2]
+    assert torch.equal(together.sums, of_one.sums)
+
+
+# -- how large the logits are ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_scale_is_the_power_of_two_that_surprises_least(several):
+    generator = torch.Generator().manual_seed(0)
+    truth = 4 * torch.randn(4000, 3, generator=generator)
+    if several:
+        target = (torch.rand(4000, 3, generator=generator) < truth.sigmoid()).long()
+    else:
+        target = torch.multinomial(truth.softmax(1), 1, generator=generator).view(-1)
+    assert scale_of(truth / 32, target) == 32.0
+    assert scale_of(truth * 8, target) == 0.125
+
+
+def test_scaled_logits_give_the_same_answers():
+    torch.manual_seed(0)
+    model, rnf = ended()
+    with rnf.recall("a", model), torch.no_grad():
+        x, y = clusters("a", 320, 1).tensors
+        logits = model(x)
+    losses = [float(nn.functional.cross_entropy(factor * logits, y)) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    assert losses[2] == min(losses), "neither flat nor saturated"
+    assert 2.0 ** SCALES[0] < 1 < 2.0 ** SCALES[-1]
