@@ -164,10 +164,9 @@ class RelevanceFreezing(BetweenFits):
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
         if retention == "paper":
-            ration, recovery_epochs, reset_free = (
-                default if given == "auto" else given
-                for given, default in ((ration, None), (recovery_epochs, 0), (reset_free, False))
-            )
+            ration = None if ration == "auto" else ration
+            recovery_epochs = 0 if recovery_epochs == "auto" else recovery_epochs
+            reset_free = False if reset_free == "auto" else reset_free
         self.ending = Ending(
             Selection(
                 *(importance, composite, normalize, candidates, ration, search, resolution),
@@ -237,7 +236,7 @@ class RelevanceFreezing(BetweenFits):
         runs.refuse_processes(module.trainer)
         self._holding.pin(module.trainer.optimizers)
         record = self._end_task(module.trainer, module, self._task_name(module.trainer, module, name))
-        if self.reset_free:
+        if self._resets:
             with sharding.whole(module):
                 initial.reset_free(self.state, module)
         self._holding.go_on()
@@ -280,19 +279,18 @@ class RelevanceFreezing(BetweenFits):
         name = self._task_name(trainer, pl_module)
         if self.state.recovering is not None and self.state.recovering.name != name:
             self.state.forget_unfinished()
-        if self.state.recovering is None:
-            if self.ending.recovery.epochs != "auto":
-                runs.check_epochs(trainer, self.ending.recovery.epochs, resumed=self._is_resumed)
+        if self.state.recovering is None and self.ending.recovery.epochs != "auto":
+            runs.check_epochs(trainer, self.ending.recovery.epochs, resumed=self._is_resumed)
         runs.check_sharding(trainer, pl_module)
         assert self._holding is not None
         with sharding.whole(pl_module):
             self._holding.check_weights(runs.ranks_of(trainer))
-            if self.reset_free:
+            if self._resets:
                 initial.reset_free(self.state, pl_module)
             units = self.ending.rehearse(trainer, pl_module, self.state)
             check_globs("elasticity", self.elasticity, units)
             check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
-            if self.reset_free and not self.state.tasks and not self.state.initial:
+            if self._resets and not self.state.tasks and not self.state.initial:
                 initial.remember(self.state, pl_module, units.layers)
         self._has_trained = True
         self._steps_at_end = -1
@@ -400,6 +398,11 @@ class RelevanceFreezing(BetweenFits):
         trainer: Any = module.trainer if self._holding.freezer.attached else None
         self._holding.restart(state, trainer and trainer.optimizers)
         self._is_resumed = True
+
+    @property
+    def _resets(self) -> bool:
+        # What free units started from may not be known: other options, or a file of masks.
+        return bool(self.reset_free) and (self.reset_free is True or not self.state.tasks or bool(self.state.initial))
 
     # -- verbs --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lightning_rnf.search.criteria import (
     SubnetworkScore,
     as_criterion,
 )
-from lightning_rnf.search.cutoff import Evaluation, Method, about, search_cutoff
+from lightning_rnf.search.cutoff import Evaluation, Method, SearchResult, about, search_cutoff
 from lightning_rnf.search.ranking import Candidates, Normalize, Ranking, rank
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "MetricDrop",
     "Normalize",
     "Ranking",
+    "SearchResult",
     "SubnetworkScore",
     "about",
     "as_criterion",

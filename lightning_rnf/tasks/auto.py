@@ -1,4 +1,7 @@
-"""Settings that set themselves: how much of what is free a task may claim, and how long it trains inside of that."""
+"""Settings that set themselves: what a task may claim, what of that it does claim, and how long it trains inside of it.
+
+Every number here was found on validation data of seeds that are not reported; `docs/auto.md` says how they decide.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,19 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-SHARE = float(os.environ.get("RNF_SHARE", "0.25"))
-SLACK = float(os.environ.get("RNF_SLACK", "0.1"))
-RECOVERY = float(os.environ.get("RNF_RECOVERY", "0.5"))
+from lightning_rnf.search import Criterion, SubnetworkScore
+
+SHARE = float(os.environ.get("RNF_SHARE", "0.5"))
+"""Of each layer's free units one task may claim so much: what the next ones find free is never nothing."""
+
+LARGEST_SHARE = 0.9
+"""The same for a task without a recovery that its criterion does not accept in less."""
+
+PART = float(os.environ.get("RNF_SLACK", "0.1"))
+"""Of the tolerance: a smaller sub-network may be so much less accurate than the largest that the task may claim."""
+
+RECOVERY = float(os.environ.get("RNF_RECOVERY", "0.25"))
+"""Of a fit's epochs, the last, train inside the sub-network."""
 
 
 def share_of(task: int, tasks: int | None) -> float:
@@ -17,16 +30,49 @@ def share_of(task: int, tasks: int | None) -> float:
 
     Args:
         task: how many have ended before.
-        tasks: how many there will be in all; None: not known.
+        tasks: how many there will be in all; None: not known. The last of them may claim all that is left.
     """
-    if tasks is None or tasks <= task:
-        return SHARE
-    return min(1.0, 2 / (tasks - task + 1))
+    return 1.0 if tasks is not None and task + 1 >= tasks else SHARE
 
 
 def recovery_epochs(trainer: Trainer) -> int:
-    """How many of a fit's last epochs train inside the sub-network; 0: nobody knows when the fit will end, or it is short."""
+    """How many of a fit's last epochs train inside the sub-network.
+
+    None of one that has less than two epochs, or whose end is not a number of epochs.
+    """
     options: Any = trainer
-    if options.fast_dev_run or options.max_steps != -1 or trainer.max_epochs is None or trainer.max_epochs < 2:
+    epochs, is_timed = trainer.max_epochs, options.max_time is not None if hasattr(options, "max_time") else False
+    if options.fast_dev_run or options.max_steps != -1 or is_timed or epochs is None or epochs < 2:
         return 0
-    return int(trainer.max_epochs * RECOVERY)
+    return max(1, int(epochs * RECOVERY))
+
+
+class Enough:
+    """Says of sub-networks inside a budget whether they do as well as all of it, but for a part of the tolerance.
+
+    Accuracy falls long before the tolerance is reached, and with room left there is no need to give it up. What a
+    criterion says that has no limit of accuracy counts alone.
+
+    Args:
+        criterion: of the task.
+        budget: the cutoff that leaves all that the task may claim: the first that is asked about.
+    """
+
+    def __init__(self, criterion: Criterion, budget: int) -> None:
+        self.criterion = criterion
+        self.budget = budget
+        self.floor: float | None = None
+        self.is_met = True
+
+    def __call__(self, score: SubnetworkScore) -> bool:
+        """Whether the search may take it; the first score has to be the budget's, or one of the whole network."""
+        accepted = self.criterion(score)
+        limit = self.criterion.accuracy_limit(score.baseline)
+        if limit is None:
+            return accepted
+        if self.floor is None:
+            top = score.accuracy if score.cutoff == self.budget else score.baseline
+            self.floor = top - PART * (score.baseline - limit)
+            if score.cutoff == self.budget:
+                self.is_met = accepted
+        return score.accuracy >= self.floor and (accepted or not self.is_met)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import and_
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,8 +67,10 @@ class Recovery:
         return auto.recovery_epochs(trainer) if self.epochs == "auto" else self.epochs
 
     @property
-    def before(self) -> Criterion:
-        """What the search before the recovery may take."""
+    def before(self) -> Criterion | None:
+        """What the search before the recovery may take; None: the same as after it."""
+        if self.epochs == "auto" and self.criterion is None:
+            return None
         return as_criterion(0.1 if self.criterion is None else self.criterion)
 
 
@@ -111,7 +114,7 @@ class Ending:
 
     def __post_init__(self) -> None:
         if self.recovery.epochs:
-            _ = (self.criterion & self.recovery.before).metrics  # raises where one name means two metrics
+            _ = reduce(and_, self._criteria()).metrics  # raises where one name means two metrics
             if not self.masked and self.recovery.epochs != "auto":
                 raise ValueError(
                     "recovery_epochs train a sub-network, which retention='paper' never runs: leave one out"
@@ -143,7 +146,7 @@ class Ending:
         with isolate_rng(), shown(trainer) as show, sharding.whole(module):
             reference = self.reference.draw(trainer)
             with self._measuring(module, reference):
-                criteria = (self.recovery.before, self.criterion)
+                criteria = (self.recovery.before or self.criterion, self.criterion)
                 found = self._select(name, module, reference, state, *criteria, trainer=trainer, show=show)
                 if found.wear is not None:
                     found.wear()  # what trains on goes on from there
@@ -381,7 +384,8 @@ class Ending:
         return ""
 
     def _criteria(self) -> tuple[Criterion, ...]:
-        return (self.criterion, self.recovery.before) if self.recovery.epochs else (self.criterion,)
+        before = self.recovery.before if self.recovery.epochs else None
+        return (self.criterion,) if before is None else (self.criterion, before)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,14 @@ from lightning_rnf.search import (
     Method,
     Normalize,
     Ranking,
+    SearchResult,
     SubnetworkScore,
     about,
     rank,
     search_cutoff,
 )
 from lightning_rnf.tasks import auto
+from lightning_rnf.tasks.auto import Enough
 from lightning_rnf.tasks.candidates import Subnetworks, Taken, subnetworks
 from lightning_rnf.tasks.fitting import Fitting, Head
 from lightning_rnf.tasks.reference import ReferenceData, gathered
@@ -97,6 +99,12 @@ class Selection:
             return auto.share_of(task, self.tasks)
         rations: Any = self.rations
         return rations[min(task, len(rations) - 1)] if rations else None
+
+    def _shares(self, task: int, *, recovers: bool) -> tuple[float | None, ...]:
+        """What the task may claim: more where its criterion does not accept the first, and no recovery will mend it."""
+        share = self.ration(task)
+        is_last = self.rations != "auto" or recovers or share is None or share >= auto.LARGEST_SHARE
+        return (share,) if is_last else (share, auto.LARGEST_SHARE)
 
     def attribute(
         self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0, show: Show = silent
@@ -177,44 +185,17 @@ class Selection:
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
-        ranking = reference.ranks.decided(lambda: self._rank(relevance, state, notes))
-
-        floors: list[float] = []
-
-        def verdict(score: SubnetworkScore) -> bool:
-            # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
-            accepted = reference.ranks.decided(lambda: criterion(score))
-            if self.rations != "auto" or score.accuracy == floors:
-                return accepted
-            if not floors:
-                limit = criterion.accuracy_limit(score.baseline)
-                top = score.accuracy if ranking.beyond_ration else score.baseline
-                floors.append(top - auto.SLACK * (score.baseline - (score.baseline if limit is None else limit)))
-                candidates.limit = floors[0]
-            return score.accuracy >= floors[0]
-
-        expected = about(ranking, self.search, self.resolution)
-        options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
-        with self._subnetworks(module, units, reference, ranking, criterion, *later, **options) as candidates:
-
-            def measure(cutoff: int) -> Measured:
-                measured = candidates.measure(cutoff)
-                if survey is not None and cutoff == 0 and any(reference.ranks.gather(bool(survey.routes.missed[0]))):
-                    raise MissedError
-                return measured
-
-            found = search_cutoff(ranking, measure, verdict, method=self.search, resolution=self.resolution)
-            score, evaluations = found.taken.score, found.evaluations
-            whole = evaluations[0].score
-            baseline = Measured(whole.accuracy, whole.values, whole.samples)
-
-            def scored(measured: Measured) -> SubnetworkScore:
-                return ranking.score(score.cutoff, measured, baseline, self.resolution)
-
-            taken = candidates.take(score.cutoff, lambda measured: verdict(scored(measured)))
-            if taken.measured is not None:
-                score = scored(taken.measured)
-                evaluations = (*evaluations, Evaluation(score, verdict(score)))
+        shares = self._shares(len(state.tasks), recovers=bool(later))
+        for share in shares:
+            ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
+            expected = about(ranking, self.search, self.resolution)
+            options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
+            with self._subnetworks(module, units, reference, ranking, criterion, *later, **options) as candidates:
+                found, taken = self._searched(candidates, criterion, asks=survey is not None)
+            score, whole = found.taken.score, found.evaluations[0].score
+            accepted = found.taken.accepted or reference.ranks.decided(partial(criterion.met, score))
+            if accepted:
+                break
         relevant = ranking.relevant(score.cutoff)
         record = TaskRecord(
             name=name,
@@ -227,9 +208,9 @@ class Selection:
             accuracy=whole.accuracy,
             whole=candidates.whole,
             subnetwork_accuracy=score.accuracy,
-            accepted=criterion.met(score),
+            accepted=accepted,
             samples=whole.samples,
-            evaluations=evaluations,
+            evaluations=found.evaluations,
             capacity=state.capacity_after(relevant),
             seconds={"attribution": attributed - started, "search": time.perf_counter() - attributed},
             conservation=conservation.ratios,
@@ -237,6 +218,49 @@ class Selection:
             notes=notes,
         )
         return reference.ranks.decided(lambda: record), taken.head
+
+    def _searched(self, candidates: Subnetworks, criterion: Criterion, *, asks: bool) -> tuple[SearchResult, Taken]:
+        """What the search has found, with the head that it keeps; what is taken says whether the criterion accepts it.
+
+        Args:
+            candidates: to be measured.
+            criterion: what the search may take.
+            asks: whether the walk through the whole network has to have seen all modules that run.
+        """
+        ranks, ranking = candidates.ranks, candidates.ranking
+        accepts = Enough(criterion, ranking.beyond_ration) if self.rations == "auto" else criterion
+
+        def verdict(score: SubnetworkScore) -> bool:
+            # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
+            accepted = ranks.decided(lambda: accepts(score))
+            if isinstance(accepts, Enough):
+                candidates.limit = ranks.decided(lambda: accepts.floor)
+            return accepted
+
+        def measure(cutoff: int) -> Measured:
+            measured = candidates.measure(cutoff)
+            if asks and cutoff == 0 and any(ranks.gather(bool(candidates.survey.routes.missed[0]))):
+                raise MissedError
+            return measured
+
+        found = search_cutoff(ranking, measure, verdict, method=self.search, resolution=self.resolution)
+        whole, cutoff = found.evaluations[0].score, found.taken.score.cutoff
+        baseline = Measured(whole.accuracy, whole.values, whole.samples)
+
+        def scored(measured: Measured) -> SubnetworkScore:
+            return ranking.score(cutoff, measured, baseline, self.resolution)
+
+        def is_met(measured: Measured) -> bool:
+            return ranks.decided(lambda: criterion.met(scored(measured)))
+
+        taken = candidates.take(cutoff, is_met)
+        if taken.measured is None and accepts is criterion:
+            return found, taken
+        if taken.measured is None:  # what is enough may be less than what the criterion asks for
+            score = found.taken.score
+            return replace(found, taken=Evaluation(score, ranks.decided(lambda: criterion.met(score)))), taken
+        last = Evaluation(scored(taken.measured), is_met(taken.measured))
+        return SearchResult(last, (*found.evaluations, last)), taken
 
     def check_goes_on(self, record: TaskRecord, state: FreezeState) -> None:
         """Check that a recovery that was begun, maybe by another program, is of the sub-network that would be settled.
@@ -357,7 +381,9 @@ class Selection:
             notes = (*notes, _PER_LAYER)
         return notes
 
-    def _rank(self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...]) -> Ranking:
+    def _rank(
+        self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...], share: float | None = None
+    ) -> Ranking:
         normalize = "layer" if _PER_LAYER in notes else self.normalize
-        ration = self.ration(len(state.tasks))
+        ration = self.ration(len(state.tasks)) if share is None else share
         return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=ration)
