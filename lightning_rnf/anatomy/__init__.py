@@ -4,18 +4,16 @@ A trace of one batch says which layers run and which head makes the logits; the 
 are read by whom. All that is learned about a network is learned here, and everybody above asks here.
 """
 
-from lightning_rnf.anatomy.calls import function_name, node_argument
 from lightning_rnf.anatomy.channels import (
     Channels,
-    Effect,
     Known,
     LiteralArgument,
-    Read,
     effect_of_function,
     effect_of_module,
 )
+from lightning_rnf.anatomy.flow import Flow, Stop, described
 from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
-from lightning_rnf.anatomy.grouped import LAYERS, absorbs, by_group, constant_output, folded, layer_form
+from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.anatomy.layers import (
     BATCH_NORMS,
     CHANNEL_NORMS,
@@ -37,32 +35,29 @@ __all__ = [
     "OUTPUT_AXIS",
     "TRANSPOSED",
     "Channels",
-    "Effect",
+    "Flow",
     "Known",
     "LiteralArgument",
     "Predict",
-    "Read",
     "Routes",
     "SilentHook",
+    "Stop",
     "Traced",
     "UnitLayer",
     "UnitMap",
-    "absorbs",
     "answers",
     "bare",
     "by_group",
     "check_kinds",
     "computes_itself",
-    "constant_output",
+    "described",
     "effect_of_function",
     "effect_of_module",
     "folded",
     "form",
-    "function_name",
     "joined",
     "layer_form",
     "measure",
-    "node_argument",
     "predict_checked",
     "silenced",
     "supervised",

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_rnf.anatomy.calls import name_norms
-from lightning_rnf.anatomy.layers import BATCH_NORMS, OUTPUT_AXIS, has_foreign_hooks
-from lightning_rnf.anatomy.units import UnitLayer
+from lightning_rnf.anatomy.layers import BATCH_NORMS, OUTPUT_AXIS, UnitLayer, has_foreign_hooks
 
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
 # Torchvision's and timm's: identities in eval mode, but they would tie the graph to their packages.
