@@ -256,6 +256,7 @@ class RelevanceFreezing(BetweenFits):
         """Refuse what can't work; freeze whole parameters once the model is built, before the strategy wraps it."""
         runs.refuse_other_package(trainer, pl_module, self.reference)
         if stage != "fit":
+            self._watch_sizes(pl_module)
             return
         runs.check_trainer(trainer, self, RelevanceFreezing)
         self._scores = runs.scores_of_before(trainer)

@@ -4,13 +4,7 @@ A trace of one batch says which layers run and which head makes the logits; the 
 are read by whom. All that is learned about a network is learned here, and everybody above asks here.
 """
 
-from lightning_rnf.anatomy.channels import (
-    Channels,
-    Known,
-    LiteralArgument,
-    effect_of_function,
-    effect_of_module,
-)
+from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
 from lightning_rnf.anatomy.flow import Flow, Stop, described
 from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
@@ -27,6 +21,7 @@ from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_che
 from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.trace import form
 from lightning_rnf.anatomy.units import UnitMap
+from lightning_rnf.anatomy.wider import Places, Wider, content, widened
 
 __all__ = [
     "BATCH_NORMS",
@@ -38,6 +33,7 @@ __all__ = [
     "Flow",
     "Known",
     "LiteralArgument",
+    "Places",
     "Predict",
     "Routes",
     "SilentHook",
@@ -45,11 +41,13 @@ __all__ = [
     "Traced",
     "UnitLayer",
     "UnitMap",
+    "Wider",
     "answers",
     "bare",
     "by_group",
     "check_kinds",
     "computes_itself",
+    "content",
     "described",
     "effect_of_function",
     "effect_of_module",
@@ -64,4 +62,5 @@ __all__ = [
     "tensor_copy",
     "torch_class",
     "true_labels",
+    "widened",
 ]

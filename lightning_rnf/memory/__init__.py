@@ -7,11 +7,13 @@ whether what was frozen is still what it was.
 from lightning_rnf.memory import hub, maskfiles, masks
 from lightning_rnf.memory.fingerprints import Audit, changed, fingerprints, moved
 from lightning_rnf.memory.giving_up import without
+from lightning_rnf.memory.growing import wider
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
 from lightning_rnf.memory.model import unknown_modules
 from lightning_rnf.memory.plain import readable
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.memory.widening import grown, index_before, layers_before, record_before, sliced
 
 __all__ = [
     "Audit",
@@ -20,12 +22,18 @@ __all__ = [
     "changed",
     "fingerprints",
     "free_capacity_over_tasks",
+    "grown",
     "hub",
+    "index_before",
+    "layers_before",
     "maskfiles",
     "masks",
     "moved",
     "readable",
+    "record_before",
     "shortened",
+    "sliced",
     "unknown_modules",
+    "wider",
     "without",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_rnf.anatomy import UnitLayer, UnitMap
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.memory.widening import layers_before, record_before, tensors_before
 
 
 def fingerprints(module: nn.Module, units: UnitMap, record: TaskRecord, state: FreezeState) -> dict[str, str]:
@@ -89,17 +90,17 @@ def moved(parameters: Mapping[str, Tensor], state: FreezeState, learning: Collec
                 continue
             later = next((same for other, same in seen[layer.name] if not (mask & ~other).any()), None)
             if later is None:
-                same = _of_layer(parameters, layer, mask) == record.rows[layer.name]
+                same = _of_layer_then(parameters, state, record, layer) == record.rows[layer.name]
                 seen[layer.name].append((mask, same))
                 differing += [] if same else [layer.name]
             elif later:
                 kept_later.append(layer)
         others = {record.head: record.head_parameters, **{name: (name,) for name in state.shared}}
         for name, own in others.items():
-            if name in record.rows and name not in learning and record.rows[name] != _of_all(parameters, own):
+            if name in record.rows and name not in learning and not _is_same(parameters, state, record, name, own):
                 differing.append(name)
         if differing and not any(
-            _of_layer(parameters, layer, record.relevant[layer.name]) != record.rows[layer.name] for layer in kept_later
+            _of_layer_then(parameters, state, record, layer) != record.rows[layer.name] for layer in kept_later
         ):
             found[record.name] = differing
     return found
@@ -113,9 +114,15 @@ def _compared(
     known = {name for other in state.tasks.values() for name in other.rows}
     is_first = record is next(iter(state.tasks.values()))
     shared = [name for name in state.shared if name in record.rows or (is_first and name not in known)]
-    now = _fingerprints(parameters, state.layers, record, shared)
-    differing = tuple(name for name in now if name in record.rows and record.rows[name] != now[name])
-    return differing, tuple(name for name in now if name not in record.rows)
+    later = state.later(record)
+    then = tensors_before(parameters, later)
+    now = _fingerprints(then, layers_before(state.layers, later), record_before(record, later), ())
+    differing = [name for name in now if name in record.rows and record.rows[name] != now[name]]
+    unknown = [name for name in (*now, *shared) if name not in record.rows]
+    differing += [
+        name for name in shared if name in record.rows and not _is_same(parameters, state, record, name, [name])
+    ]
+    return tuple(differing), tuple(unknown)
 
 
 def _fingerprints(
@@ -126,6 +133,23 @@ def _fingerprints(
         found[layer.name] = _of_layer(own, layer, record.relevant[layer.name])
     found[record.head] = _of_all(own, record.head_parameters)
     return found | {name: _of_all(own, [name]) for name in shared}
+
+
+def _is_same(
+    parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord, name: str, own: Iterable[str]
+) -> bool:
+    """Whether a head or a shared parameter has its fingerprint, which may have been taken in an earlier shape."""
+    row, _, widenings = record.rows[name].partition("@")
+    later = state.widenings[int(widenings) if widenings.isdecimal() else record.widenings :]
+    return row == _of_all(tensors_before({one: parameters[one] for one in own}, later), own)
+
+
+def _of_layer_then(parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord, layer: UnitLayer) -> str:
+    """Of a layer as it was at a task's end, before it was made wider."""
+    later = state.later(record)
+    (then,) = layers_before([layer], later)
+    own = tensors_before({name: parameters[name] for name in layer.parameters}, later)
+    return _of_layer(own, then, record_before(record, later).relevant[layer.name])
 
 
 def _of_layer(own: Mapping[str, Tensor], layer: UnitLayer, mask: Tensor) -> str:

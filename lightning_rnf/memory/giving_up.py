@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.memory.widening import layers_before
 
 NOT_YET = -1
 """As `FreezeState.resets`: free units were not reset since a task was given up."""
@@ -35,8 +36,10 @@ def without(state: FreezeState, task: str) -> FreezeState:
     heir = later[0] if later else None
     left = {name: record for name, record in state.tasks.items() if name != task}
     if heir is not None:
+        if given_up.widenings != left[heir].widenings:  # they were taken in another shape than the heir's
+            own = {name: row if "@" in row else f"{row}@{given_up.widenings}" for name, row in own.items()}
         left[heir] = replace(left[heir], rows={**left[heir].rows, **own})
-    tasks = {record.name: record for record in _as_alone(left, task)}
+    tasks = {record.name: record for record in _as_alone(left, task, state)}
     known_units = bool(tasks or state.initial)  # free units are to be reset though no task is left
     return FreezeState(
         layers=state.layers if known_units else (),
@@ -45,10 +48,11 @@ def without(state: FreezeState, task: str) -> FreezeState:
         initial=state.initial,
         resets=NOT_YET if state.initial else min(state.resets, len(tasks)),
         forms=state.forms if known_units else {},
+        widenings=state.widenings,
     )
 
 
-def _as_alone(records: Mapping[str, TaskRecord], task: str) -> Iterator[TaskRecord]:
+def _as_alone(records: Mapping[str, TaskRecord], task: str, state: FreezeState) -> Iterator[TaskRecord]:
     """What is said of a task in the records of others goes, and what was free after them is counted anew."""
     frozen: dict[str, Tensor] = {}
     for record in records.values():
@@ -57,5 +61,8 @@ def _as_alone(records: Mapping[str, TaskRecord], task: str) -> Iterator[TaskReco
             record,
             drift={name: value for name, value in record.drift.items() if name != task},
             tests={name: logged for name, logged in record.tests.items() if name != task},
-            capacity={layer: 1.0 - int(mask.sum()) / len(mask) for layer, mask in frozen.items()},
+            capacity={
+                layer.name: 1.0 - int(frozen[layer.name].sum()) / layer.units
+                for layer in layers_before(state.layers, state.later(record))
+            },
         )

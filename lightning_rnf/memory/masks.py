@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.memory.widening import layers_before
 
 
 def claims(state: FreezeState) -> dict[str, Tensor]:
@@ -38,8 +39,14 @@ def overlap(state: FreezeState) -> Tensor:
 def free_capacity_over_tasks(state: FreezeState) -> list[float]:
     """Share of units that were relevant to no task yet, after each finished task."""
     claimed = torch.cat([*claims(state).values(), torch.empty(0, dtype=torch.int64)])
-    tasks = range(len(state.tasks))
-    return [float(((claimed < 0) | (claimed > index)).double().mean()) for index in tasks]
+    units = [units_at(state, record) for record in state.tasks.values()]
+    taken = [int(((claimed >= 0) & (claimed <= index)).sum()) for index in range(len(units))]
+    return [(there - gone) / max(there, 1) for there, gone in zip(units, taken, strict=True)]
+
+
+def units_at(state: FreezeState, record: TaskRecord) -> int:
+    """How many units the model had at a task's end."""
+    return sum(layer.units for layer in layers_before(state.layers, state.later(record)))
 
 
 def claims_table(state: FreezeState) -> list[dict[str, Any]]:
@@ -68,7 +75,7 @@ def tasks_table(state: FreezeState) -> list[dict[str, Any]]:
     for record in state.tasks.values():
         claimed = sum(int((mask & ~frozen.get(layer, ~mask)).sum()) for layer, mask in record.relevant.items())
         frozen = {layer: frozen.get(layer, mask) | mask for layer, mask in record.relevant.items()}
-        units = sum(len(mask) for mask in frozen.values())
+        free = 1.0 - sum(int(mask.sum()) for mask in frozen.values()) / max(units_at(state, record), 1)
         rows.append(
             {
                 "task": record.name,
@@ -80,7 +87,7 @@ def tasks_table(state: FreezeState) -> list[dict[str, Any]]:
                 "accepted": record.accepted,
                 "samples": record.samples,
                 "evaluations": len(record.evaluations) + len(record.recovery),
-                "free after it": 1.0 - sum(int(mask.sum()) for mask in frozen.values()) / max(units, 1),
+                "free after it": free,
             }
         )
     return rows

@@ -19,6 +19,11 @@ def shape_of(form: str) -> str:
     return form.partition(" ")[2]
 
 
+def sizes_of(form: str) -> list[int]:
+    """The shape in a `form`, as numbers."""
+    return [int(size) for size in re.findall(r"\d+", shape_of(form))]
+
+
 def check_shape(name: str, parameter: Tensor, forms: Mapping[str, str], whose: str, *, is_head: bool = False) -> None:
     """Check that a parameter has the shape that it had when a task ended, as far as that is known.
 
@@ -82,7 +87,7 @@ def forms_from_plain(plain: Mapping[str, Any], layers: Sequence[UnitLayer], othe
     for layer in layers:
         for name in layer.parameters:
             leading = layer.leading_shape(name)
-            sizes = tuple(int(size) for size in re.findall(r"\d+", shape_of(forms.get(name, ""))))
+            sizes = tuple(sizes_of(forms.get(name, "")))
             if sizes[: len(leading)] != leading:
                 raise ValueError(f"not a state of lightning_rnf: 'forms' has no {name!r:.80} of {layer.units} units")
     missing = [name for name in others if name not in forms]

@@ -56,6 +56,7 @@ class TaskRecord:
             largest difference on a few samples. Only of tasks that have ended in the same run of the program, on the
             same device: their samples are not kept.
         tests: metrics that ``trainer.test`` has logged between this task's end and the next one's, by tested task.
+        widenings: how many times the model had been made wider by this task's end.
     """
 
     name: str
@@ -81,11 +82,14 @@ class TaskRecord:
     drift: dict[str, float] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
     tests: dict[str, dict[str, float]] = field(default_factory=dict)
+    widenings: int = 0
 
 
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
     """Dicts, lists, built-in types and CPU tensors."""
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
+    if not record.widenings:
+        del plain["widenings"]  # as files were before there were any
     return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
@@ -152,6 +156,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         drift=get_numbers(plain, "drift"),
         whole=get_numbers(plain, "whole") if "whole" in plain else {},  # files from before lack it
         tests=_get_tests(plain),
+        widenings=get_count(plain, "widenings") if "widenings" in plain else 0,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap, check_kinds
+from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds
+from lightning_rnf.memory import widening
 from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, unknown_layer
 from lightning_rnf.memory.plain import get, get_names, get_tensors
 from lightning_rnf.memory.record import TaskRecord, record_from_plain, record_to_plain
@@ -37,6 +38,7 @@ class FreezeState:
             reset to them.
         resets: after how many tasks free units were reset; -1: not since a task was given up.
         forms: dtype and shape of every parameter that the model had at a task's end; empty in files from before that.
+        widenings: where the model was made wider, in order; records say how many there had been at a task's end.
     """
 
     layers: tuple[UnitLayer, ...] = ()
@@ -47,6 +49,7 @@ class FreezeState:
     initial: dict[str, Tensor] = field(default_factory=dict)
     resets: int = 0
     forms: dict[str, str] = field(default_factory=dict)
+    widenings: tuple[Wider, ...] = ()
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -59,7 +62,8 @@ class FreezeState:
         self.layers = self.completed(units).layers
         self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
         self.forms = {**self.forms, **units.forms}
-        self.tasks[record.name] = record
+        stamped = record.widenings == len(self.widenings)
+        self.tasks[record.name] = record if stamped else replace(record, widenings=len(self.widenings))
         self.training = self.recovering = None
 
     def recover(self, record: TaskRecord, units: UnitMap) -> None:
@@ -94,6 +98,10 @@ class FreezeState:
         if name not in self.tasks:
             raise KeyError(f"no finished task {name!r}; finished tasks: {list(self.tasks)}")
         return self.tasks[name]
+
+    def later(self, record: TaskRecord) -> tuple[Wider, ...]:
+        """How the model was made wider since a task's end."""
+        return self.widenings[record.widenings :]
 
     def frozen(self) -> dict[str, Tensor]:
         """Units that are relevant to at least one finished task: bool ``(units,)`` by layer."""
@@ -150,10 +158,12 @@ class FreezeState:
             for name in layer.parameters:
                 found = tuple(parameters[name].shape) if name in parameters else None
                 leading = layer.leading_shape(name)
+                is_narrow = self.widenings and found is not None and found < leading
                 if found is None or found[: len(leading)] != leading:
                     raise ValueError(
                         f"layer {layer.name!r} had {layer.units} units when a task ended, but this model's {name!r} "
                         + ("is missing" if found is None else f"has shape {found}")
+                        + (", before rnf.widen: rnf.restore(checkpoint, model) widens it, too" if is_narrow else "")
                     )
                 check_shape(name, parameters[name], self.forms, f"layer {layer.name!r} of the finished tasks")
         for record in self.tasks.values():
@@ -222,6 +232,7 @@ class FreezeState:
             "initial": dict(self.initial),
             "resets": self.resets,
             **({"forms": dict(self.forms)} if self.forms else {}),
+            **({"widenings": [widening.to_plain(one) for one in self.widenings]} if self.widenings else {}),
         }
 
     @classmethod
@@ -258,7 +269,11 @@ class FreezeState:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
         of_heads = [name for record in tasks.values() for name in record.head_parameters]
         forms = forms_from_plain(plain, layers, (*names, *of_heads))
-        return cls(layers, names, tasks, training, unfinished, initial, resets, forms)
+        known = {name: value for record in tasks.values() for name, value in record.norm_statistics.items()} | initial
+        widenings = widening.all_from_plain(plain, layers, forms, known)
+        if any(record.widenings > len(widenings) for record in tasks.values()):
+            raise ValueError("not a state of lightning_rnf: it does not say where its model was made wider")
+        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings)
 
 
 def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:

@@ -9,12 +9,14 @@ from lightning_rnf.recall.export import export
 from lightning_rnf.recall.norms import NormStatistics
 from lightning_rnf.recall.prefix import Prefix
 from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
+from lightning_rnf.recall.widened import as_it_was
 
 __all__ = [
     "NormStatistics",
     "Prefix",
     "Size",
     "SubnetworkFlops",
+    "as_it_was",
     "export",
     "norms",
     "size_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_rnf.anatomy import (
     Known,
     Traced,
     UnitLayer,
+    Wider,
     bare,
     by_group,
     effect_of_function,
@@ -28,7 +29,7 @@ from lightning_rnf.anatomy import (
     tensor_copy,
     torch_class,
 )
-from lightning_rnf.memory import TaskRecord
+from lightning_rnf.memory import TaskRecord, layers_before, record_before
 from lightning_rnf.recall.kept import Kept
 from lightning_rnf.recall.pruning import Plan, plan
 from lightning_rnf.recall.subnetwork import recall
@@ -41,7 +42,12 @@ _FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may na
 
 
 def export(
-    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool = True
+    module: nn.Module,
+    layers: Iterable[UnitLayer],
+    record: TaskRecord,
+    widenings: Sequence[Wider] = (),
+    *,
+    masked: bool = True,
 ) -> fx.GraphModule:
     """Cut a finished task's sub-network out of a model; the model itself stays as it is.
 
@@ -67,6 +73,7 @@ def export(
         module: the model.
         layers: its unit layers.
         record: of the task.
+        widenings: of the model; what came since the task's end is left out.
         masked: as in recall; if not, all units stay.
 
     Returns:
@@ -76,7 +83,9 @@ def export(
         ValueError: if ``torch.fx`` can't trace the model, or its forward runs another head than the task's.
     """
     layers = tuple(layers)
-    with borrowed(module), recall(module, (), record, masked=masked):
+    with borrowed(module), recall(module, (), record, widenings, masked=masked):
+        later = widenings[record.widenings :]
+        layers, record = layers_before(layers, later), record_before(record, later)
         traced = Traced.of(module, layers)
         if not any(f"{name}.".startswith(f"{record.head}.") for name in traced.called):
             raise ValueError(
@@ -88,7 +97,7 @@ def export(
         found = plan(traced, silent)
         small = _build(traced, found, layers, silent)
         kept = Kept.of(found, traced, layers, silent, module, small)
-    before = sum(parameter.numel() for parameter in module.parameters())
+        before = sum(parameter.numel() for parameter in module.parameters())
     log.info("%s: exported with %d of the model's %d parameters", record.name, kept.parameters[1], before)
     if kept.disappoints:
         rank_zero_warn(f"{record.name}: {kept}")

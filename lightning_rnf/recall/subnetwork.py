@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap
+from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider
 from lightning_rnf.freezing import rows
 from lightning_rnf.heads import MultiHead
-from lightning_rnf.memory import TaskRecord
+from lightning_rnf.memory import TaskRecord, layers_before, record_before
+from lightning_rnf.recall.widened import as_it_was
 from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating
 
 
@@ -47,7 +48,12 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
 
 @contextmanager
 def recall(
-    module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool = True
+    module: nn.Module,
+    layers: Iterable[UnitLayer],
+    record: TaskRecord,
+    widenings: Sequence[Wider] = (),
+    *,
+    masked: bool = True,
 ) -> Iterator[None]:
     """Run the model as a finished task's sub-network: in eval mode, with the task's head if it is in a `MultiHead`.
 
@@ -55,11 +61,15 @@ def recall(
         module: the model.
         layers: its unit layers.
         record: of the task.
+        widenings: of the model; those since the task's end are undone inside.
         masked: silence the units that are irrelevant to the task and use the statistics that its norms had at its end.
             If not, the whole network speaks (the paper).
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(module))
+        stack.enter_context(as_it_was(module, widenings, record.widenings))
+        later = widenings[record.widenings :]
+        layers, record = layers_before(layers, later), record_before(record, later)
         head = module.get_submodule(record.head)
         for multi_head in module.modules():
             if isinstance(multi_head, MultiHead):

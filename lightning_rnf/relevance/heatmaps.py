@@ -6,7 +6,7 @@ The paper's Figure 5.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 from zennit.image import palette
 
-from lightning_rnf.anatomy import Predict, UnitLayer, supervised
+from lightning_rnf.anatomy import Predict, UnitLayer, layer_form, supervised
 from lightning_rnf.memory import shortened
 from lightning_rnf.relevance.attribution import attribute
 from lightning_rnf.report import literal, new_figure, tracking
@@ -57,7 +57,9 @@ def heatmaps(
         leaves = {id(root): of_root for root, of_root in zip(roots, arrived, strict=True) if root.is_leaf}
         found.extend(of_root.detach() for of_root in leaves.values() if of_root is not None)
 
-    attribute(module, layers, [batch], predict, composite, arrived=keep)
+    # Of a task that ended before the model was made wider, the recall has fewer units.
+    now = [replace(layer, units=layer_form(module.get_submodule(layer.name))[1]) for layer in layers]
+    attribute(module, now, [batch], predict, composite, arrived=keep)
     shape = images_of(batch).shape
     if any(one.numel() != shape.numel() for one in found):
         raise ValueError(

@@ -50,7 +50,8 @@ def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, tr
     if full:
         rank_zero_warn(
             f"no free units are left in {', '.join(sorted(full))}: later tasks can only reuse them; claim less of "
-            "each layer, with ration= or recovery_epochs=, or give these layers more units"
+            "each layer, with ration= or recovery_epochs=, or give these layers more units before the next fit: "
+            "rnf.widen(model, 0.5)"
         )
 
 

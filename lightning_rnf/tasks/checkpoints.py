@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_rnf.memory import Audit, FreezeState
+from lightning_rnf.tasks import widening
 
 _KEY = "RelevanceFreezing"
 _LONGEST = 200  # bytes of a task's name in a file's, of which file systems allow 255
@@ -121,6 +122,16 @@ def restore(checkpoint: dict[str, Any], module: nn.Module) -> FreezeState:
         ValueError: if it has none of ours, or is of another model; nothing is loaded then.
     """
     state = finished_tasks(checkpoint)
+    undo = widening.follow(module, state, checkpoint["state_dict"])
+    try:
+        _load(checkpoint, module, state)
+    except BaseException:
+        undo.close()
+        raise
+    return state
+
+
+def _load(checkpoint: dict[str, Any], module: nn.Module, state: FreezeState) -> None:
     state.check_whole(module)
     used = {name for layer in state.layers for name in layer.parameters}.union(state.shared, state.forms)
     used.update(*((*record.head_parameters, *record.norm_statistics) for record in state.tasks.values()))
@@ -128,7 +139,6 @@ def restore(checkpoint: dict[str, Any], module: nn.Module) -> FreezeState:
     if isinstance(module, LightningModule):
         module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    return state
 
 
 def refuse_more_parameters(module: LightningModule) -> Callable[[], None]:
@@ -153,6 +163,25 @@ def refuse_more_parameters(module: LightningModule) -> Callable[[], None]:
             )
 
     handle: Any = module.register_load_state_dict_pre_hook(check_keys)  # type: ignore[no-untyped-call]
+    remove: Callable[[], None] = handle.remove
+    return remove
+
+
+def widen_for(module: LightningModule) -> Callable[[], None]:
+    """Widen a model of the original sizes where the Trainer is about to load weights of a wider one (``ckpt_path=``).
+
+    Returns:
+        What ends the watch for it.
+    """
+
+    def follow(module: Any, state_dict: Mapping[str, Any], *of_torch: Any) -> None:
+        # Callbacks get their part of a checkpoint after the weights, so it is looked for where the Trainer keeps it.
+        connector = getattr(module.trainer, "_checkpoint_connector", None)
+        loaded: Any = getattr(connector, "_loaded_checkpoint", None)
+        if isinstance(loaded, dict) and has_finished_tasks(loaded):
+            widening.follow(module, finished_tasks(loaded), state_dict)
+
+    handle: Any = module.register_load_state_dict_pre_hook(follow)  # type: ignore[no-untyped-call]
     remove: Callable[[], None] = handle.remove
     return remove
 

@@ -338,7 +338,7 @@ class Ending:
             found.wear()
         found.record.rows.update(fingerprints(module, found.units, found.record, state))
         state.add(found.record, found.units)
-        return found.record
+        return state.tasks[found.record.name]
 
     def _audit(
         self,

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, unknown_modules, without
-from lightning_rnf.recall import export, subnetwork
+from lightning_rnf.recall import as_it_was, export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding
+from lightning_rnf.tasks.checkpoints import widen_for
 from lightning_rnf.tasks.files import KeptInFiles
 from lightning_rnf.tasks.probes import drifts
 from lightning_rnf.tasks.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
@@ -39,6 +40,7 @@ class FinishedTasks(KeptInFiles):
         self.retention = retention
         self.task = task
         self._recalled = ExitStack()
+        self._watched = ExitStack()  # a model that may have to grow for the weights of a run
         self._tested: list[str | None] = []
         self._has_older_weights = False
 
@@ -65,9 +67,13 @@ class FinishedTasks(KeptInFiles):
         module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if module is None:
             raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
-        self.state.check_module(module)
+        with as_it_was(
+            module, self.state.widenings, len(self.state.widenings)
+        ):  # inside of another recall it isn't now
+            self.state.check_module(module)
         new = unknown_modules(module, self.state.forms)
-        recalled = subnetwork.recall(module, self.state.layers, record, masked=self.retention == "exact")
+        of_task = (self.state.layers, record, self.state.widenings)
+        recalled = subnetwork.recall(module, *of_task, masked=self.retention == "exact")
         with recalled, subnetwork.refusing(module, new, task):
             yield
 
@@ -99,7 +105,8 @@ class FinishedTasks(KeptInFiles):
         if sharding.is_sharded(module):
             raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
         self.state.check_module(module)
-        small = export(module, self.state.layers, record, masked=self.retention == "exact")
+        of_task = (self.state.layers, record, self.state.widenings)
+        small = export(module, *of_task, masked=self.retention == "exact")
         if strangers := sorted(set(unknown_modules(module, self.state.forms)) & set(dict(small.named_modules()))):
             raise ValueError(f"the model runs {strangers[0]!r}, which it did not have when the last task ended")
         return small
@@ -275,8 +282,12 @@ class FinishedTasks(KeptInFiles):
         if ranks.rank > 0:
             self._take(of_first)
 
+    def _watch_sizes(self, module: pl.LightningModule) -> None:
+        self._watched.callback(widen_for(module))
+
     def _end_run(self) -> None:
         self._recalled.close()
+        self._watched.close()
         self._has_older_weights = False
         for name in _OF_LIGHTNING:  # they would keep the model alive
             vars(self).pop(name, None)
@@ -316,10 +327,17 @@ class FinishedTasks(KeptInFiles):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.
         kept = {name: value for name, value in vars(self).items() if name not in _OF_LIGHTNING}
-        return {**kept, "_model": None, "_recalled": None, "_holding": None, "_witnesses": Witnesses()}
+        return {
+            **kept,
+            "_model": None,
+            "_recalled": None,
+            "_watched": None,
+            "_holding": None,
+            "_witnesses": Witnesses(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _model=lambda: None, _recalled=ExitStack())
+        vars(self).update(state, _model=lambda: None, _recalled=ExitStack(), _watched=ExitStack())
 
 
 def _uses(record: TaskRecord, other: TaskRecord) -> bool:

@@ -16,7 +16,7 @@ from lightning_rnf.freezing import ElasticityOption, Freezer, elasticities
 from lightning_rnf.memory import FreezeState, TaskRecord, moved
 from lightning_rnf.recall import norms, subnetwork
 from lightning_rnf.runtime import Ranks, recompiled
-from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters
+from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters, widen_for
 
 
 class Holding:
@@ -154,6 +154,7 @@ class Holding:
         self._begin()
         built()
         self._waiting.callback(refuse_more_parameters(self.module))
+        self._waiting.callback(widen_for(self.module))
 
     def _learning(self) -> set[str]:
         """Layers and shared parameters whose relevant rows are elastic."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer
+from lightning_rnf.anatomy import UnitLayer, Wider
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.runtime import borrowed
@@ -42,7 +42,8 @@ def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *
     found: dict[str, float] = {}
     for name, probe in probes.items():
         if name in state.tasks and probe.dtype == dtype:
-            drift = tried(partial(probe.drift, module, state.layers, state.tasks[name], masked=masked), name)
+            of_task = (state.layers, state.tasks[name], state.widenings)
+            drift = tried(partial(probe.drift, module, *of_task, masked=masked), name)
             if drift is not None:
                 found[name] = drift
     return found
@@ -77,7 +78,13 @@ class Probe:
         return self.reference.convert(_to(self.batch, next(module.parameters()).device))
 
     def drift(
-        self, module: nn.Module, layers: Iterable[UnitLayer], record: TaskRecord, *, masked: bool
+        self,
+        module: nn.Module,
+        layers: Iterable[UnitLayer],
+        record: TaskRecord,
+        widenings: Sequence[Wider] = (),
+        *,
+        masked: bool,
     ) -> float | None:
         """The largest difference of any logit under recall, now against then; 0 means that the bits are the same.
 
@@ -87,8 +94,8 @@ class Probe:
         heads: list[str] = []
         watched = module.get_submodule(record.head).register_forward_hook(lambda *call: heads.append(record.head))
         with watched:
-            recall = subnetwork.recall(module, layers, record, masked=masked)
-            (now,) = _run(module, self.batch, self.reference, recall, self.device)
+            recall = subnetwork.recall(module, layers, record, widenings, masked=masked)
+            (now,) = run(module, self.batch, self.reference, recall, self.device)
         return difference(now, self.logits) if heads else None
 
 
@@ -112,12 +119,12 @@ def taken(
             continue
         if kept is not batch and not _runs(module, kept, reference, device):
             continue
-        first, second = _run(module, kept, _how(reference), recall(), device, times=2)
+        first, second = run(module, kept, _how(reference), recall(), device, times=2)
         noise, seen = difference(first, second), len(first)
         for other in reference.batches[1:SAMPLES]:  # one sample alone may come out the same by chance
             if seen >= SAMPLES:
                 break
-            one, again = _run(module, other, _how(reference), recall(), device, times=2)
+            one, again = run(module, other, _how(reference), recall(), device, times=2)
             noise, seen = max(noise, difference(one, again)), seen + len(one)
         return kept, first, noise
     return None
@@ -135,13 +142,13 @@ def difference(one: Tensor, other: Tensor) -> float:
 def _runs(module: nn.Module, batch: Any, reference: ReferenceData, device: torch.device) -> bool:
     """Whether a part of a batch is one, too: of a graph, the first rows of all its tensors are not."""
     try:
-        _run(module, batch, reference, nullcontext(), device)
+        run(module, batch, reference, nullcontext(), device)
     except Exception:  # whatever the user's forward makes of it
         return False
     return True
 
 
-def _run(
+def run(
     module: nn.Module,
     batch: Any,
     how: ReferenceData,

@@ -58,7 +58,7 @@ class Witnesses:
             composite: Zennit's rules for them; None: as for units.
         """
         ranks, name = reference.ranks, record.name
-        recall = partial(subnetwork.recall, module, layers, record, masked=masked)
+        recall = partial(subnetwork.recall, module, layers, record, state.widenings, masked=masked)
         drift = ranks.decided(lambda: drifts(module, state, self.probes, masked=masked))
         # One that fails is told of there, and is not too large.
         found = ranks.decided(lambda: tried(lambda: [taken(module, reference, recall)], name))
@@ -84,7 +84,8 @@ class Witnesses:
         for name, probe in self.probes.items():
             if name == record.name or name in drift:  # of the others another head would run
                 batch = probe.on_device(module)
-                with subnetwork.recall(module, layers, state.tasks[name], masked=masked):
+                of_task = (layers, state.tasks[name], state.widenings)
+                with subnetwork.recall(module, *of_task, masked=masked):
                     maps = heatmaps(module, layers, batch, probe.reference.predict, composite)
                 self.gallery.add(name, record.name, images_of(batch)[:images], maps[:images])
 
