@@ -154,6 +154,7 @@ def _export(options: argparse.Namespace) -> None:
     rnf.state = checkpoints.finished_tasks(checkpoint)
     record = rnf.state.task(options.task)
     model = built_model(options.config)
+    checkpoints.widen_to(checkpoint, model)
     checkpoints.check(checkpoint, model)
     model.load_state_dict(checkpoint["state_dict"])
     activate_head(model, record.head)

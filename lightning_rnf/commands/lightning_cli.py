@@ -61,6 +61,7 @@ class CommandLine(LightningCLI):
         """Activate the task's head, and check the checkpoint against the model."""
         activate_known(self.model, self.datamodule)
         if self._checkpoint is not None:
+            checkpoints.widen_to(self._checkpoint, self.model)
             checkpoints.check(self._checkpoint, self.model)
             if checkpoints.has_finished_tasks(self._checkpoint):
                 checkpoints.finished_tasks(self._checkpoint).check_module(self.model)

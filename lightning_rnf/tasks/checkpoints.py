@@ -167,6 +167,12 @@ def refuse_more_parameters(module: LightningModule) -> Callable[[], None]:
     return remove
 
 
+def widen_to(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Widen a model of the original sizes as that of a checkpoint was; any other stays as it is."""
+    if has_finished_tasks(checkpoint):
+        widening.follow(module, finished_tasks(checkpoint), checkpoint["state_dict"])
+
+
 def widen_for(module: LightningModule) -> Callable[[], None]:
     """Widen a model of the original sizes where the Trainer is about to load weights of a wider one (``ckpt_path=``).
 
