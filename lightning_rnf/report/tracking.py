@@ -45,7 +45,7 @@ def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, tr
             f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
             f"network, {record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"
         )
-    before = replace(state, tasks={name: one for name, one in state.tasks.items() if one is not record}).frozen()
+    before = replace(state, tasks={name: one for name, one in state.tasks.items() if name != record.name}).frozen()
     full = [name for name, frozen in state.frozen().items() if frozen.all() and not before[name].all()]
     if full:
         rank_zero_warn(

@@ -11,15 +11,18 @@ import pytest
 import torch
 from nets_to_widen import CLASSES, NARROW, WIDE, Net
 from torch import nn
+from torch.utils.data import TensorDataset
 from training import Classifier, ConvClassifier, inputs, task_data, train, trainer
 
-from lightning_rnf import RelevanceFreezing
+from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.freezing import initial
+from lightning_rnf.streams import TaskDataModule
 from lightning_rnf.tasks import widening
 
 pytestmark = pytest.mark.filterwarnings(
     *("ignore:no free units", "ignore:.*not one of", "ignore:.*answer that is always", "ignore:.*is not conserved"),
     "ignore:.*is forgotten, but no unit",
+    "ignore:.*falls short of the criterion",
 )
 
 EVERYTHING = {"criterion": lambda score: score.cutoff == 0}
@@ -449,5 +452,56 @@ def test_heads_of_ones_own_grow_with_the_one_that_runs():
 def test_the_warning_of_a_full_layer_names_it():
     torch.manual_seed(0)
     model, rnf = WIDE["mlp"][0](), RelevanceFreezing(**EVERYTHING)
-    with pytest.warns(UserWarning, match=r"no free units are left in .*rnf\.widen\(model, 0\.5\)"):
-        rnf.protect(model, batches((6,)), name="a")
+    for seed, task in enumerate("ab"):
+        model.heads.activate(task)
+        with pytest.warns(UserWarning, match=r"no free units are left in .*rnf\.widen\(model, 0\.5\)"):
+            rnf.protect(model, batches((6,), seed), name=task)
+        rnf.widen(model, 0.5)
+        assert min(rnf.capacity().values()) > 0.3
+
+
+class Stream(Classifier):
+    """A network that is far too narrow for ten tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
+        self.heads = MultiHead(40, {str(task): 2 for task in range(10)})
+
+
+def stream_task(task):
+    """Two classes by the signs of two directions of the task's own: no linear head alone can tell them apart."""
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(task))
+    one, other = torch.randn(2, 8, generator=torch.Generator().manual_seed(100 + task))
+    data = TensorDataset(x, ((x @ one > 0) ^ (x @ other > 0)).long())
+    return TaskDataModule(str(task), 2, data, data, data, batch_size=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widens", [True, False])
+def test_a_stream_that_is_full_after_five_tasks_goes_on_to_ten(widens):
+    torch.manual_seed(0)
+    model = Stream()
+    # Each task claims a fifth of what there is: all that its ration lets it.
+    ration = [0.2, 0.25, 1 / 3, 0.5, 1.0] * 2
+    rnf = RelevanceFreezing(**EVERYTHING, ration=ration, recovery_epochs=4, recovery_criterion=EVERYTHING["criterion"])
+    tasks, kept = [stream_task(task) for task in range(10)], {}
+
+    def recalled_logits(data):
+        x, y = data.test.tensors
+        with torch.no_grad(), rnf.recall(data.task, model):
+            logits = model(x)
+        return logits, float((logits.argmax(1) == y).float().mean())
+
+    for data in tasks:
+        if data.task == "5":
+            assert set(rnf.capacity().values()) == {0.0}
+            if widens:
+                assert rnf.widen(model, 1.0) == {"body.0": 40, "body.2": 40}
+        model.heads.activate(data.task)
+        trainer(rnf, max_epochs=12).fit(model, datamodule=data)
+        kept[data.task] = recalled_logits(data)[0]
+    accuracies = [recalled_logits(data)[1] for data in tasks]
+    assert all(torch.equal(recalled_logits(data)[0], kept[data.task]) for data in tasks)
+    first, last = sum(accuracies[:5]) / 5, sum(accuracies[5:]) / 5
+    assert (last > first - 0.03) == widens
