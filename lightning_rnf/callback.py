@@ -40,6 +40,7 @@ from lightning_rnf.tasks import (
     Selection,
     TaskOption,
     Tracing,
+    auto,
     runs,
 )
 
@@ -163,8 +164,10 @@ class RelevanceFreezing(BetweenFits):
             arguments.one_of("retention", retention, Retention),
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
+        criterion = as_criterion(criterion)
+        if ration == "auto" and (retention == "paper" or not auto.takes(criterion)):
+            ration = None
         if retention == "paper":
-            ration = None if ration == "auto" else ration
             recovery_epochs = 0 if recovery_epochs == "auto" else recovery_epochs
             reset_free = False if reset_free == "auto" else reset_free
         self.ending = Ending(
@@ -173,7 +176,7 @@ class RelevanceFreezing(BetweenFits):
                 *(norm_statistics, recalibrate_norm, tasks),
             ),
             Reference(reference, reference_samples, attribution_samples, predict, seed),
-            as_criterion(criterion),
+            criterion,
             Recovery(recovery_epochs, recovery_criterion, recovery_search),
             Tracing(predict or supervised, units, heads),
             HeadFit(fit_head if retention == "exact" else False, fit_data, fit_samples),

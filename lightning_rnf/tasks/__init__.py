@@ -4,7 +4,7 @@ Reference data are drawn, units are selected, a record is made and witnessed; af
 reported, saved, exported. The Trainer's events that call all this are in `lightning_rnf.callback`.
 """
 
-from lightning_rnf.tasks import checkpoints, runs
+from lightning_rnf.tasks import auto, checkpoints, runs
 from lightning_rnf.tasks.between_fits import BetweenFits
 from lightning_rnf.tasks.ending import CriterionOption, Ending, Recovery
 from lightning_rnf.tasks.finished import Retention
@@ -32,6 +32,7 @@ __all__ = [
     "TaskOption",
     "Tracing",
     "UnitSummary",
+    "auto",
     "checkpoints",
     "on_device",
     "runs",

@@ -6,11 +6,11 @@ Every number here was found on validation data of seeds that are not reported; `
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning.pytorch import Trainer
 
-from lightning_rnf.search import Criterion, SubnetworkScore
+from lightning_rnf.search import AccuracyDrop, Criterion, SubnetworkScore
 
 SHARE = float(os.environ.get("RNF_SHARE", "0.5"))
 """Of each layer's free units one task may claim so much: what the next ones find free is never nothing."""
@@ -47,32 +47,32 @@ def recovery_epochs(trainer: Trainer) -> int:
     return max(1, int(epochs * RECOVERY))
 
 
+def takes(criterion: Criterion) -> TypeGuard[AccuracyDrop]:
+    """Whether a criterion leaves it open how much is claimed: others name an end of the pruning, and are followed."""
+    return isinstance(criterion, AccuracyDrop)
+
+
 class Enough:
     """Says of sub-networks inside a budget whether they do as well as all of it, but for a part of the tolerance.
 
-    Accuracy falls long before the tolerance is reached, and with room left there is no need to give it up. What a
-    criterion says that has no limit of accuracy counts alone.
+    Accuracy falls long before the tolerance is reached, and with room left there is no need to give it up.
 
     Args:
         criterion: of the task.
         budget: the cutoff that leaves all that the task may claim: the first that is asked about.
     """
 
-    def __init__(self, criterion: Criterion, budget: int) -> None:
+    def __init__(self, criterion: AccuracyDrop, budget: int) -> None:
         self.criterion = criterion
         self.budget = budget
         self.floor: float | None = None
         self.is_met = True
 
     def __call__(self, score: SubnetworkScore) -> bool:
-        """Whether the search may take it; the first score has to be the budget's, or one of the whole network."""
+        """Whether the search may take it; the first score has to be the budget's, or the budget is all there is."""
         accepted = self.criterion(score)
-        limit = self.criterion.accuracy_limit(score.baseline)
-        if limit is None:
-            return accepted
         if self.floor is None:
-            top = score.accuracy if score.cutoff == self.budget else score.baseline
-            self.floor = top - PART * (score.baseline - limit)
-            if score.cutoff == self.budget:
-                self.is_met = accepted
+            is_budget = score.cutoff == self.budget
+            self.floor = (score.accuracy if is_budget else score.baseline) - PART * self.criterion.tolerance - 1e-12
+            self.is_met = accepted or not is_budget
         return score.accuracy >= self.floor and (accepted or not self.is_met)

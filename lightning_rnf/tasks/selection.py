@@ -100,9 +100,11 @@ class Selection:
         rations: Any = self.rations
         return rations[min(task, len(rations) - 1)] if rations else None
 
-    def _shares(self, task: int, *, recovers: bool) -> tuple[float | None, ...]:
+    def _shares(self, task: int, criterion: Criterion, *, recovers: bool) -> tuple[float | None, ...]:
         """What the task may claim: more where its criterion does not accept the first, and no recovery will mend it."""
         share = self.ration(task)
+        if self.rations == "auto" and not auto.takes(criterion):
+            return (1.0,)
         is_last = self.rations != "auto" or recovers or share is None or share >= auto.LARGEST_SHARE
         return (share,) if is_last else (share, auto.LARGEST_SHARE)
 
@@ -185,7 +187,7 @@ class Selection:
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
-        shares = self._shares(len(state.tasks), recovers=bool(later))
+        shares = self._shares(len(state.tasks), criterion, recovers=bool(later))
         for share in shares:
             ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
             expected = about(ranking, self.search, self.resolution)
@@ -228,7 +230,8 @@ class Selection:
             asks: whether the walk through the whole network has to have seen all modules that run.
         """
         ranks, ranking = candidates.ranks, candidates.ranking
-        accepts = Enough(criterion, ranking.beyond_ration) if self.rations == "auto" else criterion
+        is_open = self.rations == "auto" and auto.takes(criterion)
+        accepts = Enough(criterion, ranking.beyond_ration) if is_open else criterion
 
         def verdict(score: SubnetworkScore) -> bool:
             # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
