@@ -107,9 +107,7 @@ class Subnetworks:
                     self.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
                     fitted = max(measured, fitted, key=lambda one: one.accuracy)
                 measured = fitted
-        if self.counts_flops:
-            flops = self.ranks.decided(lambda: self._count(cutoff))
-            measured = replace(measured, values={**measured.values, **flops})
+        measured = replace(measured, values={**measured.values, **self._count(cutoff)})
         log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
         self.made += 1
         if cutoff == 0:
@@ -124,24 +122,25 @@ class Subnetworks:
         Of that one, the one of the search and the trained one it keeps what the verdict accepts, the most accurate of
         those, and in doubt the first.
         """
+        flops = self._count(cutoff)  # of the network as it is, with nothing silenced in it
         with self._speaking(cutoff):
             buffers = subnetwork.statistics(self.module, self.units)
             measured = head = None
             if self.fitting is not None:
-                measured, head = self._best(cutoff, self.fitting, verdict)
+                measured, head = self._best(cutoff, self.fitting, verdict, flops)
         if self.is_shared:
             buffers = {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
         return Taken(measured, buffers, head)
 
-    def _best(self, cutoff: int, fitting: Fitting, verdict: Callable[[Measured], bool]) -> tuple[Measured, Head | None]:
+    def _best(
+        self, cutoff: int, fitting: Fitting, verdict: Callable[[Measured], bool], flops: Mapping[str, float]
+    ) -> tuple[Measured, Head | None]:
         found: list[tuple[Measured, Head | None]] = []
         for head in (self._fitted(all_data=True), self._fitted(all_data=False), None):
             seen: list[tuple[Tensor, Tensor]] = []
             with nullcontext() if head is None else fitting.wearing(head):
                 measured = self._measure(cutoff, surveyed=cutoff > 0 and not found, seen=seen)
-            if self.counts_flops:
-                flops = self.ranks.decided(lambda: self._count(cutoff))
-                measured = replace(measured, values={**measured.values, **flops})
+            measured = replace(measured, values={**measured.values, **flops})
             if head is not None:
                 every = joined(self.ranks.gather(seen))
                 logits, target = (torch.cat(parts) for parts in zip(*every, strict=True))
@@ -173,6 +172,10 @@ class Subnetworks:
         return measured
 
     def _count(self, cutoff: int) -> dict[str, float]:
+        """Operations of a sub-network, if a criterion asks for them."""
+        return self.ranks.decided(lambda: self._counted(cutoff)) if self.counts_flops else {}
+
+    def _counted(self, cutoff: int) -> dict[str, float]:
         assert self.flops is not None
         before = self.ranking.before(cutoff, self.resolution)
         return {

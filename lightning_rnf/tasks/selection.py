@@ -230,14 +230,16 @@ class Selection:
             asks: whether the walk through the whole network has to have seen all modules that run.
         """
         ranks, ranking = candidates.ranks, candidates.ranking
-        is_open = self.rations == "auto" and auto.takes(criterion)
-        accepts = Enough(criterion, ranking.beyond_ration) if is_open else criterion
+        enough: Enough | None = None
+        if self.rations == "auto" and auto.takes(criterion):
+            enough = Enough(criterion, ranking.beyond_ration)
 
         def verdict(score: SubnetworkScore) -> bool:
             # A criterion may be any function of the user's: all ranks go by what it says on rank 0.
-            accepted = ranks.decided(lambda: accepts(score))
-            if isinstance(accepts, Enough):
-                candidates.limit = ranks.decided(lambda: accepts.floor)
+            if enough is None:
+                return ranks.decided(lambda: criterion(score))
+            accepted = enough(score)  # of numbers that all ranks have
+            candidates.limit = enough.floor
             return accepted
 
         def measure(cutoff: int) -> Measured:
@@ -257,7 +259,7 @@ class Selection:
             return ranks.decided(lambda: criterion.met(scored(measured)))
 
         taken = candidates.take(cutoff, is_met)
-        if taken.measured is None and accepts is criterion:
+        if taken.measured is None and enough is None:
             return found, taken
         if taken.measured is None:  # what is enough may be less than what the criterion asks for
             score = found.taken.score
