@@ -23,7 +23,7 @@ from lightning_rnf.freezing import (
 )
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import NormStatistics
-from lightning_rnf.relevance import Importance, ImportanceName
+from lightning_rnf.relevance import Importance, ImportanceName, OverSamples
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.search import Candidates, Method, Normalize, as_criterion
 from lightning_rnf.tasks import (
@@ -92,6 +92,9 @@ class RelevanceFreezing(BetweenFits):
         reset_free: give free units their initial values back before each new task.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
+        over_samples: how a unit's relevance is summed over samples: ``"absolute"``: that of each sample by its size, so
+            that a unit which speaks for some classes and against others is not taken for a silent one. ``"signed"``:
+            the paper.
         composite: Zennit's rules for relevance; None: ``EpsilonPlus``, with batch norms merged into their layers.
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
             units without any go first. ``"none"``: raw, the paper; not followed, with a warning, where something has no
@@ -142,6 +145,7 @@ class RelevanceFreezing(BetweenFits):
         reset_free: bool | Literal["auto"] = "auto",
         tasks: int | None = None,
         importance: ImportanceName | Importance = "lrp",
+        over_samples: OverSamples = "absolute",
         composite: Composite | None = None,
         normalize: Normalize = "layer",
         search: Method = "fewest",
@@ -173,7 +177,7 @@ class RelevanceFreezing(BetweenFits):
         self.ending = Ending(
             Selection(
                 *(importance, composite, normalize, candidates, ration, search, resolution),
-                *(norm_statistics, recalibrate_norm, tasks),
+                *(norm_statistics, recalibrate_norm, tasks, over_samples),
             ),
             Reference(reference, reference_samples, attribution_samples, predict, seed),
             criterion,
@@ -201,7 +205,7 @@ class RelevanceFreezing(BetweenFits):
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
-        paper |= {"fit_head": False, "search": "bisect"}
+        paper |= {"fit_head": False, "search": "bisect", "over_samples": "signed"}
         return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
 
     def __setattr__(self, name: str, value: Any) -> None:

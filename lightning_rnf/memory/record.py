@@ -33,7 +33,8 @@ class TaskRecord:
         head: name of the module that makes its logits.
         head_parameters: names of the head's parameters.
         relevant: bool ``(units,)`` by layer: the units of its sub-network.
-        relevance: float32 ``(units,)`` by layer: the signed sum over the attributed samples.
+        relevance: float32 ``(units,)`` by layer: the sum over the attributed samples, signed or of absolute values,
+            as the callback was asked; the ranking is made of it.
         norm_statistics: buffers of the modules that ran, norms' running statistics among them, as they were at the
             task's end; recall brings them back.
         cutoff: how many of the least relevant units were pruned.

@@ -4,7 +4,7 @@ Zennit's rules for layers, rules of our own for functions between them, and an a
 Equations are those of the paper's section 3.1.
 """
 
-from lightning_rnf.relevance.attribution import Attribution, attribute
+from lightning_rnf.relevance.attribution import Attribution, OverSamples, attribute
 from lightning_rnf.relevance.conservation import Conservation
 from lightning_rnf.relevance.heatmaps import Drift, Gallery, compare_heatmaps, heatmaps, images_of
 from lightning_rnf.relevance.importance import IMPORTANCES, Importance, ImportanceName, Summed, check_scores, random
@@ -17,6 +17,7 @@ __all__ = [
     "Gallery",
     "Importance",
     "ImportanceName",
+    "OverSamples",
     "Summed",
     "attribute",
     "check_scores",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from lightning_rnf.relevance.functions import FunctionRules
 from lightning_rnf.relevance.precision import SinglePrecision, UnreachableError
 from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
 
+OverSamples = Literal["absolute", "signed"]
+
 _LOST_IN_ONE = torch.finfo(torch.float32).tiny
 """An epsilon for norms of variance 1: added to it nothing changes, and it is not 0, which torch 2.11 refuses."""
 
@@ -36,7 +38,7 @@ class Attribution:
     """Relevance of every unit, and how well it was conserved on its way.
 
     Attributes:
-        relevance: by layer, float64 ``(units,)`` on the CPU: the signed sum over samples and positions.
+        relevance: by layer, float64 ``(units,)`` on the CPU: summed over positions, then over samples as asked for.
         conservation: empty for scores that are no relevance.
     """
 
@@ -53,6 +55,7 @@ def attribute(
     progress: Callable[[int], None] = lambda samples: None,
     ranks: Ranks = ALONE,
     arrived: Callable[[Sequence[Tensor], Sequence[Tensor | None]], None] = lambda roots, relevance: None,
+    over_samples: OverSamples = "signed",
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
@@ -76,6 +79,9 @@ def attribute(
         ranks: whose sums are added up; they all get the same.
         arrived: called after each batch with the inputs of the layers and the relevance that arrived at each; the
             leaves among them are the network's input.
+        over_samples: ``"signed"``: the sum over samples (the paper): a unit that speaks for some classes and as much
+            against others comes to nothing. ``"absolute"``: the sum of each sample's absolute relevance. Conservation
+            is of signed relevance in both cases.
 
     Raises:
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
@@ -89,7 +95,8 @@ def attribute(
         return logits * true_labels(logits, target)
 
     def summed(layer: UnitLayer, output: Tensor, relevance: Tensor) -> Tensor:
-        return over_positions(layer, relevance).sum(dim=0)
+        of_samples = over_positions(layer, relevance)
+        return torch.stack([of_samples.sum(dim=0), of_samples.abs().sum(dim=0)], dim=1)
 
     @contextmanager
     def applied(module: nn.Module) -> Iterator[None]:
@@ -121,11 +128,14 @@ def attribute(
         journal.add(sent, roots, at_roots)
         arrived(roots, at_roots)
 
-    relevance = propagate(
+    sums = propagate(
         module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, note, ranks
     )
     journal.join(ranks)
-    return Attribution(relevance, journal.conservation(relevance))
+    # Of a layer that did not run there is one zero a unit.
+    pairs = {name: found if found.ndim == 2 else found.unsqueeze(1).expand(-1, 2) for name, found in sums.items()}
+    signed, absolute = ({name: pair[:, kind] for name, pair in pairs.items()} for kind in (0, 1))
+    return Attribution(absolute if over_samples == "absolute" else signed, journal.conservation(signed))
 
 
 def _applicable(given: Composite | None) -> Composite:
@@ -196,7 +206,7 @@ def propagate(
         batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits and labels of a batch.
         start: ``(logits, target)`` to what is sent back from the logits, ``(N, classes)``.
-        reduce: ``(layer, output, what arrives at it)`` to one number per unit, ``(units,)``; called while it flows.
+        reduce: ``(layer, output, what arrives at it)`` to ``(units,)`` or ``(units, numbers)``; called while it flows.
         rules: entered around each batch: how it flows. None: as gradients do.
         progress: called after each batch with the number of samples so far.
         prepare: called once with the borrowed module, which it may change.
@@ -204,7 +214,7 @@ def propagate(
         ranks: whose sums are added up; they all get the same.
 
     Returns:
-        By layer: float64 ``(units,)`` on the CPU, summed over batches and ranks.
+        By layer: float64 on the CPU, as ``reduce`` gives it, summed over batches and ranks; 0 where nothing ran.
 
     Raises:
         ValueError: as `attribute`.

@@ -25,6 +25,7 @@ from lightning_rnf.relevance import (
     Conservation,
     Importance,
     ImportanceName,
+    OverSamples,
     Summed,
     attribute,
     check_scores,
@@ -75,11 +76,13 @@ class Selection:
     norm_statistics: NormStatistics = "per_task"
     recalibrate_norm: bool = True
     tasks: int | None = None
+    over_samples: OverSamples = "absolute"
 
     def __post_init__(self) -> None:
         if not callable(self.importance):
             arguments.one_of("importance", self.importance, ImportanceName)
         arguments.of_type("composite", self.composite, Composite, "a composite of Zennit")
+        arguments.one_of("over_samples", self.over_samples, OverSamples)
         arguments.one_of("normalize", self.normalize, Normalize)
         arguments.one_of("candidates", self.candidates, Candidates)
         if self.rations != "auto":
@@ -120,7 +123,8 @@ class Selection:
             show("relevance", next(counted), len(batches), f"{samples} samples")
 
         if self.importance == "lrp":
-            found = attribute(module, units.layers, batches, predict, self.composite, progress, ranks)
+            how: dict[str, Any] = {"over_samples": self.over_samples}
+            found = attribute(module, units.layers, batches, predict, self.composite, progress, ranks, **how)
         else:
             found = Attribution(self._scores(module, units, reference, task))
         # As the record keeps them: a ranking made from the record is then the same. A user's function may have given

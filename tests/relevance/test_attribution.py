@@ -194,6 +194,19 @@ def test_relevance_is_that_of_the_equations(network, dtype, tolerance):
     assert difference(found, expected) < tolerance
 
 
+@pytest.mark.parametrize("network", ["mlp", "convnet"])
+def test_absolute_relevance_is_that_of_each_sample_by_its_size(network):
+    build, shape = {"mlp": (mlp, (4,)), "convnet": (convnet, IMAGES)}[network]
+    net, (x, y) = build(), labelled(9, *shape)
+    layers = UnitMap.of(net, (x, y)).layers
+    batches = list(split((x, y), [5, 1, 3]))
+    found = attribute(net, layers, batches, over_samples="absolute")
+    alone = [oracle(net, *one) for one in split((x, y), [1] * 9)]
+    expected = {name: sum(one[name].abs() for one in alone) for name in found.relevance}
+    assert difference(found.relevance, expected) < 1e-5
+    assert found.conservation.ratios == attribute(net, layers, batches).conservation.ratios
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("build", "shape"), [(mlp, (4,)), (convnet, IMAGES)], ids=["mlp", "convnet"])
 def test_without_biases_every_layer_has_the_relevance_of_the_logits(build, shape, seed):
