@@ -40,6 +40,7 @@ class TaskRecord:
         cutoff: how many of the least relevant units were pruned.
         accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned; by the better head.
         whole: the same by its head, ``"trained"`` or ``"fitted"``; empty where heads were not fitted.
+        ration: the share of each layer's free units that the task could claim; None: all.
         subnetwork_accuracy: of the sub-network at the task's end, by the same loop.
         accepted: whether the criterion accepts that sub-network; if not, a ration or a recovery that fell short is why.
         samples: size of the reference data: how many targets ``predict`` has returned for them.
@@ -82,6 +83,7 @@ class TaskRecord:
     rows: dict[str, str] = field(default_factory=dict)
     drift: dict[str, float] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
+    ration: float | None = None
     tests: dict[str, dict[str, float]] = field(default_factory=dict)
     widenings: int = 0
 
@@ -155,6 +157,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         notes=get_names(plain, "notes"),
         rows=get_texts(plain, "rows"),
         drift=get_numbers(plain, "drift"),
+        ration=get_share(plain, "ration") if plain.get("ration") is not None else None,
         whole=get_numbers(plain, "whole") if "whole" in plain else {},  # files from before lack it
         tests=_get_tests(plain),
         widenings=get_count(plain, "widenings") if "widenings" in plain else 0,

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import and_
 from typing import Any
@@ -24,6 +24,23 @@ from lightning_rnf.tasks.reference import ReferenceData
 from lightning_rnf.tasks.survey import Survey
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Known:
+    """What was measured of a network's sub-networks already.
+
+    Attributes:
+        measured: by cutoff.
+        whole: accuracy of the whole network by its head, ``"trained"`` or ``"fitted"``; empty if heads are not fitted.
+    """
+
+    measured: dict[int, Measured] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """All but the whole network: of another ranking."""
+        self.measured = {cutoff: one for cutoff, one in self.measured.items() if cutoff == 0}
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Subnetworks:
 
     Attributes:
         limit: the accuracy below which no candidate has to be measured to the end; None: nobody knows it yet.
-        whole: accuracy of the whole network by its head, ``"trained"`` or ``"fitted"``; empty if heads are not fitted.
+        known: what was measured; that is not measured again.
     """
 
     def __init__(
@@ -65,6 +82,7 @@ class Subnetworks:
         resolution: int,
         counts_flops: bool,
         is_shared: bool,
+        known: Known,
     ) -> None:
         self.module = module
         self.units = units
@@ -83,7 +101,7 @@ class Subnetworks:
         self.measured_whole = {0, ranking.beyond_ration}
         self.resolution = resolution
         self.fitting = fitting
-        self.whole: dict[str, float] = {}
+        self.known = known
         self.ranks = reference.ranks
         self.is_shared = is_shared
         self.norms = own_norms
@@ -97,6 +115,18 @@ class Subnetworks:
 
         The whole network is measured with its trained head, too, and the better one counts.
         """
+        if cutoff not in self.known.measured:
+            self.known.measured[cutoff] = self._measured(cutoff)
+            self.made += 1
+        measured = self.known.measured[cutoff]
+        log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
+        if cutoff == 0:
+            self.targets, self.limit = measured.samples, self.criterion.accuracy_limit(measured.accuracy)
+        limit = "" if self.limit is None else f" (limit {self.limit:.3f})"
+        self.show("search", self.made, self.expected, f"cutoff {cutoff}, accuracy {measured.accuracy:.3f}{limit}")
+        return measured
+
+    def _measured(self, cutoff: int) -> Measured:
         with self._speaking(cutoff):
             if cutoff == 0 or self.fitting is None:
                 measured = self._measure(cutoff)
@@ -104,17 +134,10 @@ class Subnetworks:
                 with self.fitting.wearing(self._fitted(all_data=False)):
                     fitted = self._measure(cutoff, surveyed=cutoff > 0)
                 if cutoff == 0:
-                    self.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
+                    self.known.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
                     fitted = max(measured, fitted, key=lambda one: one.accuracy)
                 measured = fitted
-        measured = replace(measured, values={**measured.values, **self._count(cutoff)})
-        log.debug("search: %d of %d units silenced, accuracy %.3f", cutoff, self.ranking.candidates, measured.accuracy)
-        self.made += 1
-        if cutoff == 0:
-            self.limit = self.criterion.accuracy_limit(measured.accuracy)
-        limit = "" if self.limit is None else f" (limit {self.limit:.3f})"
-        self.show("search", self.made, self.expected, f"cutoff {cutoff}, accuracy {measured.accuracy:.3f}{limit}")
-        return measured
+        return replace(measured, values={**measured.values, **self._count(cutoff)})
 
     def take(self, cutoff: int, verdict: Callable[[Measured], bool]) -> Taken:
         """End with a sub-network: its head is fitted to all there is to fit it on.
@@ -210,6 +233,7 @@ def subnetworks(
     expected: int = 1,
     survey: Survey | None = None,
     fitting: Fitting | None = None,
+    known: Known | None = None,
 ) -> Iterator[Subnetworks]:
     """Inside the context the module is borrowed, in eval mode, and its sub-networks can be measured.
 
@@ -226,6 +250,7 @@ def subnetworks(
         expected: how many evaluations there will be.
         survey: of the first walk; None: nothing is asked.
         fitting: of the task's head to each candidate; None: as it was trained.
+        known: what was measured before, and gets what is measured now.
     """
     # Norms that the user keeps in eval mode have their statistics on purpose.
     own = norms.with_statistics(module, units.buffers)
@@ -237,7 +262,7 @@ def subnetworks(
     with borrowed(module), evaluating(module):
         yield Subnetworks(
             *(module, units, reference, ranking, criteria, own, moving, show, expected, survey, fitting),
-            *(resolution, counts_flops, is_shared),
+            *(resolution, counts_flops, is_shared, Known() if known is None else known),
         )
 
 

@@ -364,7 +364,7 @@ class Ending:
             foresight.of_drift(record.name, seen, moved(dict(module.named_parameters(remove_duplicate=False)), state))
 
     def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
-        ration = self.selection.ration(len(state.tasks) - 1)
+        ration = found.record.ration
         tracking.announce(state, found.record, ration, trained=trained)
         foresight.of_runs(found.record.name, found.whole)
         foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=ration is not None)

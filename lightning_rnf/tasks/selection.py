@@ -48,7 +48,7 @@ from lightning_rnf.search import (
 )
 from lightning_rnf.tasks import auto
 from lightning_rnf.tasks.auto import Enough
-from lightning_rnf.tasks.candidates import Subnetworks, Taken, subnetworks
+from lightning_rnf.tasks.candidates import Known, Subnetworks, Taken, subnetworks
 from lightning_rnf.tasks.fitting import Fitting, Head
 from lightning_rnf.tasks.reference import ReferenceData, gathered
 from lightning_rnf.tasks.survey import Survey
@@ -97,19 +97,17 @@ class Selection:
             raise ValueError(f"composite holds rules for importance='lrp', which is {found} here: leave one out")
 
     def ration(self, task: int) -> float | None:
-        """What a task may claim of each layer's free units; ``task`` counts the finished ones. None: all."""
+        """What a task may claim of each layer's free units; ``task`` counts the finished ones. None: all, or open."""
         if self.rations == "auto":
-            return auto.share_of(task, self.tasks)
+            return None
         rations: Any = self.rations
         return rations[min(task, len(rations) - 1)] if rations else None
 
     def _shares(self, task: int, criterion: Criterion, *, recovers: bool) -> tuple[float | None, ...]:
-        """What the task may claim: more where its criterion does not accept the first, and no recovery will mend it."""
-        share = self.ration(task)
-        if self.rations == "auto" and not auto.takes(criterion):
-            return (1.0,)
-        is_last = self.rations != "auto" or recovers or share is None or share >= auto.LARGEST_SHARE
-        return (share,) if is_last else (share, auto.LARGEST_SHARE)
+        """What the task may claim of each layer's free units, in the order in which it is tried."""
+        if self.rations == "auto" and auto.takes(criterion):
+            return auto.shares_of(task, self.tasks, recovers=recovers)
+        return (self.ration(task),)
 
     def attribute(
         self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0, show: Show = silent
@@ -191,17 +189,21 @@ class Selection:
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
-        shares = self._shares(len(state.tasks), criterion, recovers=bool(later))
+        shares, known = self._shares(len(state.tasks), criterion, recovers=bool(later)), Known()
         for share in shares:
             ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
             expected = about(ranking, self.search, self.resolution)
-            options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
-            with self._subnetworks(module, units, reference, ranking, criterion, *later, **options) as candidates:
+            options: dict[str, Any] = {"expected": expected, "show": show, "survey": survey, "fitting": fitting}
+            with self._subnetworks(
+                module, units, reference, ranking, criterion, *later, known=known, **options
+            ) as candidates:
+                if share != shares[-1] and not self._is_enough(candidates, criterion, share, asks=survey is not None):
+                    known.forget()
+                    continue
                 found, taken = self._searched(candidates, criterion, asks=survey is not None)
-            score, whole = found.taken.score, found.evaluations[0].score
-            accepted = found.taken.accepted or reference.ranks.decided(partial(criterion.met, score))
-            if accepted:
-                break
+            break
+        score, whole = found.taken.score, found.evaluations[0].score
+        accepted = found.taken.accepted or reference.ranks.decided(partial(criterion.met, score))
         relevant = ranking.relevant(score.cutoff)
         record = TaskRecord(
             name=name,
@@ -212,7 +214,8 @@ class Selection:
             norm_statistics=taken.statistics,
             cutoff=score.cutoff,
             accuracy=whole.accuracy,
-            whole=candidates.whole,
+            whole=known.whole,
+            ration=share,
             subnetwork_accuracy=score.accuracy,
             accepted=accepted,
             samples=whole.samples,
@@ -246,12 +249,7 @@ class Selection:
             candidates.limit = enough.floor
             return accepted
 
-        def measure(cutoff: int) -> Measured:
-            measured = candidates.measure(cutoff)
-            if asks and cutoff == 0 and any(ranks.gather(bool(candidates.survey.routes.missed[0]))):
-                raise MissedError
-            return measured
-
+        measure = partial(self._measure, candidates, asks=asks)
         found = search_cutoff(ranking, measure, verdict, method=self.search, resolution=self.resolution)
         whole, cutoff = found.evaluations[0].score, found.taken.score.cutoff
         baseline = Measured(whole.accuracy, whole.values, whole.samples)
@@ -271,18 +269,31 @@ class Selection:
         last = Evaluation(scored(taken.measured), is_met(taken.measured))
         return SearchResult(last, (*found.evaluations, last)), taken
 
+    def _is_enough(self, candidates: Subnetworks, criterion: Criterion, share: float | None, *, asks: bool) -> bool:
+        ranking = candidates.ranking
+        whole, budget = (self._measure(candidates, cutoff, asks=asks) for cutoff in (0, ranking.beyond_ration))
+        score = ranking.score(ranking.beyond_ration, budget, whole, self.resolution)
+        return share is not None and auto.takes(criterion) and auto.is_enough(criterion, score, share)
+
+    def _measure(self, candidates: Subnetworks, cutoff: int, *, asks: bool) -> Measured:
+        measured = candidates.measure(cutoff)
+        missed = candidates.survey.routes.missed.get(0, [])
+        if asks and cutoff == 0 and any(candidates.ranks.gather(bool(missed))):
+            raise MissedError
+        return measured
+
     def check_goes_on(self, record: TaskRecord, state: FreezeState) -> None:
         """Check that a recovery that was begun, maybe by another program, is of the sub-network that would be settled.
 
         Raises:
             ValueError: if not.
         """
-        ranking = self._rank(record.relevance, state, record.notes)
+        ranking = self._rank(record.relevance, state, record.notes, self._ration_of(record, state))
         found = ranking.relevant(record.cutoff) if record.cutoff <= ranking.candidates else {}
         if not all(name in found and torch.equal(found[name], mask) for name, mask in record.relevant.items()):
             raise ValueError(
                 f"{record.name}: its recovery was begun inside another sub-network than normalize={self.normalize!r}, "
-                f"candidates={self.candidates!r} and a ration of {self.ration(len(state.tasks))} give: go on with the "
+                f"candidates={self.candidates!r} and a ration of {self._ration_of(record, state)} give: go on with the "
                 "options that it was begun with, or train the task from its start"
             )
 
@@ -317,7 +328,9 @@ class Selection:
         """
         started = time.perf_counter()
         ranks = reference.ranks
-        ranking = ranks.decided(lambda: self._rank(record.relevance, state, record.notes))
+        ranking = ranks.decided(
+            lambda: self._rank(record.relevance, state, record.notes, self._ration_of(record, state))
+        )
         smaller = {evaluation.score.cutoff for evaluation in record.evaluations} & set(
             range(ranking.beyond_ration, record.cutoff)
         )
@@ -390,9 +403,12 @@ class Selection:
             notes = (*notes, _PER_LAYER)
         return notes
 
+    def _ration_of(self, record: TaskRecord, state: FreezeState) -> float | None:
+        """What a task that recovers could claim."""
+        return record.ration if self.rations == "auto" else self.ration(len(state.tasks))
+
     def _rank(
-        self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...], share: float | None = None
+        self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...], ration: float | None
     ) -> Ranking:
         normalize = "layer" if _PER_LAYER in notes else self.normalize
-        ration = self.ration(len(state.tasks)) if share is None else share
         return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=ration)
