@@ -91,8 +91,9 @@ class TaskRecord:
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
     """Dicts, lists, built-in types and CPU tensors."""
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
-    if not record.widenings:
-        del plain["widenings"]  # as files were before there were any
+    for key in ("widenings", "whole", "ration"):
+        if not plain[key]:
+            del plain[key]  # as files were before there were any
     return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
@@ -157,7 +158,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         notes=get_names(plain, "notes"),
         rows=get_texts(plain, "rows"),
         drift=get_numbers(plain, "drift"),
-        ration=get_share(plain, "ration") if plain.get("ration") is not None else None,
+        ration=get_share(plain, "ration") if "ration" in plain else None,
         whole=get_numbers(plain, "whole") if "whole" in plain else {},  # files from before lack it
         tests=_get_tests(plain),
         widenings=get_count(plain, "widenings") if "widenings" in plain else 0,

@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 
 from lightning_rnf.search import AccuracyDrop, Criterion, SubnetworkScore
 
-SHARES = (0.1, 0.25, 0.5, 0.7)
+SHARES = (0.1, 0.25, 0.5, 0.7, 0.9)
 """Of each layer's free units one task may claim so much: the first share that is enough for it, else the last."""
 
-LARGEST_SHARE = 0.9
-"""The same for a task without a recovery that its criterion does not accept in less."""
+NEEDED = 0.7
+"""A share beyond it is for tasks whose criterion does not accept this one."""
 
 PART = float(os.environ.get("RNF_SLACK", "0.1"))
 """Of the tolerance: a smaller sub-network may be so much less accurate than the largest that the task may claim."""
@@ -25,26 +25,23 @@ RECOVERY = float(os.environ.get("RNF_RECOVERY", "0.25"))
 """Of a fit's epochs, the last, train inside the sub-network."""
 
 
-def shares_of(task: int, tasks: int | None, *, recovers: bool) -> tuple[float, ...]:
+def shares_of(task: int, tasks: int | None) -> tuple[float, ...]:
     """The shares of each layer's free units that a task may claim, in (0, 1], to be tried in this order.
 
     Args:
         task: how many have ended before.
         tasks: how many there will be in all; None: not known. The last of them may claim all that is left.
-        recovers: whether a recovery will follow, which mends what a share takes away.
     """
-    if tasks is not None and task + 1 >= tasks:
-        return (1.0,)
-    return SHARES if recovers else (*SHARES, LARGEST_SHARE)
+    return (1.0,) if tasks is not None and task + 1 >= tasks else SHARES
 
 
 def is_enough(criterion: AccuracyDrop, score: SubnetworkScore, share: float) -> bool:
     """Whether a task needs no larger share: this does as well as the whole network, but for a part of the tolerance.
 
-    From the last of `SHARES` on it is enough if the criterion accepts it.
+    From `NEEDED` on it is enough if the criterion accepts it.
     """
     does = score.accuracy >= score.baseline - PART * criterion.tolerance - 1e-12
-    return does or (share >= SHARES[-1] and criterion(score))
+    return does or (share >= NEEDED and criterion(score))
 
 
 def recovery_epochs(trainer: Trainer) -> int:
