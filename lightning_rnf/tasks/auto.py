@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from lightning_rnf.search import AccuracyDrop, Criterion, SubnetworkScore
 
-SHARES = (0.1, 0.25, 0.5, 0.7, 0.9)
+SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
 """Of each layer's free units one task may claim so much: the first share that is enough for it, else the last."""
 
 NEEDED = 0.7

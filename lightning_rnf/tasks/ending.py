@@ -314,7 +314,8 @@ class Ending:
         for fitting, measured in self._fittings(module, units, reference, trainer):
             survey = Survey(module, units)
             given = (recovered, module, units, measured, state, self.criterion)
-            how: dict[str, Any] = {"milder": self.recovery.search, "show": show, "survey": survey, "fitting": fitting}
+            milder = self.recovery.search or self.recovery.epochs == "auto"
+            how: dict[str, Any] = {"milder": milder, "show": show, "survey": survey, "fitting": fitting}
             with suppress(UnfitError):
                 record, head = self.selection.settle(*given, **how)
                 units, whole = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
