@@ -5,6 +5,7 @@ Every number here was found on validation data of seeds that are not reported; `
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, TypeGuard
 
@@ -18,8 +19,8 @@ SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
 NEEDED = 0.7
 """A share beyond it is for tasks whose criterion does not accept this one."""
 
-PART = float(os.environ.get("RNF_SLACK", "0.1"))
-"""Of the tolerance: a smaller sub-network may be so much less accurate than the largest that the task may claim."""
+PART = float(os.environ.get("RNF_PART", "0.5"))
+"""Of the tolerance, at most: so much less accuracy is as good as all, if it is less than a standard error."""
 
 RECOVERY = float(os.environ.get("RNF_RECOVERY", "0.25"))
 """Of a fit's epochs, the last, train inside the sub-network."""
@@ -35,12 +36,23 @@ def shares_of(task: int, tasks: int | None) -> tuple[float, ...]:
     return (1.0,) if tasks is not None and task + 1 >= tasks else SHARES
 
 
+def slack(criterion: AccuracyDrop, score: SubnetworkScore) -> float:
+    """Less accuracy that can't be told from no loss: a standard error, at most `PART` of the tolerance.
+
+    Args:
+        criterion: of the task.
+        score: measured on all targets of the reference data.
+    """
+    error = math.sqrt(score.baseline * (1 - score.baseline) / max(score.samples, 1))
+    return min(PART * criterion.tolerance, error)
+
+
 def is_enough(criterion: AccuracyDrop, score: SubnetworkScore, share: float) -> bool:
-    """Whether a task needs no larger share: this does as well as the whole network, but for a part of the tolerance.
+    """Whether a task needs no larger share: with this one no loss can be told.
 
     From `NEEDED` on it is enough if the criterion accepts it.
     """
-    does = score.accuracy >= score.baseline - PART * criterion.tolerance - 1e-12
+    does = score.accuracy >= score.baseline - slack(criterion, score) - 1e-12
     return does or (share >= NEEDED and criterion(score))
 
 
@@ -62,7 +74,7 @@ def takes(criterion: Criterion) -> TypeGuard[AccuracyDrop]:
 
 
 class Enough:
-    """Says of sub-networks inside a budget whether they do as well as all of it, but for a part of the tolerance.
+    """Says of sub-networks inside a budget whether they do as well as all of it, as far as can be told.
 
     Accuracy falls long before the tolerance is reached, and with room left there is no need to give it up.
 
@@ -82,6 +94,6 @@ class Enough:
         accepted = self.criterion(score)
         if self.floor is None:
             is_budget = score.cutoff == self.budget
-            self.floor = (score.accuracy if is_budget else score.baseline) - PART * self.criterion.tolerance - 1e-12
+            self.floor = (score.accuracy if is_budget else score.baseline) - slack(self.criterion, score) - 1e-12
             self.is_met = accepted or not is_budget
         return score.accuracy >= self.floor and (accepted or not self.is_met)
