@@ -19,8 +19,8 @@ SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
 NEEDED = 0.7
 """A share beyond it is for tasks whose criterion does not accept this one."""
 
-PART = float(os.environ.get("RNF_PART", "0.5"))
-"""Of the tolerance, at most: so much less accuracy is as good as all, if it is less than a standard error."""
+PARTS = (float(os.environ.get("RNF_PART", "0.15")), 0.5)
+"""Of the tolerance: so much less accuracy, at least and at most, is as good as all; between them a standard error."""
 
 RECOVERY = float(os.environ.get("RNF_RECOVERY", "0.25"))
 """Of a fit's epochs, the last, train inside the sub-network."""
@@ -37,14 +37,15 @@ def shares_of(task: int, tasks: int | None) -> tuple[float, ...]:
 
 
 def slack(criterion: AccuracyDrop, score: SubnetworkScore) -> float:
-    """Less accuracy that can't be told from no loss: a standard error, at most `PART` of the tolerance.
+    """Less accuracy that can't be told from no loss: a standard error, within `PARTS` of the tolerance.
 
     Args:
         criterion: of the task.
         score: measured on all targets of the reference data.
     """
     error = math.sqrt(score.baseline * (1 - score.baseline) / max(score.samples, 1))
-    return min(PART * criterion.tolerance, error)
+    least, most = (part * criterion.tolerance for part in PARTS)
+    return min(max(error, least), most)
 
 
 def is_enough(criterion: AccuracyDrop, score: SubnetworkScore, share: float) -> bool:
