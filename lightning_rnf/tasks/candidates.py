@@ -158,8 +158,9 @@ class Subnetworks:
     def _best(
         self, cutoff: int, fitting: Fitting, verdict: Callable[[Measured], bool], flops: Mapping[str, float]
     ) -> tuple[Measured, Head | None]:
-        found: list[tuple[Measured, Head | None]] = []
-        for head in (self._fitted(all_data=True), self._fitted(all_data=False), None):
+        known, found = self.known.measured.get(cutoff), list[tuple[Measured, Head | None]]()
+        for fitted_on in ("all", "few", "trained"):
+            head = None if fitted_on == "trained" else self._fitted(all_data=fitted_on == "all")
             seen: list[tuple[Tensor, Tensor]] = []
             with nullcontext() if head is None else fitting.wearing(head):
                 measured = self._measure(cutoff, surveyed=cutoff > 0 and not found, seen=seen)
@@ -169,6 +170,9 @@ class Subnetworks:
                 logits, target = (torch.cat(parts) for parts in zip(*every, strict=True))
                 head = head.scaled(scale_of(logits, target))
             found.append((measured, head))
+            # A head of the search was accepted with that sub-network: no worse will do. After a recovery nobody knows.
+            if known is not None and measured.accuracy >= known.accuracy and verdict(measured):
+                break
         return max(found, key=lambda one: (verdict(one[0]), one[0].accuracy))
 
     def _fitted(self, *, all_data: bool) -> Head:

@@ -17,13 +17,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy import predict_checked, true_labels
 from lightning_rnf.runtime import arguments, borrowed, evaluating
-from lightning_rnf.tasks.leastsquares import Moments
+from lightning_rnf.tasks.leastsquares import Moments, scales
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 
 FitHead = Literal["auto", False]
 """``"auto"``: a task's head is fitted to its sub-network where it ends in a linear layer or a 1 × 1 convolution."""
 
-SEARCHED = 2000
+SEARCHED = 1000
 """A candidate of the search is judged with a head that was fitted on so many samples at most."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -172,14 +172,25 @@ class Fitting:
         Raises:
             UnfitError: if ``predict`` can't do with the data.
         """
-        batches = self.data.batches if all_data else self.data.batches[: self.data.attributed]
         own, ranks = self.layer.weight, self.data.ranks
+        leading, rest = self.data.batches[: self.data.attributed], self.data.batches[self.data.attributed :]
 
-        def of_share() -> Moments | None:
-            found = [self._moments(batch) for batch in batches]
-            return reduce(add, found).cpu() if found else None
+        def seen() -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+            found = [self._in_front(batch) for batch in leading]
+            return found, torch.cat([x for x, _ in found]).abs().amax(dim=0).double().cpu() if found else None
 
         try:
+            first, largest = ranks.agreed(seen)
+            scale = scales(torch.stack([one for one in ranks.gather(largest) if one is not None]).amax(dim=0))
+
+            def of_share() -> Moments | None:
+                found: list[Moments] = []
+                if first:
+                    features, wanted = (torch.cat(parts) for parts in zip(*first, strict=True))
+                    found.append(Moments.of(features, wanted, scale))
+                found += [Moments.of(*self._in_front(batch), scale) for batch in (rest if all_data else ())]
+                return reduce(add, found).cpu() if found else None
+
             shares = [share for share in ranks.each(of_share) if share is not None]
         except Exception as error:
             raise UnfitError(str(error)) from error
@@ -211,12 +222,13 @@ class Fitting:
         if bias is not None:
             self.layer.bias.data = bias
 
-    def _moments(self, batch: Any) -> Moments:
+    def _in_front(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Features ``(N, features)``, and what the layer should say of them ``(N, outputs)``."""
         outputs = len(self.layer.weight)
         features, target = _in_front(self.module, self.layer, self.data, self.data.convert(batch))
         labels = true_labels(features.new_zeros(len(features), outputs), target)
         # Of several labels each is a yes or a no, and a yes is above 0.
-        return Moments.of(features, labels if target.ndim == 1 else 2 * labels - 1)
+        return features, labels if target.ndim == 1 else 2 * labels - 1
 
 
 def last_layer(module: nn.Module, head: str, data: ReferenceData) -> str | None:

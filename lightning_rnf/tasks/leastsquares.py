@@ -1,4 +1,4 @@
-"""A linear layer in closed form: ridge regression from sums over samples, the same however many processes add them."""
+"""A linear layer in closed form: ridge regression from sums over samples that no order of adding changes."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-12, 3))
 """Ridges to choose from, as shares of the features' mean variance: from 1e-6 to 10, two a decade."""
 
 
+BITS = 15
+"""Features are rounded to so many bits behind the point: products of them, and sums of up to 2^17, are exact then."""
+
+
+def scales(largest: Tensor) -> Tensor:
+    """Powers of two, float64 ``(features,)``, by which features come to at most 1, of the largest that was seen."""
+    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest.clamp(min=1e-300)))), 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Sums over samples of features, targets and their products: as large for a million samples as for one.
 
-    Each sum is kept as two float64 numbers, the second what rounding took from the first: so the order in which shares
-    of the samples are added makes no difference.
+    What is added are rounded features, so that float64 holds every sum exactly: in whatever order and shares samples
+    are added, it is the same.
 
     Attributes:
-        sums: float64 ``(features + outputs + 1, features + outputs + 1)``: products of all columns of features, targets
-            and a column of ones.
-        rests: the same shape.
-        features: how many of the columns, the first, are features.
+        sums: float64 ``(features + outputs + 1, features + outputs + 1)``: products of all columns of features, as
+            shares of their scale, targets and a column of ones.
+        scale: float64 ``(features,)``: of each feature, as `scales` gives it.
     """
 
     sums: Tensor
-    rests: Tensor
-    features: int
+    scale: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, targets: Tensor) -> Moments:
+    def of(cls, features: Tensor, targets: Tensor, scale: Tensor) -> Moments:
         """Of some samples.
 
         Args:
-            features: ``(N, features)``.
-            targets: ``(N, outputs)``, what the layer should say.
+            features: ``(N, features)``; beyond 8 times their scale they are cut off.
+            targets: ``(N, outputs)``, what the layer should say: whole numbers.
+            scale: ``(features,)``.
         """
-        if features.device.type == "mps":  # it has no float64
-            features = features.cpu()
-        columns = [features.double(), targets.to(features.device).double()]
-        every = torch.cat([*columns, features.new_ones(len(features), 1, dtype=torch.float64)], dim=1)
-        sums = every.T @ every
-        return cls(sums, torch.zeros_like(sums), features.shape[1])
+        shares = (features.cpu() if features.device.type == "mps" else features).double()  # it has no float64
+        shares = (shares / scale.to(shares.device)).nan_to_num().clamp(-8, 8)
+        shares = torch.round(shares * 2**BITS) / 2**BITS
+        ones = shares.new_ones(len(shares), 1)
+        every = torch.cat([shares, targets.to(shares), ones], dim=1)
+        return cls(every.T @ every, scale.cpu())
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.sums + other.sums, self.scale)
 
     def cpu(self) -> Moments:
         """The same on the CPU."""
-        return Moments(self.sums.cpu(), self.rests.cpu(), self.features)
-
-    def __add__(self, other: Moments) -> Moments:
-        sums = self.sums + other.sums
-        part = sums - self.sums
-        lost = (self.sums - (sums - part)) + (other.sums - part)  # Knuth's sum of two: exact
-        rests = self.rests + other.rests + lost
-        return Moments(sums + rests, rests - ((sums + rests) - sums), self.features)
+        return Moments(self.sums.cpu(), self.scale)
 
     @property
     def samples(self) -> int:
@@ -70,13 +74,15 @@ class Moments:
         Args:
             bias: if there is none, weights alone are fitted, and zeros come in its place.
         """
-        count, split = float(self.sums[-1, -1]), self.features
-        means = self.sums[-1, :-1] / count if bias else torch.zeros_like(self.sums[-1, :-1])
-        products = self.sums[:-1, :-1] - count * torch.outer(means, means)
+        count, split = float(self.sums[-1, -1]), len(self.scale)
+        back = torch.cat([self.scale, self.scale.new_ones(len(self.sums) - split)])
+        sums = self.sums * torch.outer(back, back)  # by powers of two: exact
+        means = sums[-1, :-1] / count if bias else torch.zeros_like(sums[-1, :-1])
+        products = sums[:-1, :-1] - count * torch.outer(means, means)
         of_features, mixed, of_targets = products[:split, :split], products[:split, split:], products[split:, split:]
         variances = of_features.diagonal()
         # What rounding leaves of a constant feature is no variance.
-        varies = variances > 1e-12 * self.sums.diagonal()[:split]
+        varies = variances > 1e-12 * sums.diagonal()[:split]
         weight = torch.zeros(split, mixed.shape[1], dtype=torch.float64)
         if varies.any():
             values, vectors = torch.linalg.eigh(of_features[varies][:, varies])

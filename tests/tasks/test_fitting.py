@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import reduce
+from operator import add
 
 import lightning.pytorch as pl
 import pytest
@@ -14,6 +16,7 @@ from training import Classifier, ConvClassifier, clusters, inputs, task_data, tr
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.runtime import Ranks
 from lightning_rnf.tasks.fitting import SCALES, Fitting, last_layer, scale_of
+from lightning_rnf.tasks.leastsquares import Moments, scales
 from lightning_rnf.tasks.reference import ReferenceData
 
 FEW = {"recovery_epochs": 0, "ration": None, "reset_free": False, "criterion": 0.02}
@@ -242,13 +245,13 @@ def test_training_data_without_an_end_are_walked_as_far_as_asked():
 
 def test_data_of_the_user_s_own_are_fitted_on(monkeypatch):
     seen = []
-    original = Fitting._moments
+    original = Fitting._in_front
 
-    def moments(self, batch):
+    def in_front(self, batch):
         seen.append(len(batch[0]))
         return original(self, batch)
 
-    monkeypatch.setattr(Fitting, "_moments", moments)
+    monkeypatch.setattr(Fitting, "_in_front", in_front)
     _, rnf = ended(None, "a", fit_data=DataLoader(clusters("a", 90, 3), batch_size=45))
     assert set(seen) == {45}
     assert rnf.state.task("a").whole
@@ -263,18 +266,11 @@ def test_shares_of_three_processes_give_what_one_process_gives():
     module = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
     batches = [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(7)]
     fitting = Fitting(module, "2", ReferenceData(batches, 7))
-    of_one = fitting._moments(batches[0])
-    for batch in batches[1:]:
-        of_one += fitting._moments(batch)
-    shares = []
-    for rank in range(3):
-        share = Ranks(rank, 3).share(batches)
-        found = fitting._moments(share[0])
-        for batch in share[1:]:
-            found += fitting._moments(batch)
-        shares.append(found)
-    together = shares[0] + shares[1] + shares[2]
-    assert torch.equal(together.sums, of_one.sums)
+    seen = [fitting._in_front(batch) for batch in batches]
+    scale = scales(torch.cat([features for features, _ in seen]).abs().amax(dim=0).double())
+    of_each = [Moments.of(*one, scale) for one in seen]
+    of_ranks = [reduce(add, Ranks(rank, 3).share(of_each)) for rank in range(3)]
+    assert torch.equal(reduce(add, of_ranks).sums, reduce(add, of_each).sums)
 
 
 # -- how large the logits are ----------------------------------------------------------------------------------------

