@@ -906,7 +906,7 @@ def test_a_tolerance_of_zero_is_meant_and_needs_no_size():
 
 def test_a_nan_in_relevance_is_refused_by_layer():
     model, rnf = Classifier(), RelevanceFreezing(composite=EpsilonPlus(epsilon=float("nan")))
-    with pytest.raises(ValueError, match=r"relevance of layer 'body.\d' is not finite in \d+ of 40 units"):
+    with pytest.raises(ValueError, match=r"relevance of layer 'body.\d' is not finite in (\d|[1-3]\d|40) of 40 units"):
         trainer(rnf).fit(model, datamodule=task_data("a"))
     assert not rnf.state.tasks
 

@@ -291,10 +291,10 @@ def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:
     if not found:
         raise ValueError(f"no relevance reached layer {layer.name!r}: the logits do not depend on it")
     total = sum(found[1:], start=found[0])
-    if not total.isfinite().all():
+    finite = total.isfinite().view(layer.units, -1).all(dim=1)  # of a unit there may be several numbers
+    if not finite.all():
         raise ValueError(
-            f"relevance of layer {layer.name!r} is not finite in {int((~total.isfinite()).sum())} of "
-            f"{layer.units} units"
+            f"relevance of layer {layer.name!r} is not finite in {int((~finite).sum())} of {layer.units} units"
         )
     return total
 
