@@ -85,7 +85,7 @@ class RelevanceFreezing(BetweenFits):
             at the end.
         recovery_criterion: what the search before the recovery may take; a number is the absolute drop of accuracy.
             None: 0.1.
-        recovery_search: if the recovery falls short of ``criterion``, take a milder cutoff of those that were measured.
+        recovery_search: if the recovery falls short of ``criterion``, try milder cutoffs, by half more units each.
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
             beyond it are pruned too. Several: one for each task in the order of their ends, protected and loaded ones
             counted, the last for all after it. None: no limit.

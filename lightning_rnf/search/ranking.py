@@ -61,6 +61,15 @@ class Ranking:
         beyond = self.beyond_ration
         return beyond + (cutoff - beyond - 1) // resolution * resolution if cutoff > beyond else 0
 
+    def milder(self, cutoff: int, resolution: int = 1) -> list[int]:
+        """Smaller cutoffs, the largest first: each keeps half as many candidates more, up to all that may be kept."""
+        cutoffs = self.cutoffs(resolution)
+        kept, found = len(cutoffs) - 1 - cutoffs.index(cutoff), []
+        while kept < len(cutoffs) - 1:
+            kept = min(max(kept + 1, kept * 3 // 2), len(cutoffs) - 1)
+            found.append(cutoffs[len(cutoffs) - 1 - kept])
+        return found
+
     def score(
         self, cutoff: int, measured: Measured, baseline: Measured | None = None, resolution: int = 1
     ) -> SubnetworkScore:

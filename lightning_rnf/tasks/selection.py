@@ -320,8 +320,8 @@ class Selection:
             reference: the same data as then.
             state: the finished tasks.
             criterion: what the sub-network is held to now.
-            milder: if the criterion does not accept it, try the smaller cutoffs that the search has measured, the
-                largest first; if it accepts none of them, the recovered one stays.
+            milder: if the criterion does not accept it, try smaller cutoffs (`Ranking.milder`); if it accepts none
+                of them, the recovered one stays.
             show: how far it has come.
             survey: of the first walk; None: nothing is asked.
             fitting: of the task's head, as in `select`.
@@ -331,17 +331,15 @@ class Selection:
         ranking = ranks.decided(
             lambda: self._rank(record.relevance, state, record.notes, self._ration_of(record, state))
         )
-        smaller = {evaluation.score.cutoff for evaluation in record.evaluations} & set(
-            range(ranking.beyond_ration, record.cutoff)
-        )
+        smaller = ranking.milder(record.cutoff, self.resolution) if milder else []
         whole = record.evaluations[0].score
         baseline = Measured(whole.accuracy, whole.values, whole.samples)
         made: list[tuple[Evaluation, Taken]] = []
-        expected = 1 + len(smaller) * milder
+        expected = 1 + len(smaller)
         options: dict[str, Any] = {"show": show, "expected": expected, "survey": survey, "fitting": fitting}
         with self._subnetworks(module, units, reference, ranking, criterion, **options) as candidates:
             candidates.limit = criterion.accuracy_limit(baseline.accuracy)
-            for cutoff in (record.cutoff, *(sorted(smaller, reverse=True) if milder else ())):
+            for cutoff in (record.cutoff, *smaller):
 
                 def met(measured: Measured, cutoff: int = cutoff) -> bool:
                     score = ranking.score(cutoff, measured, baseline, self.resolution)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -365,6 +366,20 @@ def test_where_acceptance_is_monotone_all_methods_agree(candidates, acceptable, 
         Network(verdicts).search(method, resolution).taken.score for method in ("fewest", "bisect", "linear")
     )
     assert fewest == bisect == linear
+
+
+@quickly
+@given(candidates=st.integers(0, 200), resolution=resolutions, ration=st.sampled_from([None, 0.5]), data=st.data())
+def test_milder_cutoffs_keep_half_as_many_more_each_up_to_all(candidates, resolution, ration, data):
+    ranking = rank({"layer": torch.arange(candidates + 1.0)}, {}, ration=ration)
+    cutoffs = ranking.cutoffs(resolution)
+    cutoff = data.draw(st.sampled_from(cutoffs))
+    milder = ranking.milder(cutoff, resolution)
+    assert set(milder) <= set(cutoffs)
+    assert [cutoff, *milder][-1] == ranking.beyond_ration
+    steps = [len(cutoffs) - 1 - cutoffs.index(one) for one in (cutoff, *milder)]
+    assert all(fewer < more <= max(fewer + 1, 1.5 * fewer) for fewer, more in pairwise(steps))
+    assert len(milder) <= 4 + math.log(len(cutoffs), 1.5)
 
 
 @each_method
