@@ -177,24 +177,32 @@ class Fitting:
 
         def seen() -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
             found = [self._in_front(batch) for batch in leading]
-            return found, torch.cat([x for x, _ in found]).abs().amax(dim=0).double().cpu() if found else None
+            return found, torch.cat([x for x, _ in found]).nan_to_num().abs().amax(
+                dim=0
+            ).double().cpu() if found else None
 
         try:
             first, largest = ranks.agreed(seen)
-            scale = scales(torch.stack([one for one in ranks.gather(largest) if one is not None]).amax(dim=0))
+            largest = torch.stack([one for one in ranks.gather(largest) if one is not None]).amax(dim=0)
+            speaks = largest > 0  # what silent units leave at 0 is most of it, where few are kept
+            scale = scales(largest[speaks])
 
             def of_share() -> Moments | None:
                 found: list[Moments] = []
                 if first:
                     features, wanted = (torch.cat(parts) for parts in zip(*first, strict=True))
-                    found.append(Moments.of(features, wanted, scale))
-                found += [Moments.of(*self._in_front(batch), scale) for batch in (rest if all_data else ())]
+                    found.append(Moments.of(features[:, speaks.to(features.device)], wanted, scale))
+                for batch in rest if all_data else ():
+                    features, wanted = self._in_front(batch)
+                    found.append(Moments.of(features[:, speaks.to(features.device)], wanted, scale))
                 return reduce(add, found).cpu() if found else None
 
             shares = [share for share in ranks.each(of_share) if share is not None]
+            some, bias = ranks.decided(lambda: reduce(add, shares).solve(bias=self.layer.bias is not None))
         except Exception as error:
             raise UnfitError(str(error)) from error
-        weight, bias = ranks.decided(lambda: reduce(add, shares).solve(bias=self.layer.bias is not None))
+        weight = some.new_zeros(len(some), len(speaks))
+        weight[:, speaks] = some
         return Head(
             weight.reshape(own.shape).to(own),
             None if self.layer.bias is None else bias.to(self.layer.bias),

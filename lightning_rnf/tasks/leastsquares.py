@@ -85,7 +85,7 @@ class Moments:
         varies = variances > 1e-12 * sums.diagonal()[:split]
         weight = torch.zeros(split, mixed.shape[1], dtype=torch.float64)
         if varies.any():
-            values, vectors = torch.linalg.eigh(of_features[varies][:, varies])
+            values, vectors = _eigh(of_features[varies][:, varies])
             values, turned = values.clamp(min=0), vectors.T @ mixed[varies]
             scale, total = variances[varies].mean(), of_targets.diagonal().sum()
             tried = []
@@ -96,3 +96,15 @@ class Moments:
                 tried.append((float(residual) / max(freedom, 1e-9 * count) ** 2, shrunk))
             weight[varies] = vectors @ min(tried, key=lambda one: one[0])[1]
         return weight.T.contiguous(), means[split:] - weight.T @ means[:split]
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; of what does not converge, after a little is added to the diagonal."""
+    for little in (0.0, 1e-12, 1e-9):
+        shifted = matrix + little * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+        try:
+            values, vectors = torch.linalg.eigh(shifted)
+        except RuntimeError:  # torch's LinAlgError is one
+            continue
+        return values, vectors
+    raise RuntimeError("the features in front of the head are too much alike to be solved for")
