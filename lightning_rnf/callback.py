@@ -17,7 +17,6 @@ from lightning_rnf.freezing import (
     ElasticityOption,
     check_elasticity,
     check_globs,
-    elasticities,
     hold_in_copy,
     initial,
 )
@@ -31,6 +30,7 @@ from lightning_rnf.tasks import (
     CriterionOption,
     Ending,
     FitHead,
+    Freeze,
     HeadFit,
     Holding,
     Recovery,
@@ -75,6 +75,9 @@ class RelevanceFreezing(BetweenFits):
         elasticity: factor on the learning rate of relevant units (the paper's lr_frozen): 0 freezes them. A number, or
             numbers by glob of module names. Above 0, recall is not exact.
         irrelevant_elasticity: the same for the other units (the paper's lr_irrelevant).
+        freeze: ``"connections"``: of a weight only those entries are frozen that a finished task uses both ends of, so
+            its units may learn from others; where the graph of the model can't be followed, whole rows. ``"units"``:
+            whole rows, as with ``retention="paper"``.
         retention: ``"exact"``: in recall only the task's relevant units speak, so its logits never change.
             ``"paper"``: Algorithm 1 to the letter: nothing is silenced after the search, and frozen units go on reading
             free ones.
@@ -137,6 +140,7 @@ class RelevanceFreezing(BetweenFits):
         elasticity: ElasticityOption = 0.0,
         irrelevant_elasticity: ElasticityOption = 1.0,
         retention: Retention = "exact",
+        freeze: Freeze = "connections",
         candidates: Candidates = "free",
         recovery_epochs: int | Literal["auto"] = "auto",
         recovery_criterion: CriterionOption | None = None,
@@ -185,6 +189,7 @@ class RelevanceFreezing(BetweenFits):
             Tracing(predict or supervised, units, heads),
             HeadFit(fit_head if retention == "exact" else False, fit_data, fit_samples),
             *(retention == "exact", heatmaps),
+            connections=retention == "exact" and arguments.one_of("freeze", freeze, Freeze) == "connections",
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
@@ -243,10 +248,7 @@ class RelevanceFreezing(BetweenFits):
         runs.refuse_processes(module.trainer)
         self._holding.pin(module.trainer.optimizers)
         record = self._end_task(module.trainer, module, self._task_name(module.trainer, module, name))
-        if self._resets:
-            with sharding.whole(module):
-                initial.reset_free(self.state, module)
-        self._holding.go_on()
+        self._holding.go_on(reset=self._resets)
         return record
 
     def free_rows(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -273,8 +275,7 @@ class RelevanceFreezing(BetweenFits):
         self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         if self._holding is not None:
             self._holding.end()
-        pins = self.ending.selection.norm_statistics == "pinned"
-        self._holding = Holding(pl_module, self.state, self.elasticity, self.irrelevant_elasticity, pins_norms=pins)
+        self._holding = self._hold(pl_module)
 
         def built() -> None:
             runs.check_active_head(pl_module, self._task_name(trainer, pl_module))
@@ -293,9 +294,10 @@ class RelevanceFreezing(BetweenFits):
         assert self._holding is not None
         with sharding.whole(pl_module):
             self._holding.check_weights(runs.ranks_of(trainer))
+            units, doubted = self.ending.rehearse(trainer, pl_module, self.state, self._holding.heard)
+            self._holding.distrust(doubted)
             if self._resets:
-                initial.reset_free(self.state, pl_module)
-            units = self.ending.rehearse(trainer, pl_module, self.state)
+                initial.reset_free(self.state, pl_module, self._holding.followed())
             check_globs("elasticity", self.elasticity, units)
             check_globs("irrelevant_elasticity", self.irrelevant_elasticity, units)
             if self._resets and not self.state.tasks and not self.state.initial:
@@ -372,8 +374,8 @@ class RelevanceFreezing(BetweenFits):
     ) -> None:
         """Keep frozen rows exact where another callback saves its averages in the model's place."""
         if not sharding.is_sharded(pl_module):
-            factors = elasticities(self.state, self.elasticity, self.irrelevant_elasticity)
-            hold_in_copy(checkpoint["state_dict"], pl_module, factors)
+            holding = self._holding or self._hold(pl_module)
+            hold_in_copy(checkpoint["state_dict"], pl_module, holding.factors())
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a fit: hold frozen rows before they are looked at. Else recall, as in a test."""
@@ -422,6 +424,13 @@ class RelevanceFreezing(BetweenFits):
         finally:
             if name in self.state.tasks:
                 self._steps_at_end = trainer.global_step
+
+    def _hold(self, module: pl.LightningModule) -> Holding:
+        return Holding(
+            *(module, self.state, self.elasticity, self.irrelevant_elasticity),
+            pins_norms=self.ending.selection.norm_statistics == "pinned",
+            by_rows=not self.ending.connections,
+        )
 
     def _give_back(self) -> None:
         if self._holding is not None:

@@ -83,6 +83,27 @@ class UnitLayer:
         groups, inputs = self.transposed
         return values.reshape(groups, 1, -1).expand(-1, inputs, -1).reshape(self.leading_shape(parameter))
 
+    def connections(self, units: Tensor, channels: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """Which entries of the weight stand between some of the units and some of the channels that they read.
+
+        Args:
+            units: bool ``(units,)``.
+            channels: bool ``(channels,)``; None: all.
+            shape: of the weight.
+
+        Returns:
+            Bool, of the first two dimensions of the weight.
+        """
+        shape = shape[:2]
+        if self.transposed is not None:
+            of_units = self.spread(f"{self.name}.weight", units)
+            return of_units.clone() if channels is None else of_units & channels[:, None]
+        of_units = units[:, None].expand(*shape)
+        if channels is None:
+            return of_units.clone()
+        by_group = channels.view(-1, shape[1])  # each unit reads the channels of its group
+        return of_units & by_group.repeat_interleave(shape[0] // len(by_group), dim=0)
+
     def by_unit(self, parameter: str, values: Tensor) -> Tensor:
         """What each unit has of a parameter, or of anything of its shape: ``(units, …)``, a copy or a view."""
         if self.leading_shape(parameter) == (self.units,) or self.transposed is None:

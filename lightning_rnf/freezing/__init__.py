@@ -6,6 +6,14 @@ some of their rows, gradients that need not travel) and what free units start fr
 
 from lightning_rnf.freezing import initial, rows
 from lightning_rnf.freezing.communication import reduce_free_rows
+from lightning_rnf.freezing.connections import (
+    Listening,
+    Wiring,
+    free_weights,
+    frozen_connections,
+    harmless,
+    heard,
+)
 from lightning_rnf.freezing.freezer import (
     ElasticityOption,
     Freezer,
@@ -19,10 +27,16 @@ from lightning_rnf.freezing.rows import can_choose_rows
 __all__ = [
     "ElasticityOption",
     "Freezer",
+    "Listening",
+    "Wiring",
     "can_choose_rows",
     "check_elasticity",
     "check_globs",
     "elasticities",
+    "free_weights",
+    "frozen_connections",
+    "harmless",
+    "heard",
     "hold_in_copy",
     "initial",
     "reduce_free_rows",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.anatomy import TRANSPOSED, UnitMap
 from lightning_rnf.freezing import rows as layer_rows
 from lightning_rnf.memory import FreezeState
 from lightning_rnf.runtime import sharding
@@ -24,6 +23,7 @@ def elasticities(
     elasticity: ElasticityOption = 0.0,
     irrelevant_elasticity: ElasticityOption = 1.0,
     inside: Mapping[str, Tensor] | None = None,
+    connections: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The factor on the learning rate of every parameter that the finished tasks know.
 
@@ -32,10 +32,13 @@ def elasticities(
         elasticity: of relevant units and shared parameters (the paper's lr_frozen as a factor). Without a match: 0.
         irrelevant_elasticity: of units that are relevant to no task (the paper's lr_irrelevant). Without a match: 1.
         inside: bool ``(units,)`` by layer: units of the sub-network that is being trained. All others are 0.
+        connections: bool by layer, as from `frozen_connections`: entries of its weight that count as relevant, instead
+            of the rows of relevant units.
 
     Returns:
         By parameter name: one factor per slice along the dimensions that tell units apart (`UnitLayer.leading_shape`:
-        ``(units,)``, in general), or one for the whole, ``()``. Heads of finished tasks are 0: they never train again.
+        ``(units,)``, in general), per entry of the first two dimensions, or one for the whole, ``()``. Heads of
+        finished tasks are 0: they never train again.
     """
     factors: dict[str, Tensor] = {}
     all_frozen = state.frozen()
@@ -48,6 +51,13 @@ def elasticities(
             of_units = of_units.masked_fill(~inside[layer.name], 0.0)
         for name in layer.parameters:
             factors[name] = layer.spread(name, of_units)
+        if connections is not None and layer.name in connections:
+            needed = connections[layer.name]
+            of_entries = torch.where(needed, relevant, irrelevant)
+            if inside is not None:
+                outside = layer.connections(~inside[layer.name], None, needed.shape)
+                of_entries = of_entries.masked_fill(outside, 0.0)
+            factors[f"{layer.name}.weight"] = of_entries
     for name in state.shared:
         factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
     for record in state.tasks.values():
@@ -92,7 +102,7 @@ def hold_in_copy(tensors: Mapping[str, Tensor], module: nn.Module, factors: Mapp
         factors: by parameter name, as from `elasticities`.
     """
     for name, rows in _rows(module, factors).items():
-        frozen = rows.where(rows.factor == 0)
+        frozen = rows.held(rows.factor == 0)
         if frozen is not None and name in tensors:
             frozen.write(tensors[name], frozen.read(rows.parameter))
 
@@ -219,7 +229,7 @@ class Freezer:
         """Let layers not even work out the gradients that are masked, where that can be done and pays."""
         for name, rows in self._rows.items() if not sharding.is_sharded(self._module) else ():
             layer, _, kind = name.rpartition(".")
-            if kind == "weight" and rows.factor.ndim == 1:
+            if kind == "weight" and rows.factor.ndim > 0:
                 found = layer_rows.learning(self._module.get_submodule(layer), rows.factor == 0)
                 if found is not None:
                     rows.learn, handle = found
@@ -250,14 +260,14 @@ class Freezer:
                 rows.slow_down()
 
 
-@dataclass(frozen=True, eq=False)
 class _Slice:
     """Some rows of a parameter: an index for each of its leading dimensions; None: all of it.
 
     Two leading dimensions are rare, one has its own faster functions.
     """
 
-    index: tuple[Tensor, ...] | None
+    def __init__(self, index: tuple[Tensor, ...] | None) -> None:
+        self.index = index
 
     def read(self, parameter: Tensor) -> Tensor:
         rows = sharding.local(parameter)
@@ -288,18 +298,70 @@ class _Slice:
             tensor[self.index] = 0.0
 
 
+class _Block(_Slice):
+    """Some rows of a parameter, and of them some columns; where it is most of the parameter `_Entries` are faster."""
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        super().__init__((rows, columns))
+        self.rows, self.columns = rows, columns
+
+    def read(self, parameter: Tensor) -> Tensor:
+        return sharding.local(parameter).index_select(0, self.rows).index_select(1, self.columns)
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        own = sharding.local(parameter)
+        value, rows, columns = value.to(own), self.rows.to(own.device), self.columns.to(own.device)
+        own.index_copy_(0, rows, own.index_select(0, rows).index_copy_(1, columns, value))
+
+    def zero(self, tensor: Tensor) -> None:
+        own = sharding.local(tensor)
+        own.index_copy_(0, self.rows, own.index_select(0, self.rows).index_fill_(1, self.columns, 0.0))
+
+
+class _Entries(_Slice):
+    """Entries anywhere in the first two dimensions of a parameter: ``mask`` is bool of those. What is read is all."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(None)
+        self.mask = mask
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        own = sharding.local(parameter)
+        torch.where(self._mask(own), value.to(own), own, out=own)
+
+    def zero(self, tensor: Tensor) -> None:
+        own = sharding.local(tensor)
+        own.masked_fill_(self._mask(own), 0.0)
+
+    def _mask(self, tensor: Tensor) -> Tensor:
+        return self.mask.to(tensor.device).view(*self.mask.shape, *[1] * (tensor.ndim - self.mask.ndim))
+
+
+LARGEST_BLOCK = 0.6
+"""Of a parameter's entries: with more frozen, copying all of it is faster than copying a block (measured on a CPU)."""
+
+
 def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
     sharding.reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {name: _Rows(parameters[name], factor) for name, factor in factors.items() if (factor != 1).any()}
+    return {
+        name: _Rows(
+            parameters[name],
+            factor,
+            is_transposed=isinstance(module.get_submodule(name.rpartition(".")[0]), TRANSPOSED),
+        )
+        for name, factor in factors.items()
+        if (factor != 1).any()
+    }
 
 
 class _Rows:
     """One parameter's frozen rows and its elastic ones, of those that this process has."""
 
-    def __init__(self, parameter: nn.Parameter, factor: Tensor) -> None:
+    def __init__(self, parameter: nn.Parameter, factor: Tensor, *, is_transposed: bool = False) -> None:
         self.parameter = parameter
         self.factor = factor
+        self.is_transposed = is_transposed
         self.is_whole = not bool(factor.any())
         self.frozen: _Slice | None = None
         self.free: Tensor | None = None
@@ -313,9 +375,9 @@ class _Rows:
     def hold(self) -> None:
         factor = sharding.local_rows(self.parameter, self.factor)
         elastic = (factor != 0) & (factor != 1)
-        self.frozen = self.where(factor == 0)
+        self.frozen = self.held(factor == 0)
         self.elastic = self.where(elastic)
-        self.free = None if self.frozen is None else factor.nonzero().to(self.parameter.device)
+        self.free = None if self.frozen is None else self.travelling(factor)
         if self.frozen is not None:
             self.pinned = self.frozen.read(self.parameter)
         if self.elastic is not None:
@@ -327,6 +389,22 @@ class _Rows:
         if not chosen.any():
             return None
         return _Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))
+
+    def held(self, chosen: Tensor) -> _Slice | None:
+        """As `where`, by blocks and masks where entries are told apart."""
+        if chosen.ndim < 2 or not chosen.any() or chosen.all():
+            return self.where(chosen)
+        rows, columns = chosen.any(dim=1), chosen.any(dim=0)
+        count, device = int(rows.sum()) * int(columns.sum()), self.parameter.device
+        if count == int(chosen.sum()) and count <= LARGEST_BLOCK * chosen.numel():
+            return _Block(*(one.nonzero().view(-1).to(device) for one in (rows, columns)))
+        return _Entries(chosen.to(device))
+
+    def travelling(self, factor: Tensor) -> Tensor | None:
+        """Of what a gradient that other processes have is of use: whole rows of a weight, if anything of them is."""
+        if factor.ndim == 2 and not self.is_transposed:
+            factor = factor.any(dim=1)
+        return None if factor.ndim and bool(factor.all()) else factor.nonzero().to(self.parameter.device)
 
     def mask_gradients(self) -> Any:
         # What the user keeps from training may be let go later (BackboneFinetuning), but takes no hook until then.

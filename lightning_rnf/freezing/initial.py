@@ -20,8 +20,13 @@ def remember(state: FreezeState, module: nn.Module, layers: Iterable[UnitLayer])
 
 
 @torch.no_grad()
-def reset_free(state: FreezeState, module: nn.Module) -> None:
+def reset_free(state: FreezeState, module: nn.Module, connections: Mapping[str, Tensor] | None = None) -> None:
     """Give units that are relevant to no task the values that were remembered, once after each task.
+
+    Args:
+        state: the finished tasks.
+        module: the model.
+        connections: as for `elasticities`: what is free in the rows of relevant units is reset, too.
 
     Raises:
         ValueError: if none were.
@@ -34,7 +39,7 @@ def reset_free(state: FreezeState, module: nn.Module) -> None:
             "masks, so what units started from is not known; leave reset_free out"
         )
     own = _tensors(module)
-    free_rows = {name: factor == 1 for name, factor in elasticities(state, 0.0, 1.0).items()}
+    free_rows = {name: factor == 1 for name, factor in elasticities(state, 0.0, 1.0, None, connections).items()}
     frozen = state.frozen()
     for layer in state.layers:
         free_rows.update(dict.fromkeys(_statistics(layer, own), ~frozen[layer.name]))

@@ -83,12 +83,14 @@ class LearnRows(SilentHook):
 
     Args:
         free: indices of the rows to learn, ``(rows,)``.
-        share: of the layer's rows that these are.
+        share: of the layer's rows that these are; with columns, of what has to be worked out.
+        columns: indices of the channels that frozen rows learn from, too, ``(columns,)``.
     """
 
-    def __init__(self, free: Tensor, share: float) -> None:
+    def __init__(self, free: Tensor, share: float, columns: Tensor | None = None) -> None:
         self.free = free
         self.share = share
+        self.columns = columns
         self._made: tuple[int, int] | None = None
 
     def note(self, gradient: Tensor) -> None:
@@ -135,15 +137,22 @@ def learning(layer: Any, frozen: Tensor) -> tuple[LearnRows, Any] | None:
 
     Args:
         layer: any module.
-        frozen: bool ``(units,)``: whose gradient nobody needs.
+        frozen: bool ``(units,)``, or ``(units, channels)``: whose gradient nobody needs.
     """
     if not can_choose_rows(layer) or getattr(layer, "padding_mode", "zeros") != "zeros":
         return None
-    if isinstance(getattr(layer, "padding", 0), str) or not 0 < int(frozen.sum()) < len(frozen):
+    device, columns, share = layer._parameters["weight"].device, None, 0.0
+    if frozen.ndim > 1:
+        rows, read = frozen.any(dim=1), frozen.any(dim=0)
+        if int(rows.sum()) * int(read.sum()) != int(frozen.sum()):
+            return None  # no block
+        columns, frozen = (~read).nonzero().view(-1).to(device), rows
+        share = len(columns) / len(read)
+    if isinstance(getattr(layer, "padding", 0), str) or not frozen.any() or (columns is None and frozen.all()):
         return None
-    free = (~frozen).nonzero().view(-1).to(layer._parameters["weight"].device)
+    free = (~frozen).nonzero().view(-1).to(device)
     # First of all hooks: those of the user's are to see the output that the gradient arrives at.
-    hook = LearnRows(free, len(free) / len(frozen))
+    hook = LearnRows(free, len(free) / len(frozen) + share, columns)
     return hook, layer.register_forward_hook(hook, prepend=True)
 
 
@@ -170,10 +179,16 @@ class _Learn(torch.autograd.Function):
         x, of_rows = x.to(arrived.dtype), weight.to(arrived.dtype)  # what autocast has made of them
         backward = _linear_backward if ctx.of_convolution is None else _convolution_backward
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
-        at_x, rows = backward(arrived, x, of_rows, ctx.hook.free, ctx.of_convolution, (needs_x, needs_weight))
+        needs = needs_x, needs_weight and len(ctx.hook.free) > 0
+        at_x, rows = backward(arrived, x, of_rows, ctx.hook.free, ctx.of_convolution, needs)
         at_weight = at_bias = None
-        if rows is not None:
-            at_weight = torch.zeros_like(weight).index_copy_(0, ctx.hook.free, rows.to(weight.dtype))
+        if needs_weight:
+            at_weight = torch.zeros_like(weight)
+            if ctx.hook.columns is not None:
+                of_columns = _columns(arrived, x, of_rows, ctx.hook.columns, ctx.of_convolution)
+                at_weight.index_copy_(1, ctx.hook.columns, of_columns.to(weight.dtype))
+            if rows is not None:
+                at_weight.index_copy_(0, ctx.hook.free, rows.to(weight.dtype))
             ctx.hook.note(at_weight)
         if needs_bias:
             axis = arrived.ndim - 1 if ctx.of_convolution is None else 1
@@ -204,6 +219,17 @@ def _convolution_backward(
         return at_x, None
     some = arrived.index_select(1, free), x, weight.index_select(0, free)
     return at_x, backward(*some, *rest, (False, True, False))[1]
+
+
+def _columns(arrived: Tensor, x: Tensor, weight: Tensor, columns: Tensor, how: Sequence[Any] | None) -> Tensor:
+    """The weight's gradient for some of the channels that are read, of all rows."""
+    if how is None:
+        return arrived.flatten(0, -2).t() @ x.flatten(0, -2).index_select(1, columns)
+    stride, padding, dilation = how
+    given = (None, stride, padding, dilation, False, [0] * len(stride), 1, (False, True, False))
+    some = x.index_select(1, columns), weight.index_select(1, columns)
+    found: Tensor = torch.ops.aten.convolution_backward(arrived, *some, *given)[1]
+    return found
 
 
 def can_choose_rows(layer: Any) -> bool:

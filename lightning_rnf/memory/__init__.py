@@ -5,7 +5,7 @@ whether what was frozen is still what it was.
 """
 
 from lightning_rnf.memory import hub, maskfiles, masks
-from lightning_rnf.memory.fingerprints import Audit, changed, fingerprints, moved
+from lightning_rnf.memory.fingerprints import Audit, Heard, changed, fingerprints, moved
 from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.growing import wider
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
@@ -18,6 +18,7 @@ from lightning_rnf.memory.widening import grown, index_before, layers_before, re
 __all__ = [
     "Audit",
     "FreezeState",
+    "Heard",
     "TaskRecord",
     "changed",
     "fingerprints",

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap
+from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
-from lightning_rnf.memory.widening import layers_before, record_before, tensors_before
+from lightning_rnf.memory.widening import index_before, sliced, tensors_before
+
+Heard = Mapping[str, Mapping[str, Tensor]]
+"""Bool ``(channels,)`` by task and layer: those that the layer reads and that may speak in that task's recall."""
 
 
-def fingerprints(module: nn.Module, units: UnitMap, record: TaskRecord, state: FreezeState) -> dict[str, str]:
+def fingerprints(
+    module: nn.Module,
+    units: UnitMap,
+    record: TaskRecord,
+    state: FreezeState,
+    heard: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
     """What a task that ends now has frozen: 128 bits of BLAKE2 for the relevant rows of each layer, by its name.
 
     Besides, by the head's name, for the head; and by parameter, for the shared ones that no earlier task has frozen. A
@@ -26,9 +35,15 @@ def fingerprints(module: nn.Module, units: UnitMap, record: TaskRecord, state: F
         units: of the module.
         record: of the task.
         state: of the earlier tasks.
+        heard: bool ``(channels,)`` by layer, for those of ``record.connections``: only what the task's units have for
+            these channels counts of their weights.
     """
-    new = [name for name in units.shared if name not in state.shared]
-    return _fingerprints(dict(module.named_parameters(remove_duplicate=False)), units.layers, record, new)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    found = {}
+    for layer in units.layers:
+        found[layer.name] = _digest_of(own, _chosen(own, layer, record, {record.name: heard or {}}) or {}, ())
+    found[record.head] = _of_all(own, record.head_parameters)
+    return found | {name: _of_all(own, [name]) for name in units.shared if name not in state.shared}
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,11 @@ class Audit:
 
     @classmethod
     def of(
-        cls, parameters: Mapping[str, Tensor], state: FreezeState, drift: Mapping[str, float] | None = None
+        cls,
+        parameters: Mapping[str, Tensor],
+        state: FreezeState,
+        drift: Mapping[str, float] | None = None,
+        heard: Heard | None = None,
     ) -> Audit:
         """Compare a model's parameters with the fingerprints of all that the finished tasks have frozen.
 
@@ -55,8 +74,9 @@ class Audit:
             parameters: by name; `FreezeState.check_parameters` has let them pass.
             state: the finished tasks.
             drift: as `drifts` gives it.
+            heard: by task; without it nothing can be said of layers of which tasks need connections only.
         """
-        compared = {name: _compared(parameters, state, record) for name, record in state.tasks.items()}
+        compared = {name: _compared(parameters, state, record, heard or {}) for name, record in state.tasks.items()}
         return cls(
             {name: differing for name, (differing, _) in compared.items()},
             {name: unknown for name, (_, unknown) in compared.items()},
@@ -64,12 +84,16 @@ class Audit:
         )
 
 
-def changed(parameters: Mapping[str, Tensor], state: FreezeState, task: str) -> tuple[str, ...]:
+def changed(
+    parameters: Mapping[str, Tensor], state: FreezeState, task: str, heard: Heard | None = None
+) -> tuple[str, ...]:
     """`Audit.changed` of one task."""
-    return _compared(parameters, state, state.task(task))[0]
+    return _compared(parameters, state, state.task(task), heard or {})[0]
 
 
-def moved(parameters: Mapping[str, Tensor], state: FreezeState, learning: Collection[str] = ()) -> dict[str, list[str]]:
+def moved(
+    parameters: Mapping[str, Tensor], state: FreezeState, learning: Collection[str] = (), heard: Heard | None = None
+) -> dict[str, list[str]]:
     """What of the finished tasks' own is not as it was when the last of them ended, by task; only tasks with such.
 
     What had moved by that end already was told of then (units of some elasticity, another precision) and is left out.
@@ -79,19 +103,23 @@ def moved(parameters: Mapping[str, Tensor], state: FreezeState, learning: Collec
         parameters: by name; `FreezeState.check_parameters` has let them pass.
         state: the finished tasks.
         learning: names of layers and shared parameters whose relevant rows are not frozen.
+        heard: by task; without it layers of which tasks need connections only are not looked at.
     """
     found: dict[str, list[str]] = {}
     seen: dict[str, list[tuple[Tensor, bool]]] = {layer.name: [] for layer in state.layers}
     for record in reversed(state.tasks.values()):
         differing, kept_later = [], []
         for layer in state.layers:
-            mask = record.relevant[layer.name]
             if layer.name in learning or layer.name not in record.rows:
                 continue
-            later = next((same for other, same in seen[layer.name] if not (mask & ~other).any()), None)
+            chosen = _chosen(parameters, layer, record, heard or {})
+            if chosen is None:
+                continue
+            kept = _kept(parameters, layer, record, heard or {})
+            later = next((same for other, same in seen[layer.name] if not bool((kept & ~other).any())), None)
             if later is None:
-                same = _of_layer_then(parameters, state, record, layer) == record.rows[layer.name]
-                seen[layer.name].append((mask, same))
+                same = _digest_of(parameters, chosen, state.later(record)) == record.rows[layer.name]
+                seen[layer.name].append((kept, same))
                 differing += [] if same else [layer.name]
             elif later:
                 kept_later.append(layer)
@@ -100,39 +128,30 @@ def moved(parameters: Mapping[str, Tensor], state: FreezeState, learning: Collec
             if name in record.rows and name not in learning and not _is_same(parameters, state, record, name, own):
                 differing.append(name)
         if differing and not any(
-            _of_layer_then(parameters, state, record, layer) != record.rows[layer.name] for layer in kept_later
+            _of_layer_then(parameters, state, record, layer, heard or {}) != record.rows[layer.name]
+            for layer in kept_later
         ):
             found[record.name] = differing
     return found
 
 
 def _compared(
-    parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord
+    parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord, heard: Heard
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What of a task's own is not bit-equal, and what has no fingerprint."""
+    """What of a task's own is not bit-equal, and what has no fingerprint, or none that can be compared."""
     # A shared parameter is its whose fingerprint says so; without any it might be anybody's, and counts as the first's.
     known = {name for other in state.tasks.values() for name in other.rows}
     is_first = record is next(iter(state.tasks.values()))
     shared = [name for name in state.shared if name in record.rows or (is_first and name not in known)]
-    later = state.later(record)
-    then = tensors_before(parameters, later)
-    now = _fingerprints(then, layers_before(state.layers, later), record_before(record, later), ())
-    differing = [name for name in now if name in record.rows and record.rows[name] != now[name]]
-    unknown = [name for name in (*now, *shared) if name not in record.rows]
+    now = {layer.name: _of_layer_then(parameters, state, record, layer, heard) for layer in state.layers}
+    then = tensors_before({name: parameters[name] for name in record.head_parameters}, state.later(record))
+    now[record.head] = _of_all(then, record.head_parameters)
+    differing = [name for name, row in now.items() if row is not None and record.rows.get(name, row) != row]
+    unknown = [name for name in (*now, *shared) if name not in record.rows or now.get(name, "") is None]
     differing += [
         name for name in shared if name in record.rows and not _is_same(parameters, state, record, name, [name])
     ]
     return tuple(differing), tuple(unknown)
-
-
-def _fingerprints(
-    own: Mapping[str, Tensor], layers: Iterable[UnitLayer], record: TaskRecord, shared: Iterable[str]
-) -> dict[str, str]:
-    found = {}
-    for layer in layers:
-        found[layer.name] = _of_layer(own, layer, record.relevant[layer.name])
-    found[record.head] = _of_all(own, record.head_parameters)
-    return found | {name: _of_all(own, [name]) for name in shared}
 
 
 def _is_same(
@@ -144,17 +163,45 @@ def _is_same(
     return row == _of_all(tensors_before({one: parameters[one] for one in own}, later), own)
 
 
-def _of_layer_then(parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord, layer: UnitLayer) -> str:
-    """Of a layer as it was at a task's end, before it was made wider."""
-    later = state.later(record)
-    (then,) = layers_before([layer], later)
-    own = tensors_before({name: parameters[name] for name in layer.parameters}, later)
-    return _of_layer(own, then, record_before(record, later).relevant[layer.name])
+def _of_layer_then(
+    parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord, layer: UnitLayer, heard: Heard
+) -> str | None:
+    """Of a layer as it was at a task's end, before it was made wider; None: what the task needs of it is not known."""
+    chosen = _chosen(parameters, layer, record, heard)
+    return None if chosen is None else _digest_of(parameters, chosen, state.later(record))
 
 
-def _of_layer(own: Mapping[str, Tensor], layer: UnitLayer, mask: Tensor) -> str:
-    rows = {name: layer.spread(name, mask).to(own[name].device) for name in layer.parameters}
-    return _digest(own[name].detach()[chosen] for name, chosen in rows.items())
+def _chosen(
+    parameters: Mapping[str, Tensor], layer: UnitLayer, record: TaskRecord, heard: Heard
+) -> dict[str, Tensor] | None:
+    """What a task needs of each of a layer's parameters: bool of its leading dimensions. None: that is not known."""
+    mask = record.relevant[layer.name]
+    chosen = {name: layer.spread(name, mask) for name in layer.parameters}
+    if layer.name in record.connections:
+        channels = heard.get(record.name, {}).get(layer.name)
+        if channels is None:
+            return None
+        weight = f"{layer.name}.weight"
+        chosen[weight] = layer.connections(mask, channels, parameters[weight].shape)
+    return chosen
+
+
+def _kept(parameters: Mapping[str, Tensor], layer: UnitLayer, record: TaskRecord, heard: Heard) -> Tensor:
+    """Which entries of a layer's weight a task needs: bool of its first two dimensions."""
+    channels = heard.get(record.name, {}).get(layer.name) if layer.name in record.connections else None
+    return layer.connections(record.relevant[layer.name], channels, parameters[f"{layer.name}.weight"].shape)
+
+
+def _digest_of(parameters: Mapping[str, Tensor], chosen: Mapping[str, Tensor], later: Sequence[Wider]) -> str:
+    """Of chosen entries, as they were before some widenings."""
+
+    def then(name: str, mask: Tensor) -> Tensor:
+        index = index_before(later, name)
+        mask = sliced(mask, {dimension: one for dimension, one in index.items() if dimension < mask.ndim})
+        value = sliced(parameters[name].detach(), index)
+        return value[mask.to(value.device)]
+
+    return _digest(then(name, mask) for name, mask in chosen.items())
 
 
 def _of_all(own: Mapping[str, Tensor], names: Iterable[str]) -> str:

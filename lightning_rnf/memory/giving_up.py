@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def without(state: FreezeState, task: str) -> FreezeState:
         if given_up.widenings != left[heir].widenings:  # they were taken in another shape than the heir's
             own = {name: row if "@" in row else f"{row}@{given_up.widenings}" for name, row in own.items()}
         left[heir] = replace(left[heir], rows={**left[heir].rows, **own})
-    tasks = {record.name: record for record in _as_alone(left, task, state)}
+    tasks = {record.name: record for record in _as_alone(left, task, later, state)}
     known_units = bool(tasks or state.initial)  # free units are to be reset though no task is left
     return FreezeState(
         layers=state.layers if known_units else (),
@@ -52,7 +52,9 @@ def without(state: FreezeState, task: str) -> FreezeState:
     )
 
 
-def _as_alone(records: Mapping[str, TaskRecord], task: str, state: FreezeState) -> Iterator[TaskRecord]:
+def _as_alone(
+    records: Mapping[str, TaskRecord], task: str, later: Collection[str], state: FreezeState
+) -> Iterator[TaskRecord]:
     """What is said of a task in the records of others goes, and what was free after them is counted anew."""
     frozen: dict[str, Tensor] = {}
     for record in records.values():
@@ -61,6 +63,7 @@ def _as_alone(records: Mapping[str, TaskRecord], task: str, state: FreezeState) 
             record,
             drift={name: value for name, value in record.drift.items() if name != task},
             tests={name: logged for name, logged in record.tests.items() if name != task},
+            free_weights={} if record.name in later else record.free_weights,  # takes the model to tell
             capacity={
                 layer.name: 1.0 - int(frozen[layer.name].sum()) / layer.units
                 for layer in layers_before(state.layers, state.later(record))

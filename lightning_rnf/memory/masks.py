@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_rnf.memory.model import sizes_of
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
 from lightning_rnf.memory.widening import layers_before
@@ -42,6 +44,22 @@ def free_capacity_over_tasks(state: FreezeState) -> list[float]:
     units = [units_at(state, record) for record in state.tasks.values()]
     taken = [int(((claimed >= 0) & (claimed <= index)).sum()) for index in range(len(units))]
     return [(there - gone) / max(there, 1) for there, gone in zip(units, taken, strict=True)]
+
+
+def free_weights_of_layers(state: FreezeState) -> dict[str, float]:
+    """Share of each layer's weight that may still move, as the last task's record says it; if it doesn't, of rows."""
+    last = next(reversed(state.tasks.values()), None)
+    if last is not None and last.free_weights and not state.later(last):
+        return {layer.name: last.free_weights[layer.name] for layer in state.layers}
+    return {name: 1.0 - int(units.sum()) / len(units) for name, units in state.frozen().items()}
+
+
+def free_weights(state: FreezeState, of_layers: Mapping[str, float]) -> float:
+    """Share of all layers' weights that may still move, from that of each; 1 before any task has ended."""
+    forms = {layer.name: state.forms.get(f"{layer.name}.weight") for layer in state.layers}
+    sizes = {layer.name: prod(sizes_of(forms[layer.name] or f"float32 ({layer.units},)")) for layer in state.layers}
+    total = sum(sizes.values())
+    return sum(sizes[name] * of_layers[name] for name in sizes) / total if total else 1.0
 
 
 def units_at(state: FreezeState, record: TaskRecord) -> int:

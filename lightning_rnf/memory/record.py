@@ -59,6 +59,10 @@ class TaskRecord:
             same device: their samples are not kept.
         tests: metrics that ``trainer.test`` has logged between this task's end and the next one's, by tested task.
         widenings: how many times the model had been made wider by this task's end.
+        connections: layers of whose weights the task needs only what its units read of channels that are not silent; of
+            all others it needs whole rows.
+        free_weights: share of each layer's weight that may still move once this task's is frozen, in [0, 1]; empty in
+            files from before.
     """
 
     name: str
@@ -86,14 +90,18 @@ class TaskRecord:
     ration: float | None = None
     tests: dict[str, dict[str, float]] = field(default_factory=dict)
     widenings: int = 0
+    connections: tuple[str, ...] = ()
+    free_weights: dict[str, float] = field(default_factory=dict)
 
 
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
     """Dicts, lists, built-in types and CPU tensors."""
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
-    for key in ("widenings", "whole", "ration"):
+    for key in ("widenings", "whole", "ration", "connections", "free_weights"):
         if not plain[key]:
             del plain[key]  # as files were before there were any
+    if record.connections:
+        plain["connections"] = list(record.connections)
     return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
@@ -162,6 +170,8 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         whole=get_numbers(plain, "whole") if "whole" in plain else {},  # files from before lack it
         tests=_get_tests(plain),
         widenings=get_count(plain, "widenings") if "widenings" in plain else 0,
+        connections=_get_connections(plain, layers) if "connections" in plain else (),
+        free_weights=_get_free(plain, layers) if "free_weights" in plain else {},
     )
 
 
@@ -170,6 +180,19 @@ def _get_evaluations(plain: object, key: str) -> tuple[Evaluation, ...]:
         Evaluation(_score_from_plain(get(evaluation, "score", dict)), get(evaluation, "accepted", bool))
         for evaluation in get(plain, key, list)
     )
+
+
+def _get_connections(plain: object, layers: tuple[UnitLayer, ...]) -> tuple[str, ...]:
+    names = get_names(plain, "connections")
+    strangers = set(names) - {layer.name for layer in layers}
+    if strangers or len(set(names)) < len(names):
+        raise ValueError(f"not a state of lightning_rnf: 'connections' should be names of layers, it is {names!r:.80}")
+    return names
+
+
+def _get_free(plain: object, layers: tuple[UnitLayer, ...]) -> dict[str, float]:
+    shares: dict[str, Any] = get(plain, "free_weights", dict)
+    return {layer.name: get_share(shares, layer.name) for layer in layers}
 
 
 def _score_from_plain(plain: Mapping[str, Any]) -> SubnetworkScore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lightning_rnf.anatomy import (
     tensor_copy,
     torch_class,
 )
+from lightning_rnf.freezing import harmless
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
 from lightning_rnf.recall.kept import Kept
 from lightning_rnf.recall.pruning import Plan, plan
@@ -83,9 +85,11 @@ def export(
         ValueError: if ``torch.fx`` can't trace the model, or its forward runs another head than the task's.
     """
     layers = tuple(layers)
-    with borrowed(module), recall(module, (), record, widenings, masked=masked):
+    with borrowed(module), recall(module, (), record, widenings, masked=masked), ExitStack() as undone:
         later = widenings[record.widenings :]
         layers, record = layers_before(layers, later), record_before(record, later)
+        if masked:
+            undone.enter_context(harmless(module, layers, record.relevant))
         traced = Traced.of(module, layers)
         if not any(f"{name}.".startswith(f"{record.head}.") for name in traced.called):
             raise ValueError(

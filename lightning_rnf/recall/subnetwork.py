@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider
-from lightning_rnf.freezing import rows
+from lightning_rnf.freezing import harmless, rows
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
 from lightning_rnf.recall.widened import as_it_was
@@ -77,6 +77,7 @@ def recall(
                     if candidate is head:
                         stack.enter_context(multi_head.running(task))
         if masked:
+            stack.enter_context(harmless(module, layers, record.relevant))
             stack.enter_context(silence(module, layers, record.relevant))
             stack.enter_context(_swapped(module, record.norm_statistics))
         yield

@@ -15,8 +15,9 @@ from lightning_rnf.freezing import initial
 from lightning_rnf.memory import TaskRecord
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.tasks import runs, widening
-from lightning_rnf.tasks.ending import CriterionOption, Ending
+from lightning_rnf.tasks.ending import Ending
 from lightning_rnf.tasks.finished import FinishedTasks
+from lightning_rnf.tasks.recovery import CriterionOption
 
 
 class BetweenFits(FinishedTasks):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.freezing import harmless
 from lightning_rnf.recall import NormStatistics, Prefix, SubnetworkFlops, norms, subnetwork
 from lightning_rnf.runtime import Show, borrowed, evaluating, joined, silent
 from lightning_rnf.search import Criterion, Measured, Ranking
@@ -213,7 +214,9 @@ class Subnetworks:
     @contextmanager
     def _speaking(self, cutoff: int) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(subnetwork.silence(self.module, self.units.layers, self.ranking.relevant(cutoff)))
+            speaking = self.ranking.relevant(cutoff)
+            stack.enter_context(harmless(self.module, self.units.layers, speaking))
+            stack.enter_context(subnetwork.silence(self.module, self.units.layers, speaking))
             if self.recalibrated and cutoff > 0:
                 stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
             yield

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import and_
 from typing import Any, ClassVar, Literal
@@ -15,16 +15,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_rnf.anatomy import UnitMap
-from lightning_rnf.memory import FreezeState, TaskRecord, changed, fingerprints, moved
+from lightning_rnf.anatomy import UnitLayer, UnitMap
+from lightning_rnf.freezing import Listening, Wiring, free_weights, frozen_connections, heard
+from lightning_rnf.memory import FreezeState, Heard, TaskRecord, changed, fingerprints, moved
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking
-from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
-from lightning_rnf.search import Criterion, SubnetworkScore, as_criterion
-from lightning_rnf.tasks import auto, checkpoints, foresight
+from lightning_rnf.runtime import Show, alone, arguments, borrowed, evaluating, sharding, shown, silent
+from lightning_rnf.search import Criterion, as_criterion
+from lightning_rnf.tasks import checkpoints, foresight
 from lightning_rnf.tasks.fitting import Fitting, HeadFit, UnfitError
 from lightning_rnf.tasks.probes import SAMPLES, taken
+from lightning_rnf.tasks.recovery import CriterionOption, Recovery
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 from lightning_rnf.tasks.runs import check_new_name, ranks_of
 from lightning_rnf.tasks.selection import MissedError, Selection
@@ -32,46 +34,8 @@ from lightning_rnf.tasks.survey import Survey
 from lightning_rnf.tasks.tracing import Tracing
 from lightning_rnf.tasks.witnesses import Witnesses
 
-CriterionOption = float | Criterion | Callable[[SubnetworkScore], bool]
-"""A number is the absolute drop of accuracy to tolerate."""
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """How a task's last epochs train inside its sub-network.
-
-    Attributes:
-        epochs: so many; 0: there is no recovery. ``"auto"``: see `auto.recovery_epochs`.
-        criterion: what the search before them may take; None: a drop of 0.1.
-        search: if the recovery falls short of the task's criterion, try milder cutoffs.
-
-    Raises:
-        TypeError, ValueError: if an option is out of its range, or of no use.
-    """
-
-    epochs: int | Literal["auto"] = 0
-    criterion: CriterionOption | None = None
-    search: bool = False
-
-    def __post_init__(self) -> None:
-        if self.epochs != "auto":
-            arguments.at_least("recovery_epochs", self.epochs, 0)
-        arguments.of_type("recovery_search", self.search, bool, "True or False")
-        before = self.before  # raises if it is none
-        if not self.epochs and (self.criterion is not None or self.search):
-            raise ValueError("recovery_criterion and recovery_search are of use with recovery_epochs only: it is 0")
-        object.__setattr__(self, "criterion", before)
-
-    def epochs_of(self, trainer: Trainer) -> int:
-        """How many of a fit's last epochs are a recovery."""
-        return auto.recovery_epochs(trainer) if self.epochs == "auto" else self.epochs
-
-    @property
-    def before(self) -> Criterion | None:
-        """What the search before the recovery may take; None: the same as after it."""
-        if self.epochs == "auto" and self.criterion is None:
-            return None
-        return as_criterion(0.1 if self.criterion is None else self.criterion)
+Freeze = Literal["connections", "units"]
+"""What of weights is frozen: see `RelevanceFreezing`."""
 
 
 @dataclass
@@ -87,6 +51,8 @@ class Ending:
         head_fit: whether the task's head is fitted to its sub-network, and on what.
         masked: whether only relevant units speak in recall.
         heatmaps: of so many samples of each task.
+        connections: whether a task needs only connections between its units, where the graph of the model can be
+            followed; if not, whole rows.
         is_exact: whether recall is promised to be bit-identical for ever: then any drift is a warning.
 
     Raises:
@@ -97,7 +63,7 @@ class Ending:
         {
             *("selection", "criterion", "recovery_epochs", "recovery_criterion", "recovery_search", "units", "heads"),
             *("reference_samples", "attribution_samples", "predict", "seed", "heatmaps"),
-            *("fit_head", "fit_data", "fit_samples"),
+            *("fit_head", "fit_data", "fit_samples", "freeze"),
         }
     )
     """Names of those that a callback is given once, when it is made."""
@@ -111,6 +77,7 @@ class Ending:
     masked: bool = True
     heatmaps: int = 0
     is_exact: bool = True
+    connections: bool = True
 
     def __post_init__(self) -> None:
         if self.recovery.epochs:
@@ -124,8 +91,19 @@ class Ending:
                 f"heatmaps is {self.heatmaps}, expected at most {SAMPLES}: so many samples of a task are kept"
             )
 
-    def rehearse(self, trainer: Trainer, module: LightningModule, state: FreezeState) -> UnitMap:
+    def rehearse(
+        self, trainer: Trainer, module: LightningModule, state: FreezeState, heard: Heard
+    ) -> tuple[UnitMap, frozenset[str]]:
         """Try on one batch what the end will need, before the training: the units that it will be about.
+
+        Args:
+            trainer: of the fit.
+            module: whole.
+            state: the finished tasks.
+            heard: by task, which channels layers read in its recall: the others have to be zero on the batch, too.
+
+        Returns:
+            The units, and the names of layers in which they are not.
 
         Raises:
             TypeError, ValueError: what the task's end would raise after it.
@@ -134,12 +112,12 @@ class Ending:
             example, size = self.reference.example(trainer), self.reference.size(trainer)
             how = trainer.precision_plugin.forward_context
             batch = ReferenceData([example], 1, self.reference.predict, how)
-            units, targets = ranks_of(trainer).decided(lambda: self._rehearse(module, state, batch))
+            units, targets, doubted = ranks_of(trainer).decided(lambda: self._rehearse(module, state, batch, heard))
             self.tracing.rehearsed = units
             if size is not None and self._too_few(targets * size[0] // size[1]):
                 # Other batches may have more: only what is counted is certain, and where it is little it is soon done.
                 self._check_size(self.reference.draw(trainer).targets(module))
-            return units
+            return units, doubted
 
     def recover(self, trainer: Trainer, module: LightningModule, state: FreezeState, name: str) -> TaskRecord:
         """Select the sub-network that the task's last epochs are to train; the state knows that it recovers."""
@@ -171,7 +149,7 @@ class Ending:
                         found = self._select(name, module, reference, state, self.criterion, trainer=trainer, show=show)
                     else:
                         found = self._settle(state.recovering, module, reference, state, trainer=trainer, show=show)
-                    record = self._add(found, module, state)
+                    record = self._add(found, module, reference, state)
             self.tracing.rehearsed = None
             path = checkpoints.keep(trainer, name)
             with self._measuring(module, reference):
@@ -234,7 +212,7 @@ class Ending:
             held_to.check_samples(found.record.samples)
             if not state.tasks:
                 foresight.of_units(found.units, module)
-            record = self._add(found, module, state)
+            record = self._add(found, module, drawn, state)
             self._audit(record, module, drawn, state, witnesses)
         self._announce(found, state, held_to, trained=False)
         return record
@@ -243,12 +221,15 @@ class Ending:
         """Warn if what the last task has frozen was written after its record was made: by the module's hooks, say."""
         name = next(reversed(state.tasks), None)
         if name is not None and not sharding.is_sharded(module):
-            foresight.of_writes(name, changed(dict(module.named_parameters(remove_duplicate=False)), state, name))
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            foresight.of_writes(name, changed(parameters, state, name, heard(module, state)))
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _rehearse(self, module: LightningModule, state: FreezeState, batch: ReferenceData) -> tuple[UnitMap, int]:
-        """The units, and how many targets the batch has."""
+    def _rehearse(
+        self, module: LightningModule, state: FreezeState, batch: ReferenceData, heard: Heard
+    ) -> tuple[UnitMap, int, frozenset[str]]:
+        """The units, how many targets the batch has, and layers in which silent channels are not zero on it."""
         units = self.tracing.of_batch(module, state, batch.example)
         targets = batch.targets(module)
         foresight.tried(lambda: taken(module, batch, nullcontext))
@@ -258,7 +239,10 @@ class Ending:
                 heatmaps_of(module, units.layers, batch.example, self.reference.predict, self.selection.composite)
         if not state.tasks:
             foresight.of_units(units, module)
-        return units, targets
+        doubted: set[str] = set()
+        for name, of_task in heard.items():
+            doubted |= listened(module, state.layers, state.tasks[name].relevant, of_task, batch).wrong
+        return units, targets, frozenset(doubted)
 
     @contextmanager
     def _measuring(self, module: torch.nn.Module, reference: ReferenceData) -> Iterator[None]:
@@ -333,13 +317,27 @@ class Ending:
             elif fitting := Fitting.of(module, units.head, offer.fitted_on):
                 yield fitting, offer.reference
 
-    def _add(self, found: _Found, module: torch.nn.Module, state: FreezeState) -> TaskRecord:
+    def _add(self, found: _Found, module: torch.nn.Module, reference: ReferenceData, state: FreezeState) -> TaskRecord:
         """Put the record into the state, with the head that was fitted and fingerprints of what is frozen."""
         if found.wear is not None:
             found.wear()
-        found.record.rows.update(fingerprints(module, found.units, found.record, state))
-        state.add(found.record, found.units)
-        return state.tasks[found.record.name]
+        record, layers = found.record, found.units.layers
+        wiring = Wiring.of(module, layers) if self.masked and self.connections else Wiring(None, layers, {})
+        of_task = wiring.heard(record.relevant)
+
+        def trusted() -> tuple[str, ...]:
+            ears = listened(module, layers, record.relevant, of_task, reference)
+            return tuple(name for name in of_task if name in ears.seen - ears.wrong)
+
+        record = replace(record, connections=reference.ranks.decided(trusted) if of_task else ())
+        record.rows.update(fingerprints(module, found.units, record, state, of_task))
+        state.add(record, found.units)
+        if self.connections:
+            frozen = frozen_connections(module, state, heard(module, state, wiring if wiring.traced else None))
+        else:
+            frozen = {}
+        record.free_weights.update(free_weights(state, frozen))
+        return state.tasks[record.name]
 
     def _audit(
         self,
@@ -362,11 +360,12 @@ class Ending:
         )
         record.drift.update(seen.drift)
         if self.is_exact:
-            foresight.of_drift(record.name, seen, moved(dict(module.named_parameters(remove_duplicate=False)), state))
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            foresight.of_drift(record.name, seen, moved(parameters, state, (), heard(module, state)))
 
     def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
         ration = found.record.ration
-        tracking.announce(state, found.record, ration, trained=trained)
+        tracking.announce(state, state.tasks[found.record.name], ration, trained=trained)
         foresight.of_runs(found.record.name, found.whole)
         foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=ration is not None)
 
@@ -387,6 +386,31 @@ class Ending:
     def _criteria(self) -> tuple[Criterion, ...]:
         before = self.recovery.before if self.recovery.epochs else None
         return (self.criterion,) if before is None else (self.criterion, before)
+
+
+def listened(
+    module: torch.nn.Module,
+    layers: Sequence[UnitLayer],
+    relevant: Mapping[str, Tensor],
+    heard: Mapping[str, Tensor],
+    reference: ReferenceData,
+) -> Listening:
+    """Run the first batch as a task's sub-network, through ``predict``, and see whether silent channels are zero.
+
+    Args:
+        module: the model.
+        layers: its unit layers.
+        relevant: bool ``(units,)`` by layer: those that speak.
+        heard: bool ``(channels,)`` by layer, as from `Wiring.heard`.
+        reference: of which the first batch is run.
+    """
+    ears = Listening()
+    with ExitStack() as stack:
+        for context in (borrowed(module), evaluating(module), torch.no_grad(), reference.forward_context()):
+            stack.enter_context(context)
+        with subnetwork.silence(module, layers, relevant), ears.to(module, layers, heard):
+            reference.predict(module, reference.example)
+    return ears
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, unknown_modules, without
+from lightning_rnf.freezing import free_weights, frozen_connections, heard
+from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, masks, unknown_modules, without
 from lightning_rnf.recall import as_it_was, export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding
@@ -161,6 +162,15 @@ class FinishedTasks(KeptInFiles):
         """Free capacity of each unit layer, in execution order."""
         return {name: 1.0 - int(units.sum()) / len(units) for name, units in self.state.frozen().items()}
 
+    @property
+    def free_weights(self) -> float:
+        """Share of the unit layers' weights that may still move, in [0, 1]: those that no finished task needs."""
+        return masks.free_weights(self.state, self._free_weights())
+
+    def weights_left(self) -> dict[str, float]:
+        """`free_weights` of each unit layer, in execution order."""
+        return self._free_weights()
+
     def report(
         self,
         model: torch.nn.Module | None = None,
@@ -192,7 +202,8 @@ class FinishedTasks(KeptInFiles):
         if module is not None and not sharding.is_sharded(module):
             self.state.check_module(module)
             drift = drifts(module, self.state, self._witnesses.probes, masked=self.retention == "exact")
-            looked_at = Audit.of(dict(module.named_parameters(remove_duplicate=False)), self.state, drift)
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            looked_at = Audit.of(parameters, self.state, drift, heard(module, self.state))
         return RetentionReport.of(self.state, matrix=matrix, metric=metric, baseline=baseline, audit=looked_at)
 
     # -- test, validate, predict ---------------------------------------------------------------------------------------
@@ -223,6 +234,12 @@ class FinishedTasks(KeptInFiles):
     on_predict_end = on_validation_end
     on_validation_start = on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
+    def _free_weights(self) -> dict[str, float]:
+        module = self._model()
+        if module is None or sharding.is_sharded(module):
+            return masks.free_weights_of_layers(self.state)
+        return free_weights(self.state, frozen_connections(module, self.state, heard(module, self.state)))
 
     def _recall_finished(self, trainer: pl.Trainer, module: pl.LightningModule, loader: int | None = None) -> None:
         if trainer.state.fn == TrainerFn.FITTING or not self.state.tasks:
@@ -322,7 +339,7 @@ class FinishedTasks(KeptInFiles):
         if sharding.is_sharded(module):
             return ()
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        return changed(parameters, self.state, record.name)
+        return changed(parameters, self.state, record.name, heard(module, self.state))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a callback that has no run under way.

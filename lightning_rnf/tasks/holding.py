@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_rnf.anatomy import form
-from lightning_rnf.freezing import ElasticityOption, Freezer, elasticities
+from lightning_rnf.freezing import ElasticityOption, Freezer, elasticities, frozen_connections, heard, initial
 from lightning_rnf.memory import FreezeState, TaskRecord, moved
 from lightning_rnf.recall import norms, subnetwork
-from lightning_rnf.runtime import Ranks, recompiled
+from lightning_rnf.runtime import Ranks, recompiled, sharding
 from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters, widen_for
 
 
@@ -30,6 +31,10 @@ class Holding:
         elasticity: of relevant units.
         irrelevant_elasticity: of the others.
         pins_norms: whether frozen channels normalise with their stored statistics.
+        by_rows: whether whole rows of relevant units are frozen, whatever their tasks read.
+
+    Attributes:
+        heard: channels that layers read in recall, by task, as they were `followed`; see `freezing.heard`.
     """
 
     def __init__(
@@ -40,11 +45,17 @@ class Holding:
         irrelevant_elasticity: ElasticityOption,
         *,
         pins_norms: bool,
+        by_rows: bool = False,
     ) -> None:
         self.module = module
         self.state = state
         self.elasticities = (elasticity, irrelevant_elasticity)
         self.pins_norms = pins_norms
+        self.by_rows = by_rows
+        self._connections: dict[str, Tensor] = {}
+        self._followed: list[str] | None = None
+        self._doubted: set[str] = set()
+        self.heard: dict[str, dict[str, Tensor]] = {}
         self._silenced = ExitStack()
         self._pinned = ExitStack()
         self._waiting = ExitStack()
@@ -85,7 +96,7 @@ class Holding:
             ValueError: naming the tasks, their layers and the ways out.
         """
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        found = ranks.decided(lambda: moved(parameters, self.state, self._learning()))
+        found = ranks.decided(lambda: moved(parameters, self.state, self._learning(), self.heard))
         if not found:
             return
         frozen = [name for name in elasticities(self.state) if name in parameters]
@@ -128,7 +139,7 @@ class Holding:
 
     def stay_inside(self, record: TaskRecord) -> None:
         """Until `speak` nothing but a task's sub-network speaks, and no unit outside of it learns."""
-        self.freezer.change(elasticities(self.state, *self.elasticities, record.relevant))
+        self.freezer.change(self.factors(record.relevant))
         self._silenced.enter_context(recompiled())
         self._silenced.enter_context(subnetwork.silence(self.module, self.state.layers, record.relevant))
         self._silenced.enter_context(norms.held(self.module))
@@ -137,10 +148,36 @@ class Holding:
         """Let the whole network speak."""
         self._silenced.close()
 
-    def go_on(self) -> None:
-        """Hold what a task that has ended inside the fit needs, too."""
-        self.freezer.change(elasticities(self.state, *self.elasticities))
+    def go_on(self, *, reset: bool) -> None:
+        """Hold what a task that has ended inside the fit needs, too; what is free is reset before, or not."""
+        self._pinned.close()
+        if reset:
+            with sharding.whole(self.module):
+                initial.reset_free(self.state, self.module, self.followed())
+        self.freezer.change(self.factors())
         self._pin_norms()
+
+    def distrust(self, layers: Collection[str]) -> None:
+        """Freeze whole rows of layers in this fit: they read something else than the graph says."""
+        doubted = [name for name in self.followed() if name in layers]
+        if doubted:
+            rank_zero_warn(
+                f"{', '.join(doubted)}: silent channels are not zero there in this task's forward, as they are in the "
+                "graph of the model's: whole rows are frozen"
+            )
+            self._doubted.update(doubted)
+            self.freezer.change(self.factors())
+
+    def followed(self) -> dict[str, Tensor]:
+        """Entries of weights that are frozen, where those are not whole rows; see `frozen_connections`."""
+        if self._followed != list(self.state.tasks):
+            self.heard, self._followed = heard(self.module, self.state), list(self.state.tasks)
+            self._connections = {} if self.by_rows else frozen_connections(self.module, self.state, self.heard)
+        return {name: needed for name, needed in self._connections.items() if name not in self._doubted}
+
+    def factors(self, inside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The factor on the learning rate of each parameter; ``inside`` a sub-network, if there is one."""
+        return elasticities(self.state, *self.elasticities, inside, self.followed())
 
     def end(self) -> None:
         """Give the model back. Safe to call twice."""
@@ -158,7 +195,7 @@ class Holding:
 
     def _learning(self) -> set[str]:
         """Layers and shared parameters whose relevant rows are elastic."""
-        factors = elasticities(self.state, *self.elasticities)
+        factors = elasticities(self.state, *self.elasticities)  # by rows, all of a row has the same
         frozen = self.state.frozen()
         of_layers = {
             layer.name
@@ -171,7 +208,8 @@ class Holding:
         return self.state.forms.get(parameter, "float32 ")  # most are, and files of before don't say
 
     def _begin(self) -> None:
-        self.freezer = Freezer(self.module, elasticities(self.state, *self.elasticities))
+        self._followed = None
+        self.freezer = Freezer(self.module, self.factors())
         self.freezer.stop_gradients()
 
     def _pin_norms(self) -> None:

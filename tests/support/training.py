@@ -17,7 +17,13 @@ from lightning_rnf.streams import TaskDataModule
 
 TASKS = ("a", "b", "c")
 
-PLAIN: dict[str, Any] = {"recovery_epochs": 0, "ration": None, "reset_free": False, "fit_head": False, "search": "bisect"}
+PLAIN: dict[str, Any] = {
+    "recovery_epochs": 0,
+    "ration": None,
+    "reset_free": False,
+    "fit_head": False,
+    "search": "bisect",
+}
 """A search and nothing else, for tests of what comes before and after it: no head is fitted, nothing sets itself."""
 
 
