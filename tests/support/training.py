@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +26,8 @@ PLAIN: dict[str, Any] = {
     "search": "bisect",
 }
 """A search and nothing else, for tests of what comes before and after it: no head is fitted, nothing sets itself."""
+
+plain = partial(RelevanceFreezing, **PLAIN)
 
 
 class Classifier(pl.LightningModule):
