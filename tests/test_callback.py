@@ -24,6 +24,7 @@ from training import (
     frozen_rows,
     inputs,
     loader,
+    plain,
     task_data,
     train,
     trainer,
@@ -90,7 +91,7 @@ def test_the_next_task_diverging_to_nan_does_not_touch_recall():
 
 
 def test_the_subnetwork_keeps_accuracy_within_the_tolerance_by_the_same_loop():
-    model, rnf = Classifier(), RelevanceFreezing(criterion=0.05)
+    model, rnf = Classifier(), plain(criterion=0.05)
     train(model, rnf, "a")
     record = rnf.state.tasks["a"]
     x, y = clusters("a", 320, seed=1).tensors  # the task's validation data
@@ -129,7 +130,7 @@ class Watch(pl.Callback):
 
 @MODELS
 def test_the_tasks_end_leaves_the_module_as_it_was(model_type):
-    taken, rnf, model = [], RelevanceFreezing(), model_type()
+    taken, rnf, model = [], plain(), model_type()
     model.heads.activate("a")
     trainer(Watch(taken), rnf, Watch(taken)).fit(model, datamodule=task_data("a"))
     assert list(rnf.state.tasks) == ["a"]
@@ -157,7 +158,7 @@ def test_gradients_and_optimizer_states_of_what_is_frozen_whole_are_never_alloca
 
 
 def test_a_layer_that_is_frozen_whole_gets_no_gradient():
-    model, rnf = Classifier(), RelevanceFreezing(criterion=lambda score: False)
+    model, rnf = Classifier(), plain(criterion=lambda score: False)
     with pytest.warns(UserWarning, match="no free units are left"):
         train(model, rnf, "a")
     assert rnf.free_capacity == 0
@@ -294,7 +295,7 @@ def test_the_state_survives_a_checkpoint_and_a_new_process_goes_on_from_it(tmp_p
 def test_stopped_in_the_middle_of_a_task_and_resumed_gives_the_same_weights_and_masks(tmp_path):
     def run(stop):
         pl.seed_everything(5, verbose=False)
-        model, rnf = Classifier(), RelevanceFreezing()
+        model, rnf = Classifier(), plain()
         train(model, rnf, "a")
         pl.seed_everything(6, verbose=False)  # batches of the resumed fit are drawn anew: fix their order
         model.heads.activate("b")
@@ -306,7 +307,7 @@ def test_stopped_in_the_middle_of_a_task_and_resumed_gives_the_same_weights_and_
             half.callbacks[0].on_train_end = lambda *args: None
             half.fit(model, datamodule=data)
             half.save_checkpoint(tmp_path / "half.ckpt")
-            model, rnf = Classifier(), RelevanceFreezing()
+            model, rnf = Classifier(), plain()
             model.heads.activate("b")
             model.body[2].p = 0.0
         trainer(rnf, max_epochs=4).fit(model, datamodule=data, ckpt_path=tmp_path / "half.ckpt" if stop else None)
@@ -511,7 +512,7 @@ def test_a_data_module_that_names_another_number_of_tasks_is_refused():
 
 def test_a_metric_as_the_criterion_is_measured_on_the_reference_data():
     metric = MulticlassF1Score(2, average="macro")
-    model, rnf = Classifier(), RelevanceFreezing(criterion=MetricDrop(metric, 0.05) & FreeCapacity(0.9))
+    model, rnf = Classifier(), plain(criterion=MetricDrop(metric, 0.05) & FreeCapacity(0.9))
     train(model, rnf, "a")
     record = rnf.state.tasks["a"]
     x, y = task_data("a").validation.tensors
@@ -583,7 +584,7 @@ def test_a_compute_budget_is_kept_by_the_exported_sub_network(model_type):
 
 
 def test_a_budget_that_is_not_met_within_the_tolerance_is_pruned_as_far_as_that_allows():
-    model, rnf = Classifier(), RelevanceFreezing(criterion=AccuracyDrop(0.0) & ComputeBudget(0.0001))
+    model, rnf = Classifier(), plain(criterion=AccuracyDrop(0.0) & ComputeBudget(0.0001))
     train(model, rnf, "a")
     record = rnf.state.tasks["a"]
     assert record.subnetwork_accuracy >= record.accuracy
@@ -630,7 +631,7 @@ def test_free_capacity_as_the_criterion_leaves_that_share_free():
 
 
 def test_linear_search_and_resolution():
-    model, rnf = Classifier(), RelevanceFreezing(search="linear", resolution=10)
+    model, rnf = Classifier(), plain(search="linear", resolution=10)
     train(model, rnf, "a")
     cutoffs = [evaluation.score.cutoff for evaluation in rnf.state.tasks["a"].evaluations]
     assert cutoffs == sorted(cutoffs) == list(range(0, 10 * len(cutoffs), 10))

@@ -5,7 +5,7 @@ import torch
 from records import ConvNet, make, record_of, state_of
 from snapshot import changes, snapshot
 from torch import nn
-from training import ConvClassifier, clusters, inputs, task_data, train, trainer
+from training import ConvClassifier, clusters, inputs, plain, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.recall.norms import Stored, held, pinned, recalibrated, stored, with_statistics
@@ -76,7 +76,7 @@ def test_norms_without_running_statistics_have_none_to_estimate():
 
 def test_the_search_measures_each_candidate_with_statistics_of_its_own():
     torch.manual_seed(0)
-    model, rnf = ConvClassifier(), RelevanceFreezing(criterion=FreeCapacity(0.6))
+    model, rnf = ConvClassifier(), plain(criterion=FreeCapacity(0.6))
     train(model, rnf, "a")
     record = rnf.state.tasks["a"]
     x, y = task_data("a").validation.tensors
@@ -85,7 +85,7 @@ def test_the_search_measures_each_candidate_with_statistics_of_its_own():
     assert not torch.equal(record.norm_statistics["body.4.running_mean"], model.body[4].running_mean)
 
     torch.manual_seed(0)
-    as_it_was, plain = ConvClassifier(), RelevanceFreezing(criterion=FreeCapacity(0.6), recalibrate_norm=False)
+    as_it_was, plain = ConvClassifier(), plain(criterion=FreeCapacity(0.6), recalibrate_norm=False)
     train(as_it_was, plain, "a")
     assert torch.equal(plain.state.tasks["a"].norm_statistics["body.4.running_mean"], as_it_was.body[4].running_mean)
     for name, value in model.state_dict().items():  # the model's own statistics are nobody's business
@@ -94,7 +94,7 @@ def test_the_search_measures_each_candidate_with_statistics_of_its_own():
 
 @pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 def test_the_whole_network_is_measured_with_its_own_statistics():
-    model, rnf = ConvClassifier(), RelevanceFreezing(criterion=lambda score: False)
+    model, rnf = ConvClassifier(), plain(criterion=lambda score: False)
     train(model, rnf, "a")
     record = rnf.state.tasks["a"]
     assert record.cutoff == 0

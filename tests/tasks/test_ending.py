@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
-from training import Classifier, clusters, frozen_rows, inputs, loader, task_data, train, trainer
+from training import Classifier, clusters, frozen_rows, inputs, loader, plain, task_data, train, trainer
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.streams import TaskDataModule
@@ -197,7 +197,7 @@ def test_a_layer_that_runs_twice_on_some_batches_costs_no_task():
                 hidden = self.body[3](hidden).relu()
             return self.heads(hidden)
 
-    model, rnf = Twice(), RelevanceFreezing()
+    model, rnf = Twice(), plain()
     x, y = clusters("a", 320, 1).tensors
     order = x[:, 0].argsort()  # rehearsed on the first batch; the end's first, drawn at random, runs it twice
     rnf.reference = DataLoader(TensorDataset(x[order], y[order]), 32)
@@ -270,7 +270,7 @@ def test_what_only_the_sub_network_runs_belongs_to_the_task():
             with torch.no_grad():  # just below the least of the whole network
                 pl_module.threshold = float(pl_module.body(x).mean(-1).min()) - 1e-4
 
-    model, rnf = Routed(), RelevanceFreezing(criterion=0.1)
+    model, rnf = Routed(), plain(criterion=0.1)
     model.heads.activate("a")
     with pytest.warns(UserWarning, match=r"a: experts\.1 ran on some batches"):
         trainer(Sets(), rnf, max_epochs=3).fit(model, datamodule=data("a"))
@@ -428,7 +428,7 @@ def test_what_can_not_be_cut_into_samples_is_kept_whole_or_not_at_all(form, monk
     adjacency = torch.eye(60) + (torch.rand(60, 60, generator=generator) < 0.02).float()
     graph = {"x": x, "adjacency": adjacency if form == "dense" else adjacency.to_sparse(), "y": y}
     loader = DataLoader([graph], batch_size=None)
-    rnf = RelevanceFreezing(predict=lambda module, batch: (module(batch["x"], batch["adjacency"]), batch["y"]))
+    rnf = plain(predict=lambda module, batch: (module(batch["x"], batch["adjacency"]), batch["y"]))
     rnf.task = "a"
     model = Graph()
     model.heads.activate("a")
@@ -493,7 +493,7 @@ def test_a_constant_answer_that_meets_the_criterion_is_said_with_the_way_out():
 
 
 def test_a_task_at_chance_is_said():
-    model, rnf = Classifier(lr=0.0), RelevanceFreezing(criterion=0.05)
+    model, rnf = Classifier(lr=0.0), plain(criterion=0.05)
     with pytest.warns(
         UserWarning, match="a: an answer that is always the same has an accuracy of 0.5.* so the task is at chance"
     ):
@@ -507,7 +507,7 @@ def test_a_criterion_that_lets_nothing_go_is_said():
             return False
 
     with pytest.warns(UserWarning, match=r"a: not one of 80 free units can go"):
-        train(Classifier(), RelevanceFreezing(criterion=Nothing()), "a", max_epochs=1)
+        train(Classifier(), plain(criterion=Nothing()), "a", max_epochs=1)
 
 
 def test_a_task_without_a_unit_is_said():
@@ -544,4 +544,4 @@ def test_a_network_that_is_mostly_shared_is_said_before_the_first_training():
 
 def test_a_full_layer_is_said_with_the_way_out():
     with pytest.warns(UserWarning, match=r"no free units are left in body.0, body.3: .*ration= or recovery_epochs="):
-        train(Classifier(), RelevanceFreezing(criterion=0.0, search="linear", resolution=80), "a", max_epochs=1)
+        train(Classifier(), plain(criterion=0.0, search="linear", resolution=80), "a", max_epochs=1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from training import TASKS, Classifier, ConvClassifier, inputs, task_data, train, trainer
+from training import TASKS, Classifier, ConvClassifier, inputs, plain, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
 
@@ -59,9 +59,9 @@ def test_what_no_other_task_uses_is_free_again_and_the_others_are_recalled_to_th
 
     # In files it is gone, too, and what comes back from them is the same.
     rnf.save(tmp_path / "masks.safetensors")
-    loaded = RelevanceFreezing()
+    loaded = plain()
     loaded.load(tmp_path / "masks.safetensors", model)
-    restored = RelevanceFreezing()
+    restored = plain()
     restored.load_state_dict(rnf.state_dict())
     for one in (loaded, restored):
         assert list(one.state.tasks) == others

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from snapshot import changes, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
+from training import Classifier, ConvClassifier, clusters, inputs, loader, plain, task_data, train, trainer
 from zennit.composites import EpsilonGammaBox
 
 from lightning_rnf import AccuracyDrop, MultiHead, RelevanceFreezing
@@ -82,7 +82,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_record_is_that_of_a_fit_that_has_trained_nothing(model_type, options):
     model = pretrained(model_type)
-    one, other = RelevanceFreezing(**options), RelevanceFreezing(**options)
+    one, other = plain(**options), plain(**options)
     expected = ended_by_a_fit(copy.deepcopy(model), one, task_data("a"))
     found = other.protect(model, validation(), name="a")
     assert found is other.state.tasks["a"]
