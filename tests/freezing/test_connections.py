@@ -1,4 +1,4 @@
-"""Which entries of a weight a finished task needs, by hand; and that the others matter to no recall, whatever they are."""
+"""Which entries of a weight a finished task needs, by hand; and that others matter to no recall, whatever they are."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ class Random(nn.Module):
 
     def forward(self, x):
         said = [x]
-        for (one, other, how, gate), (layer, norm, act) in zip(self.steps, self.parts):
+        for (one, other, how, gate), (layer, norm, act) in zip(self.steps, self.parts, strict=True):
             read = said[one]
             if how == "sum":
                 read = read + said[other]

@@ -85,9 +85,9 @@ def test_the_search_measures_each_candidate_with_statistics_of_its_own():
     assert not torch.equal(record.norm_statistics["body.4.running_mean"], model.body[4].running_mean)
 
     torch.manual_seed(0)
-    as_it_was, plain = ConvClassifier(), plain(criterion=FreeCapacity(0.6), recalibrate_norm=False)
-    train(as_it_was, plain, "a")
-    assert torch.equal(plain.state.tasks["a"].norm_statistics["body.4.running_mean"], as_it_was.body[4].running_mean)
+    as_it_was, without = ConvClassifier(), plain(criterion=FreeCapacity(0.6), recalibrate_norm=False)
+    train(as_it_was, without, "a")
+    assert torch.equal(without.state.tasks["a"].norm_statistics["body.4.running_mean"], as_it_was.body[4].running_mean)
     for name, value in model.state_dict().items():  # the model's own statistics are nobody's business
         assert torch.equal(value, as_it_was.state_dict()[name])
 

@@ -138,18 +138,18 @@ def test_a_search_finds_the_same_and_computes_less(net, batches, monkeypatch, fu
     units = UnitMap.of(net, batches[0])
     net.train()
     reference = ReferenceData(batches, 2)
-    before = Selection().select("a", net, units, reference, FreezeState(), AccuracyDrop(0.5))
+    before, _ = Selection().select("a", net, units, reference, FreezeState(), AccuracyDrop(0.5))
     relevant = {name: torch.full_like(mask, name in full) for name, mask in before.relevant.items()}
     state = FreezeState()
     state.add(type(before)(**{**vars(before), "relevant": relevant}), units)
 
     def selected():
         net.calls().clear()
-        record = Selection().select("b", net, units, reference, state, AccuracyDrop(0.1))
+        record, _ = Selection().select("b", net, units, reference, state, AccuracyDrop(0.1))
         return record, len(net.calls())
 
     record, computed = selected()
-    monkeypatch.setattr("lightning_rnf.tasks.selection.Prefix", lambda module, layers: Prefix(module, []))
+    monkeypatch.setattr("lightning_rnf.tasks.candidates.Prefix", lambda module, layers: Prefix(module, []))
     plain, computed_plain = selected()
     assert [vars(one.score) for one in record.evaluations] == [vars(one.score) for one in plain.evaluations]
     assert record.norm_statistics.keys() == plain.norm_statistics.keys()

@@ -131,7 +131,7 @@ class ToTheEnd(AccuracyDrop):
 def test_what_is_recorded_is_what_recall_gives_on_all_of_the_reference_data(situation):
     net, reference, criterion = situation.net, situation.drawn(), AccuracyDrop(situation.tolerance)
     units = UnitMap.of(net, reference.example, situation.predict, heads="4")
-    record = Selection().select("a", net, units, reference, FreezeState(), criterion)
+    record, _ = Selection().select("a", net, units, reference, FreezeState(), criterion)
     whole, targets = situation.counted(reference.batches)
     assert (record.accuracy, record.samples) == (whole, targets)
     with subnetwork.recall(net, units.layers, record):
@@ -140,7 +140,7 @@ def test_what_is_recorded_is_what_recall_gives_on_all_of_the_reference_data(situ
     assert record.subnetwork_accuracy >= record.accuracy - situation.tolerance - 1e-12
     assert all(one.score.samples == targets for one in record.evaluations if one.accepted)
     # An evaluation that ends early changes no verdict.
-    patient = Selection().select("a", net, units, reference, FreezeState(), ToTheEnd(situation.tolerance))
+    patient, _ = Selection().select("a", net, units, reference, FreezeState(), ToTheEnd(situation.tolerance))
     assert {one.score.samples for one in patient.evaluations} == {targets}
     assert [(one.score.cutoff, one.accepted) for one in record.evaluations] == [
         (one.score.cutoff, one.accepted) for one in patient.evaluations
@@ -152,11 +152,11 @@ def test_what_is_recorded_is_what_recall_gives_on_all_of_the_reference_data(situ
 def test_what_is_recorded_after_a_recovery_is_what_recall_gives(situation, milder, moved):
     net, reference, criterion = situation.net, situation.drawn(), AccuracyDrop(situation.tolerance)
     units = UnitMap.of(net, reference.example, situation.predict, heads="4")
-    before = Selection().select("a", net, units, reference, FreezeState(), AccuracyDrop(0.4), criterion)
+    before, _ = Selection().select("a", net, units, reference, FreezeState(), AccuracyDrop(0.4), criterion)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += moved * torch.randn(parameter.shape)
-    record = Selection().settle(before, net, units, reference, FreezeState(), criterion, milder=milder)
+    record, _ = Selection().settle(before, net, units, reference, FreezeState(), criterion, milder=milder)
     with subnetwork.recall(net, units.layers, record):
         accuracy, targets = situation.counted(reference.batches)
     assert (record.subnetwork_accuracy, record.samples) == (accuracy, targets)

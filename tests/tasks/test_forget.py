@@ -13,7 +13,7 @@ def trained(model_type=Classifier, *, tasks=TASKS, **options):
     torch.manual_seed(0)
     model, rnf = (
         model_type(),
-        RelevanceFreezing(**{"candidates": "all", "criterion": lambda score: score.relevant >= 24} | options),
+        plain(**{"candidates": "all", "criterion": lambda score: score.relevant >= 24, "freeze": "units"} | options),
     )
     train(model, rnf, *tasks, max_epochs=1)
     return model, rnf
