@@ -118,7 +118,7 @@ def test_its_head_may_be_removed():
 
 
 def test_units_that_are_free_again_start_from_their_initial_values():
-    model, rnf = trained(reset_free=True)
+    model, rnf = trained(reset_free=True, over_samples="signed")
     initial = rnf.state.initial["body.0.weight"].clone()
     own, kept = masks_of(rnf, ["b"])["body.0"], masks_of(rnf, ["a", "c"])["body.0"]
     rnf.forget("b")
