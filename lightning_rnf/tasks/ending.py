@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import and_
@@ -15,15 +15,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap
-from lightning_rnf.freezing import Listening, Wiring, free_weights, frozen_connections, heard
+from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.freezing import Wiring, free_weights, frozen_connections, heard
 from lightning_rnf.memory import FreezeState, Heard, TaskRecord, changed, fingerprints, moved
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking
-from lightning_rnf.runtime import Show, alone, arguments, borrowed, evaluating, sharding, shown, silent
+from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
 from lightning_rnf.search import Criterion, as_criterion
 from lightning_rnf.tasks import checkpoints, foresight
+from lightning_rnf.tasks.connections import listened, trusted
 from lightning_rnf.tasks.fitting import Fitting, HeadFit, UnfitError
 from lightning_rnf.tasks.probes import SAMPLES, taken
 from lightning_rnf.tasks.recovery import CriterionOption, Recovery
@@ -321,21 +322,12 @@ class Ending:
         """Put the record into the state, with the head that was fitted and fingerprints of what is frozen."""
         if found.wear is not None:
             found.wear()
-        record, layers = found.record, found.units.layers
-        wiring = Wiring.of(module, layers) if self.masked and self.connections else Wiring(None, layers, {})
-        of_task = wiring.heard(record.relevant)
-
-        def trusted() -> tuple[str, ...]:
-            ears = listened(module, layers, record.relevant, of_task, reference)
-            return tuple(name for name in of_task if name in ears.seen - ears.wrong)
-
-        record = replace(record, connections=reference.ranks.decided(trusted) if of_task else ())
+        wiring = Wiring.of(module, found.units.layers) if self.masked and self.connections else None
+        of_task = {} if wiring is None else trusted(module, wiring, found.record, reference)
+        record = replace(found.record, connections=tuple(of_task))
         record.rows.update(fingerprints(module, found.units, record, state, of_task))
         state.add(record, found.units)
-        if self.connections:
-            frozen = frozen_connections(module, state, heard(module, state, wiring if wiring.traced else None))
-        else:
-            frozen = {}
+        frozen = {} if wiring is None else frozen_connections(module, state, heard(module, state, wiring))
         record.free_weights.update(free_weights(state, frozen))
         return state.tasks[record.name]
 
@@ -386,31 +378,6 @@ class Ending:
     def _criteria(self) -> tuple[Criterion, ...]:
         before = self.recovery.before if self.recovery.epochs else None
         return (self.criterion,) if before is None else (self.criterion, before)
-
-
-def listened(
-    module: torch.nn.Module,
-    layers: Sequence[UnitLayer],
-    relevant: Mapping[str, Tensor],
-    heard: Mapping[str, Tensor],
-    reference: ReferenceData,
-) -> Listening:
-    """Run the first batch as a task's sub-network, through ``predict``, and see whether silent channels are zero.
-
-    Args:
-        module: the model.
-        layers: its unit layers.
-        relevant: bool ``(units,)`` by layer: those that speak.
-        heard: bool ``(channels,)`` by layer, as from `Wiring.heard`.
-        reference: of which the first batch is run.
-    """
-    ears = Listening()
-    with ExitStack() as stack:
-        for context in (borrowed(module), evaluating(module), torch.no_grad(), reference.forward_context()):
-            stack.enter_context(context)
-        with subnetwork.silence(module, layers, relevant), ears.to(module, layers, heard):
-            reference.predict(module, reference.example)
-    return ears
 
 
 @dataclass(frozen=True)

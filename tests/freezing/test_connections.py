@@ -1,4 +1,4 @@
-"""Which entries of a weight a finished task needs, by hand; and that others matter to no recall, whatever they are."""
+"""Which entries of a weight a finished task needs, by hand; and that no other matters to any recall."""
 
 from __future__ import annotations
 
