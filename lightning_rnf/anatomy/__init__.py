@@ -22,6 +22,7 @@ from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.trace import form
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.anatomy.wider import Places, Wider, content, widened
+from lightning_rnf.anatomy.wiring import Wiring
 
 __all__ = [
     "BATCH_NORMS",
@@ -42,6 +43,7 @@ __all__ = [
     "UnitLayer",
     "UnitMap",
     "Wider",
+    "Wiring",
     "answers",
     "bare",
     "by_group",

@@ -22,6 +22,7 @@ from lightning_rnf.anatomy.layers import (
 )
 from lightning_rnf.anatomy.predict import Predict, supervised
 from lightning_rnf.anatomy.trace import Trace, form
+from lightning_rnf.anatomy.wiring import Wiring
 
 __all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
 
@@ -41,6 +42,7 @@ class UnitMap:
         kinds: type names of all modules, by module name.
         ran: names of the modules that ran.
         forms: dtype and shape of every parameter, by each of its names; see `form`.
+        by_rows: why it can't be followed what a layer reads of units, by its name: it is frozen by whole rows.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -53,6 +55,7 @@ class UnitMap:
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
     ran: tuple[str, ...] = field(default=(), repr=False)
     forms: Mapping[str, str] = field(default_factory=dict, repr=False)
+    by_rows: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -97,6 +100,7 @@ class UnitMap:
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
             ran=tuple(name for name in trace.modules if trace.runs[name]),
             forms={name: form(parameter) for parameter, names in trace.owners.items() for name in names},
+            by_rows=Wiring.of(module, layers).reasons,
         )
 
     def __str__(self) -> str:
@@ -112,6 +116,12 @@ class UnitMap:
             f"{units} units in {_count(rows, 'layer')}, each with the norm and slopes that follow it:",
             *_table(rows),
         ]
+        if self.by_rows:
+            lines.append("of these by whole rows, since it can't be followed which of the units they read:")
+            reasons = dict.fromkeys(self.by_rows.values())
+            lines += _table(
+                [(", ".join(one for one, of in self.by_rows.items() if of == why), why[:200]) for why in reasons]
+            )
         lines += ["head:", *_table([(self.head, self._kind(self.head), _count(self.head_parameters, "parameter"))])]
         if self.shared:
             by_reason = groupby(self.shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))

@@ -8,7 +8,6 @@ from lightning_rnf.freezing import initial, rows
 from lightning_rnf.freezing.communication import reduce_free_rows
 from lightning_rnf.freezing.connections import (
     Listening,
-    Wiring,
     free_weights,
     frozen_connections,
     harmless,
@@ -28,7 +27,6 @@ __all__ = [
     "ElasticityOption",
     "Freezer",
     "Listening",
-    "Wiring",
     "can_choose_rows",
     "check_elasticity",
     "check_globs",

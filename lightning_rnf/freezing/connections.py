@@ -7,69 +7,19 @@ the forward (`Flow`), so which entries are frozen follows from the masks and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from lightning_rnf.anatomy import Flow, Traced, UnitLayer, described, silenced
+from lightning_rnf.anatomy import UnitLayer, Wiring
 from lightning_rnf.memory import FreezeState
-from lightning_rnf.runtime import borrowed, evaluating, sharding
+from lightning_rnf.runtime import sharding
 
 LARGEST = 1e4
 """Of a weight that is multiplied by a zero: in half precision more may be infinite, and that times zero is no zero."""
-
-
-@dataclass(frozen=True, eq=False)
-class Wiring:
-    """The graph of a model's forward, as far as it can be followed.
-
-    Attributes:
-        traced: the graph; None: it can't be traced.
-        layers: unit layers.
-        reasons: why a unit layer's inputs are not known, by its name.
-    """
-
-    traced: Traced | None
-    layers: tuple[UnitLayer, ...]
-    reasons: Mapping[str, str]
-
-    @classmethod
-    def of(cls, module: nn.Module, layers: Iterable[UnitLayer]) -> Wiring:
-        """Follow a model's forward in eval mode. The model comes back as it was."""
-        layers = tuple(layers)
-        try:
-            with sharding.whole(module), borrowed(module), evaluating(module):
-                _forget_own(module)
-                traced = Traced.of(module, layers)
-                flow = Flow.of(traced, {layer.name: torch.zeros(layer.units).bool() for layer in layers}, layers)
-        except Exception as error:  # whatever a forward of the user's makes of it
-            said = " ".join(str(error).split())
-            return cls(None, layers, {layer.name: said for layer in layers})
-        return cls(traced, layers, dict(_unknown(flow, layers)))
-
-    def heard(self, relevant: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which channels each layer reads that may be other than zero while only these units speak.
-
-        Args:
-            relevant: bool ``(units,)`` by layer.
-
-        Returns:
-            Bool ``(channels,)`` by layer; layers that read all of them, or can't be followed, are left out.
-        """
-        if self.traced is None:
-            return {}
-        with suppress(KeyError):
-            flow = Flow.of(self.traced, {layer.name: ~relevant[layer.name] for layer in self.layers}, self.layers)
-            found = {}
-            for name, node in _nodes(self.traced, self.layers).items():
-                effect = flow.effects.get(node)
-                if effect is not None and effect.inputs is not None and bool((effect.inputs.constant == 0).any()):
-                    found[name] = effect.inputs.constant != 0
-            return found
-        return {}
 
 
 def heard(module: nn.Module, state: FreezeState, wiring: Wiring | None = None) -> dict[str, dict[str, Tensor]]:
@@ -190,21 +140,6 @@ class Listening:
             yield
 
 
-def _forget_own(module: nn.Module) -> None:
-    """For a borrowed module: what we have hung into it silences units or spares work, it is not the user's forward."""
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if _is_own(hook)]:
-                del hooks[key]
-        if _is_own(vars(part).get("forward")):
-            del vars(part)["forward"]
-
-
-def _is_own(made: Any) -> bool:
-    origin = getattr(made, "__module__", None) or type(made).__module__
-    return made is not None and origin.partition(".")[0] == __name__.partition(".")[0]
-
-
 def _is_silent(x: Tensor, axis: int, silent: Tensor) -> bool:
     x = x.detach().movedim(axis, 0)
     return len(x) == len(silent) and not bool(x[silent.to(x.device)].count_nonzero())
@@ -220,29 +155,3 @@ def _is_wild(weight: Tensor) -> bool:
 @torch.no_grad()
 def _put(weight: Tensor, chosen: Tensor, entries: Tensor) -> None:
     weight[chosen] = entries
-
-
-def _nodes(traced: Traced, layers: Iterable[UnitLayer]) -> dict[str, fx.Node]:
-    """Where each unit layer runs, by its name; those that run inside of another module, or twice, are not in it."""
-    names = {layer.name for layer in layers}
-    nodes = [node for node in traced.graph.nodes if node.op == "call_module" and node.target in names]
-    return {str(node.target): node for node in nodes if node.target not in traced.bound}
-
-
-def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str]]:
-    nodes = _nodes(flow.traced, layers)
-    behind: set[fx.Node] = set()  # nodes that hear some unit
-    for node in flow.traced.graph.nodes:
-        if node.target is silenced or behind.intersection(node.all_input_nodes):
-            behind.add(node)
-    for layer in layers:
-        node = nodes.get(layer.name)
-        if node is None:
-            yield layer.name, "where it runs can't be followed"
-        elif node.all_input_nodes and node.all_input_nodes[0] in behind:
-            effect = flow.effects.get(node)
-            if effect is None or effect.inputs is None:
-                source = node.all_input_nodes[0]
-                while source not in flow.whole and source.all_input_nodes:
-                    source = source.all_input_nodes[0]
-                yield layer.name, flow.whole.get(source) or f"what reads {described(source, flow.traced)} is not known"

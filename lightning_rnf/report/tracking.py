@@ -34,7 +34,8 @@ def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, tr
         f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
         f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}{epochs}, "
         f"{len(record.evaluations) + len(record.recovery)} evaluations on {record.samples} samples); "
-        f"{masks.free_capacity_over_tasks(state)[-1]:.1%} free"
+        f"{masks.free_capacity_over_tasks(state)[-1]:.1%} free, "
+        f"{masks.free_weights(state, masks.free_weights_of_layers(state)):.1%} of the weights"
     )
     if not record.accepted:
         cause, way_out = f"the ration of {ration}", "give it a larger ration" + ", or recovery_epochs" * trained
@@ -57,9 +58,10 @@ def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, tr
 
 def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:
     """Numbers of the task that has ended last, by name: free capacity in all and per layer, accuracies, seconds."""
-    frozen = state.frozen()
+    frozen, of_weights = state.frozen(), masks.free_weights_of_layers(state)
     found = {
         "free_capacity": masks.free_capacity_over_tasks(state)[-1],
+        "free_weights": masks.free_weights(state, of_weights),
         "relevant_units": float(sum(int(mask.sum()) for mask in record.relevant.values())),
         "cutoff": float(record.cutoff),
         "accuracy": record.accuracy,
@@ -69,6 +71,7 @@ def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:
     }
     found |= {f"seconds/{what}": seconds for what, seconds in record.seconds.items()}
     found |= {f"free_capacity/{layer}": float((~units).double().mean()) for layer, units in frozen.items()}
+    found |= {f"free_weights/{layer}": share for layer, share in of_weights.items()}
     if record.drift:
         found["largest_drift"] = max(record.drift.values())
     return {f"rnf/{name}": value for name, value in found.items()}

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from lightning_rnf.anatomy import UnitLayer
-from lightning_rnf.freezing import Listening, Wiring
+from lightning_rnf.anatomy import UnitLayer, Wiring
+from lightning_rnf.freezing import Listening
 from lightning_rnf.memory import TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.runtime import borrowed, evaluating

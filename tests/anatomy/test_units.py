@@ -714,6 +714,8 @@ def test_a_map_can_be_read():
 16 units in 2 layers, each with the norm and slopes that follow it:
   conv  ConvTranspose2d     12 units  BatchNorm2d norm, PReLU slopes
   last  Linear               4 units
+of these by whole rows, since it can't be followed which of the units they read:
+  last  middle (GroupNorm) mixes channels
 head:
   heads.a  Linear  2 parameters
 shared, frozen whole after the first task:

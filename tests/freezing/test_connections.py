@@ -14,9 +14,8 @@ from networks import Built
 from records import bare_record
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.anatomy import UnitMap, Wiring
 from lightning_rnf.freezing import (
-    Wiring,
     elasticities,
     frozen_connections,
 )
