@@ -91,7 +91,7 @@ def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str
                     source = unknown[0]
                 yield (
                     layer.name,
-                    flow.whole.get(source) or f"it does not read {described(source, flow.traced)} by units",
+                    flow.whole.get(source) or f"{described(source, flow.traced)} is not read by units",
                 )
 
 
