@@ -21,11 +21,13 @@ class Wiring:
     """The graph of a model's forward, as far as it can be followed.
 
     Attributes:
+        module: the model.
         traced: the graph; None: it can't be traced.
         layers: unit layers.
         reasons: why a unit layer's inputs are not known, by its name.
     """
 
+    module: nn.Module
     traced: Traced | None
     layers: tuple[UnitLayer, ...]
     reasons: Mapping[str, str]
@@ -41,8 +43,8 @@ class Wiring:
                 flow = Flow.of(traced, {layer.name: torch.zeros(layer.units).bool() for layer in layers}, layers)
         except Exception as error:  # whatever a forward of the user's makes of it
             said = " ".join(str(error).split())
-            return cls(None, layers, {layer.name: said for layer in layers})
-        return cls(traced, layers, dict(_unknown(flow, layers)))
+            return cls(module, None, layers, {layer.name: said for layer in layers})
+        return cls(module, traced, layers, dict(_unknown(flow, layers)))
 
     def heard(self, relevant: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which channels each layer reads that may be other than zero while only these units speak.
@@ -55,7 +57,7 @@ class Wiring:
         """
         if self.traced is None:
             return {}
-        with suppress(KeyError):
+        with suppress(KeyError), sharding.whole(self.module):  # its parts are read
             flow = Flow.of(self.traced, {layer.name: ~relevant[layer.name] for layer in self.layers}, self.layers)
             found = {}
             for name, node in _nodes(self.traced, self.layers).items():
