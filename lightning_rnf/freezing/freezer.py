@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -299,7 +300,7 @@ class _Slice:
 
 
 class _Block(_Slice):
-    """Some rows of a parameter, and of them some columns; where it is most of the parameter `_Entries` are faster."""
+    """Some rows of a parameter, and of them some columns; where that is most of it, `_AllBut` is faster."""
 
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
         super().__init__((rows, columns))
@@ -316,6 +317,32 @@ class _Block(_Slice):
     def zero(self, tensor: Tensor) -> None:
         own = sharding.local(tensor)
         own.index_copy_(0, self.rows, own.index_select(0, self.rows).index_fill_(1, self.columns, 0.0))
+
+
+class _AllBut(_Slice):
+    """All of a parameter but some rows and, of the others, some columns. What is read is all."""
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        super().__init__(None)
+        self.rows, self.columns = rows, columns
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        own = sharding.local(parameter)
+        with self._kept(own):
+            own.copy_(value)
+
+    def zero(self, tensor: Tensor) -> None:
+        own = sharding.local(tensor)
+        with self._kept(own):
+            own.zero_()
+
+    @contextmanager
+    def _kept(self, own: Tensor) -> Iterator[None]:
+        rows, columns = self.rows.to(own.device), self.columns.to(own.device)
+        of_rows, of_columns = own.index_select(0, rows), own.index_select(1, columns)
+        yield
+        own.index_copy_(1, columns, of_columns)
+        own.index_copy_(0, rows, of_rows)
 
 
 class _Entries(_Slice):
@@ -398,6 +425,8 @@ class _Rows:
         count, device = int(rows.sum()) * int(columns.sum()), self.parameter.device
         if count == int(chosen.sum()) and count <= LARGEST_BLOCK * chosen.numel():
             return _Block(*(one.nonzero().view(-1).to(device) for one in (rows, columns)))
+        if count == int(chosen.sum()):
+            return _AllBut(*((~one).nonzero().view(-1).to(device) for one in (rows, columns)))
         return _Entries(chosen.to(device))
 
     def travelling(self, factor: Tensor) -> Tensor | None:

@@ -15,10 +15,7 @@ from records import bare_record
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitMap, Wiring
-from lightning_rnf.freezing import (
-    elasticities,
-    frozen_connections,
-)
+from lightning_rnf.freezing import Freezer, elasticities, frozen_connections, hold_in_copy
 from lightning_rnf.freezing import heard as heard_of
 from lightning_rnf.memory import FreezeState, fingerprints
 from lightning_rnf.recall import subnetwork
@@ -357,3 +354,45 @@ def test_what_is_frozen_reads_something_in_a_finished_tasks_recall(seed):
 def test_the_same_is_frozen_of_many_networks_as_reads_something():
     for seed in range(25, 500):
         check_needed(seed)
+
+
+# -- how they are held ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("is_block", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_frozen_entries_are_held_and_all_others_learn_what_they_would(share, is_block, kind):
+    torch.manual_seed(1)
+    if kind == "linear":
+        layer, x = nn.Linear(300, 200), torch.randn(128, 300)
+    else:
+        layer, x = nn.Conv2d(32, 40, 3), torch.randn(4, 32, 6, 6)
+    rows, columns = torch.rand(len(layer.weight)) < share, torch.rand(layer.weight.shape[1]) < share
+    frozen = block(rows, columns) if is_block else torch.rand(layer.weight.shape[:2]) < share
+    net = nn.ModuleDict({"layer": layer})
+    start, gradients, after = copy.deepcopy(net.state_dict()), [], []
+    for factors in ({}, {"layer.weight": torch.where(frozen, 0.0, 1.0)}):
+        net.load_state_dict(start)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+        freezer = Freezer(net, factors)
+        freezer.attach([optimizer])
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        gradients.append(layer.weight.grad.clone())
+        optimizer.step()
+        after.append(layer.weight.detach().clone())
+        if factors:
+            hold = {"layer.weight": torch.full_like(layer.weight, torch.nan)}
+            hold_in_copy(hold, net, factors)
+            written = (
+                ~hold["layer.weight"].isnan().flatten(2) if kind == "convolution" else ~hold["layer.weight"].isnan()
+            )
+            assert torch.equal(written.all(-1) if kind == "convolution" else written, frozen)
+        freezer.detach()
+
+    plain, held = gradients
+    assert not bool(held[frozen].any())
+    torch.testing.assert_close(held[~frozen], plain[~frozen], rtol=1e-4, atol=1e-7)
+    assert torch.equal(after[1][frozen], start["layer.weight"][frozen])
+    torch.testing.assert_close(after[1][~frozen], after[0][~frozen], rtol=1e-4, atol=1e-7)
