@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OWN = Path(__file__).parent
-DRAWN = ("naive", "paper", "exact", "default", "best")
+DRAWN = ("naive", "paper", "exact", "best")
 _OVERVIEW = re.compile(r"(<!-- overview -->\n)(.*?)(<!-- /overview -->)", flags=re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)
 

@@ -92,7 +92,9 @@ class RelevanceFreezing(BetweenFits):
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
             beyond it are pruned too. Several: one for each task in the order of their ends, protected and loaded ones
             counted, the last for all after it. None: no limit.
-        reset_free: give free units their initial values back before each new task.
+        reset_free: give free units their initial values back before each new task. ``"auto"``, as for the two before:
+            see `auto` and ``docs/auto.md``.
+        tasks: how many there will be, for ``"auto"``; None: not known.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
         over_samples: how a unit's relevance is summed over samples: ``"absolute"``: that of each sample by its size, so
@@ -140,13 +142,13 @@ class RelevanceFreezing(BetweenFits):
         elasticity: ElasticityOption = 0.0,
         irrelevant_elasticity: ElasticityOption = 1.0,
         retention: Retention = "exact",
-        freeze: Freeze = "connections",
+        freeze: Freeze = "units",
         candidates: Candidates = "free",
-        recovery_epochs: int | Literal["auto"] = "auto",
+        recovery_epochs: int | Literal["auto"] = 0,
         recovery_criterion: CriterionOption | None = None,
         recovery_search: bool = False,
-        ration: float | Sequence[float] | Literal["auto"] | None = "auto",
-        reset_free: bool | Literal["auto"] = "auto",
+        ration: float | Sequence[float] | Literal["auto"] | None = None,
+        reset_free: bool | Literal["auto"] = False,
         tasks: int | None = None,
         importance: ImportanceName | Importance = "lrp",
         over_samples: OverSamples = "absolute",
@@ -158,7 +160,7 @@ class RelevanceFreezing(BetweenFits):
         recalibrate_norm: bool = True,
         reference_samples: int | None = 5000,
         attribution_samples: int | None = 1000,
-        fit_head: FitHead = "auto",
+        fit_head: FitHead = False,
         fit_data: ReferenceSource = None,
         fit_samples: int | None = 10_000,
         units: str | Sequence[str] | None = None,
@@ -193,9 +195,8 @@ class RelevanceFreezing(BetweenFits):
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
-        self.reset_free = (
-            True if reset_free == "auto" else arguments.of_type("reset_free", reset_free, bool, "True or False")
-        )
+        is_auto = reset_free == "auto"
+        self.reset_free = "auto" if is_auto else arguments.of_type("reset_free", reset_free, bool, "True or False")
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         self._scores: dict[Any, float] = {}
@@ -212,6 +213,12 @@ class RelevanceFreezing(BetweenFits):
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
         paper |= {"fit_head": False, "search": "bisect", "over_samples": "signed"}
         return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
+
+    @classmethod
+    def auto(cls, **changes: Any) -> RelevanceFreezing:
+        """Settings that set themselves: the most room and the best accuracy without a choice; see ``docs/auto.md``."""
+        chosen = dict.fromkeys(("recovery_epochs", "ration", "reset_free", "fit_head"), "auto")
+        return cls(**{**chosen, "freeze": "connections", **changes})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Ending.OPTIONS:  # without this it would be taken, and change nothing

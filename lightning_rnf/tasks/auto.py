@@ -6,7 +6,6 @@ Every number here was found on validation data of seeds that are not reported; `
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, TypeGuard
 
 from lightning.pytorch import Trainer
@@ -19,10 +18,10 @@ SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
 NEEDED = 0.7
 """A share beyond it is for tasks whose criterion does not accept this one."""
 
-PARTS = (float(os.environ.get("RNF_PART", "0.15")), 0.5)
+PARTS = (0.15, 0.5)
 """Of the tolerance: so much less accuracy, at least and at most, is as good as all; between them a standard error."""
 
-RECOVERY = float(os.environ.get("RNF_RECOVERY", "0.25"))
+RECOVERY = 0.25
 """Of a fit's epochs, the last, train inside the sub-network."""
 
 

@@ -19,7 +19,7 @@ from lightning_rnf.tasks.fitting import SCALES, Fitting, last_layer, scale_of
 from lightning_rnf.tasks.leastsquares import Moments, scales
 from lightning_rnf.tasks.reference import ReferenceData
 
-FEW = {"recovery_epochs": 0, "ration": None, "reset_free": False, "criterion": 0.02}
+FEW = {"recovery_epochs": 0, "ration": None, "reset_free": False, "criterion": 0.02, "fit_head": "auto"}
 """Nothing but the search and the head."""
 
 
@@ -70,7 +70,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("options", [{"fit_head": False}, {"retention": "paper"}, {}])
 def test_the_head_stays_as_it_was_trained_where_nobody_asked(options):
-    rnf = RelevanceFreezing(**FEW, **options) if options else RelevanceFreezing.paper()
+    rnf = RelevanceFreezing(**{**FEW, **options}) if options else RelevanceFreezing.paper()
     model, before = Classifier(), Trained()
     trainer(before, rnf).fit(model, datamodule=task_data("a"))
     assert rnf.state.task("a").whole == {}
