@@ -195,8 +195,9 @@ class RelevanceFreezing(BetweenFits):
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
-        is_auto = reset_free == "auto"
-        self.reset_free = "auto" if is_auto else arguments.of_type("reset_free", reset_free, bool, "True or False")
+        self.reset_free: bool | Literal["auto"] = (
+            "auto" if reset_free == "auto" else arguments.of_type("reset_free", reset_free, bool, "True or False")
+        )
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         self._scores: dict[Any, float] = {}
@@ -254,6 +255,7 @@ class RelevanceFreezing(BetweenFits):
             raise RuntimeError("no fit is under way whose task could end: call end_task from a hook between two steps")
         runs.refuse_processes(module.trainer)
         self._holding.pin(module.trainer.optimizers)
+        self.state.several = True  # before: checkpoints of this end belong to a fit that goes on
         record = self._end_task(module.trainer, module, self._task_name(module.trainer, module, name))
         self._holding.go_on(reset=self._resets)
         return record
@@ -325,7 +327,8 @@ class RelevanceFreezing(BetweenFits):
         if self.state.training is None:  # the last one was ended by hand
             name = runs.given_name(self.task, trainer, pl_module)
             self.state.training = None if name in self.state.tasks else name
-        if self.state.recovering is None and runs.is_time_to_recover(trainer, self.ending.recovery.epochs_of(trainer)):
+        epochs = self.ending.recovery.epochs_of(trainer, several=self.state.several)
+        if self.state.recovering is None and runs.is_time_to_recover(trainer, epochs):
             name = self._task_name(trainer, pl_module)
             self._holding.stay_inside(self.ending.recover(trainer, pl_module, self.state, name))
         if self.state.recovering is not None:

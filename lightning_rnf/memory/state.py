@@ -39,6 +39,7 @@ class FreezeState:
         resets: after how many tasks free units were reset; -1: not since a task was given up.
         forms: dtype and shape of every parameter that the model had at a task's end; empty in files from before that.
         widenings: where the model was made wider, in order; records say how many there had been at a task's end.
+        several: whether a task was ended inside the fit that is under way, which goes on with the next one.
     """
 
     layers: tuple[UnitLayer, ...] = ()
@@ -50,6 +51,7 @@ class FreezeState:
     resets: int = 0
     forms: dict[str, str] = field(default_factory=dict)
     widenings: tuple[Wider, ...] = ()
+    several: bool = False
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -77,7 +79,7 @@ class FreezeState:
 
     def forget_unfinished(self) -> None:
         """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
-        self.training = self.recovering = None
+        self.training, self.recovering, self.several = None, None, False
         if not self.tasks and self.resets >= 0:
             self.layers, self.initial, self.resets = (), {}, 0
 
@@ -233,6 +235,7 @@ class FreezeState:
             "resets": self.resets,
             **({"forms": dict(self.forms)} if self.forms else {}),
             **({"widenings": [widening.to_plain(one) for one in self.widenings]} if self.widenings else {}),
+            **({"several": True} if self.several else {}),
         }
 
     @classmethod
@@ -273,7 +276,8 @@ class FreezeState:
         widenings = widening.all_from_plain(plain, layers, forms, known)
         if any(record.widenings > len(widenings) for record in tasks.values()):
             raise ValueError("not a state of lightning_rnf: it does not say where its model was made wider")
-        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings)
+        several = get(plain, "several", bool) if "several" in plain else False
+        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several)
 
 
 def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:

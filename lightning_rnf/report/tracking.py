@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, trained: bool = True) -> None:
+def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, auto: bool = False) -> None:
     """Say what the task that has ended last needs and has left; warn if it falls short, or has filled a layer.
 
     Args:
         state: the finished tasks.
         record: of the last one.
-        ration: what it could claim of each layer at most; None: all.
         trained: whether a fit has ended it, which could have gone on with a recovery.
+        auto: whether nobody has set what fell short.
     """
     units = sum(layer.units for layer in state.layers)
     epochs = f", recovered for {record.recovery_epochs} epochs" if record.recovery else ""
@@ -38,10 +38,17 @@ def announce(state: FreezeState, record: TaskRecord, ration: float | None, *, tr
         f"{masks.free_weights(state, masks.free_weights_of_layers(state)):.1%} of the weights"
     )
     if not record.accepted:
-        cause, way_out = f"the ration of {ration}", "give it a larger ration" + ", or recovery_epochs" * trained
+        cause, way_out = f"the ration of {record.ration}", "give it a larger ration" + ", or recovery_epochs" * trained
         if record.recovery:
             cause = "its recovery"
             way_out = "give it more recovery_epochs, a milder recovery_criterion or ration, or recovery_search=True"
+        if auto:
+            share = 1.0 if record.ration is None else record.ration
+            cause = f"a claim on {share:.0%} of each layer's free units" + ", recovered," * bool(record.recovery)
+            way_out = (
+                "train it for more epochs, tolerate a larger drop (criterion=), let it claim more (ration=1.0), or give "
+                "the network more units: build it wider, or rnf.widen(model, 0.5) before a fit"
+            )
         rank_zero_warn(
             f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
             f"network, {record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"

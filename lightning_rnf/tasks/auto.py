@@ -9,6 +9,7 @@ import math
 from typing import Any, TypeGuard
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from lightning_rnf.search import AccuracyDrop, Criterion, SubnetworkScore
 
@@ -62,7 +63,9 @@ def recovery_epochs(trainer: Trainer) -> int:
     None of one that has less than two epochs, or whose end is not a number of epochs.
     """
     options: Any = trainer
-    epochs, is_timed = trainer.max_epochs, options.max_time is not None if hasattr(options, "max_time") else False
+    epochs = trainer.max_epochs
+    timers = [callback for callback in options.callbacks if isinstance(callback, Timer)]  # max_time makes one, too
+    is_timed = any(timer.time_remaining() is not None for timer in timers)
     if options.fast_dev_run or options.max_steps != -1 or is_timed or epochs is None or epochs < 2:
         return 0
     return max(1, int(epochs * RECOVERY))

@@ -356,10 +356,11 @@ class Ending:
             foresight.of_drift(record.name, seen, moved(parameters, state, (), heard(module, state)))
 
     def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
-        ration = found.record.ration
-        tracking.announce(state, state.tasks[found.record.name], ration, trained=trained)
+        is_auto = "auto" == (self.recovery.epochs if found.record.recovery else self.selection.rations)
+        tracking.announce(state, state.tasks[found.record.name], trained=trained, auto=is_auto)
         foresight.of_runs(found.record.name, found.whole)
-        foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=ration is not None)
+        rationed = found.record.ration not in (None, 1.0)
+        foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=rationed)
 
     def _check_size(self, targets: int) -> None:
         if not targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -79,14 +82,21 @@ class HeadFit:
 
     def _drawn(self, trainer: Trainer, reference: Reference, drawn: ReferenceData) -> ReferenceData | None:
         if self.source is not None:
-            return reference.to_fit(self.source, self.samples, SEARCHED).draw(trainer)
+            return self._drawn_from(self.source, trainer, reference)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 data = drawn.ranks.agreed(lambda: trainer.train_dataloader)
-                return None if data is None else reference.to_fit(data, self.samples, SEARCHED).draw(trainer)
+                return None if data is None else self._drawn_from(data, trainer, reference)
         except Exception:  # several loaders, batches of another kind: nothing may be lost for what training data are
             return None
+
+    def _drawn_from(self, source: ReferenceSource, trainer: Trainer, reference: Reference) -> ReferenceData:
+        # Training data are augmented at random: a fit that is resumed has to see what it would have seen.
+        with isolate_rng():
+            for seeded in (random.seed, np.random.seed, torch.manual_seed):
+                seeded(reference.seed % 2**32)
+            return reference.to_fit(source, self.samples, SEARCHED).draw(trainer)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,12 @@ class Recovery:
             raise ValueError("recovery_criterion and recovery_search are of use with recovery_epochs only: it is 0")
         object.__setattr__(self, "criterion", before)
 
-    def epochs_of(self, trainer: Trainer) -> int:
-        """How many of a fit's last epochs are a recovery."""
-        return auto.recovery_epochs(trainer) if self.epochs == "auto" else self.epochs
+    def epochs_of(self, trainer: Trainer, *, several: bool = False) -> int:
+        """How many of a fit's last epochs are a recovery; ``several``: whether a task has ended inside the fit already."""
+        if self.epochs != "auto":
+            return self.epochs
+        # When the next task has begun nobody has said: its recovery might begin with it.
+        return 0 if several else auto.recovery_epochs(trainer)
 
     @property
     def before(self) -> Criterion | None:

@@ -266,7 +266,8 @@ class Selection:
         if taken.measured is None:  # what is enough may be less than what the criterion asks for
             score = found.taken.score
             return replace(found, taken=Evaluation(score, ranks.decided(lambda: criterion.met(score)))), taken
-        last = Evaluation(scored(taken.measured), is_met(taken.measured))
+        # The whole network needs no verdict.
+        last = Evaluation(scored(taken.measured), cutoff == 0 or is_met(taken.measured))
         return SearchResult(last, (*found.evaluations, last)), taken
 
     def _is_enough(self, candidates: Subnetworks, criterion: Criterion, share: float | None, *, asks: bool) -> bool:

@@ -135,7 +135,9 @@ class Predicts(Classifier):
 def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
     torch.manual_seed(0)
     model = Predicts()
-    rnf = RelevanceFreezing(freeze="connections", **OPTIONS, predict=lambda module, batch: (module.shifted(batch[0]), batch[1]))
+    rnf = RelevanceFreezing(
+        freeze="connections", **OPTIONS, predict=lambda module, batch: (module.shifted(batch[0]), batch[1])
+    )
     fit(model, rnf, "a")
     assert rnf.state.tasks["a"].connections == ()
 
@@ -146,7 +148,9 @@ def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
     assert other.state.tasks["a"].connections == ("body.3",)
     later = Predicts()
     later.load_state_dict(seen.state_dict())
-    rnf = RelevanceFreezing(freeze="connections", **OPTIONS, predict=lambda module, batch: (module.shifted(batch[0]), batch[1]))
+    rnf = RelevanceFreezing(
+        freeze="connections", **OPTIONS, predict=lambda module, batch: (module.shifted(batch[0]), batch[1])
+    )
     rnf.load_state_dict(other.state_dict())
     before = later.body[3].weight.detach().clone()
     rows = rnf.state.frozen()["body.3"]
