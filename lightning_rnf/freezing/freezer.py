@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import TRANSPOSED, UnitMap
 from lightning_rnf.freezing import rows as layer_rows
+from lightning_rnf.freezing.slices import LARGEST_BLOCK, AllBut, Block, Entries, Slice
 from lightning_rnf.memory import FreezeState
 from lightning_rnf.runtime import sharding
 
@@ -261,113 +261,6 @@ class Freezer:
                 rows.slow_down()
 
 
-class _Slice:
-    """Some rows of a parameter: an index for each of its leading dimensions; None: all of it.
-
-    Two leading dimensions are rare, one has its own faster functions.
-    """
-
-    def __init__(self, index: tuple[Tensor, ...] | None) -> None:
-        self.index = index
-
-    def read(self, parameter: Tensor) -> Tensor:
-        rows = sharding.local(parameter)
-        if self.index is None:
-            return rows.clone()
-        return rows.index_select(0, *self.index) if len(self.index) == 1 else rows[self.index]
-
-    def write(self, parameter: Tensor, value: Tensor) -> None:
-        rows = sharding.local(parameter)
-        if self.index is None:
-            rows.copy_(value)
-            return
-        value = value.to(rows)  # after the fit the parameter may be on another device
-        index = tuple(one.to(rows.device) for one in self.index)
-        if len(index) == 1:
-            rows.index_copy_(0, *index, value)
-        else:
-            rows.index_put_(index, value)
-
-    def zero(self, tensor: Tensor) -> None:
-        tensor = sharding.local(tensor)
-        # Filled, not multiplied: zero times NaN is NaN.
-        if self.index is None:
-            tensor.zero_()
-        elif len(self.index) == 1:
-            tensor.index_fill_(0, *self.index, 0.0)
-        else:
-            tensor[self.index] = 0.0
-
-
-class _Block(_Slice):
-    """Some rows of a parameter, and of them some columns; where that is most of it, `_AllBut` is faster."""
-
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        super().__init__((rows, columns))
-        self.rows, self.columns = rows, columns
-
-    def read(self, parameter: Tensor) -> Tensor:
-        return sharding.local(parameter).index_select(0, self.rows).index_select(1, self.columns)
-
-    def write(self, parameter: Tensor, value: Tensor) -> None:
-        own = sharding.local(parameter)
-        value, rows, columns = value.to(own), self.rows.to(own.device), self.columns.to(own.device)
-        own.index_copy_(0, rows, own.index_select(0, rows).index_copy_(1, columns, value))
-
-    def zero(self, tensor: Tensor) -> None:
-        own = sharding.local(tensor)
-        own.index_copy_(0, self.rows, own.index_select(0, self.rows).index_fill_(1, self.columns, 0.0))
-
-
-class _AllBut(_Slice):
-    """All of a parameter but some rows and, of the others, some columns. What is read is all."""
-
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        super().__init__(None)
-        self.rows, self.columns = rows, columns
-
-    def write(self, parameter: Tensor, value: Tensor) -> None:
-        own = sharding.local(parameter)
-        with self._kept(own):
-            own.copy_(value)
-
-    def zero(self, tensor: Tensor) -> None:
-        own = sharding.local(tensor)
-        with self._kept(own):
-            own.zero_()
-
-    @contextmanager
-    def _kept(self, own: Tensor) -> Iterator[None]:
-        rows, columns = self.rows.to(own.device), self.columns.to(own.device)
-        of_rows, of_columns = own.index_select(0, rows), own.index_select(1, columns)
-        yield
-        own.index_copy_(1, columns, of_columns)
-        own.index_copy_(0, rows, of_rows)
-
-
-class _Entries(_Slice):
-    """Entries anywhere in the first two dimensions of a parameter: ``mask`` is bool of those. What is read is all."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(None)
-        self.mask = mask
-
-    def write(self, parameter: Tensor, value: Tensor) -> None:
-        own = sharding.local(parameter)
-        torch.where(self._mask(own), value.to(own), own, out=own)
-
-    def zero(self, tensor: Tensor) -> None:
-        own = sharding.local(tensor)
-        own.masked_fill_(self._mask(own), 0.0)
-
-    def _mask(self, tensor: Tensor) -> Tensor:
-        return self.mask.to(tensor.device).view(*self.mask.shape, *[1] * (tensor.ndim - self.mask.ndim))
-
-
-LARGEST_BLOCK = 0.6
-"""Of a parameter's entries: with more frozen, copying all of it is faster than copying a block (measured on a CPU)."""
-
-
 def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
     sharding.reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -390,9 +283,9 @@ class _Rows:
         self.factor = factor
         self.is_transposed = is_transposed
         self.is_whole = not bool(factor.any())
-        self.frozen: _Slice | None = None
+        self.frozen: Slice | None = None
         self.free: Tensor | None = None
-        self.elastic: _Slice | None = None
+        self.elastic: Slice | None = None
         self.pinned: Tensor
         self.pinned_writes = -1
         self.before: Tensor
@@ -412,22 +305,22 @@ class _Rows:
             inner = [1] * (self.parameter.ndim - factor.ndim)
             self.weight = factors.view((*factors.shape, *inner)).to(sharding.local(self.parameter))
 
-    def where(self, chosen: Tensor) -> _Slice | None:
+    def where(self, chosen: Tensor) -> Slice | None:
         if not chosen.any():
             return None
-        return _Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))
+        return Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))
 
-    def held(self, chosen: Tensor) -> _Slice | None:
+    def held(self, chosen: Tensor) -> Slice | None:
         """As `where`, by blocks and masks where entries are told apart."""
         if chosen.ndim < 2 or not chosen.any() or chosen.all():
             return self.where(chosen)
         rows, columns = chosen.any(dim=1), chosen.any(dim=0)
         count, device = int(rows.sum()) * int(columns.sum()), self.parameter.device
         if count == int(chosen.sum()) and count <= LARGEST_BLOCK * chosen.numel():
-            return _Block(*(one.nonzero().view(-1).to(device) for one in (rows, columns)))
+            return Block(*(one.nonzero().view(-1).to(device) for one in (rows, columns)))
         if count == int(chosen.sum()):
-            return _AllBut(*((~one).nonzero().view(-1).to(device) for one in (rows, columns)))
-        return _Entries(chosen.to(device))
+            return AllBut(*((~one).nonzero().view(-1).to(device) for one in (rows, columns)))
+        return Entries(chosen.to(device))
 
     def travelling(self, factor: Tensor) -> Tensor | None:
         """Of what a gradient that other processes have is of use: whole rows of a weight, if anything of them is."""
