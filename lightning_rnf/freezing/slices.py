@@ -21,12 +21,14 @@ class Slice:
         self.index = index
 
     def read(self, parameter: Tensor) -> Tensor:
+        """What a parameter has there now: a copy."""
         rows = sharding.local(parameter)
         if self.index is None:
             return rows.clone()
         return rows.index_select(0, *self.index) if len(self.index) == 1 else rows[self.index]
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Put back what was read, into the parameter or a copy of it."""
         rows = sharding.local(parameter)
         if self.index is None:
             rows.copy_(value)
@@ -39,6 +41,7 @@ class Slice:
             rows.index_put_(index, value)
 
     def zero(self, tensor: Tensor) -> None:
+        """Fill the same part of a gradient with zero."""
         tensor = sharding.local(tensor)
         # Filled, not multiplied: zero times NaN is NaN.
         if self.index is None:
@@ -57,14 +60,17 @@ class Block(Slice):
         self.rows, self.columns = rows, columns
 
     def read(self, parameter: Tensor) -> Tensor:
+        """What a parameter has there now: a copy."""
         return sharding.local(parameter).index_select(0, self.rows).index_select(1, self.columns)
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Put back what was read, into the parameter or a copy of it."""
         own = sharding.local(parameter)
         value, rows, columns = value.to(own), self.rows.to(own.device), self.columns.to(own.device)
         own.index_copy_(0, rows, own.index_select(0, rows).index_copy_(1, columns, value))
 
     def zero(self, tensor: Tensor) -> None:
+        """Fill the same part of a gradient with zero."""
         own = sharding.local(tensor)
         own.index_copy_(0, self.rows, own.index_select(0, self.rows).index_fill_(1, self.columns, 0.0))
 
@@ -77,11 +83,13 @@ class AllBut(Slice):
         self.rows, self.columns = rows, columns
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Put back what was read, into the parameter or a copy of it."""
         own = sharding.local(parameter)
         with self._kept(own):
             own.copy_(value)
 
     def zero(self, tensor: Tensor) -> None:
+        """Fill the same part of a gradient with zero."""
         own = sharding.local(tensor)
         with self._kept(own):
             own.zero_()
@@ -103,10 +111,12 @@ class Entries(Slice):
         self.mask = mask
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Put back what was read, into the parameter or a copy of it."""
         own = sharding.local(parameter)
         torch.where(self._mask(own), value.to(own), own, out=own)
 
     def zero(self, tensor: Tensor) -> None:
+        """Fill the same part of a gradient with zero."""
         own = sharding.local(tensor)
         own.masked_fill_(self._mask(own), 0.0)
 
