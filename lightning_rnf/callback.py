@@ -86,14 +86,12 @@ class RelevanceFreezing(BetweenFits):
             against ``recovery_criterion``; then only the head, the free units that are relevant, and in the first task
             shared parameters learn, and the network, pruned harder, gets its accuracy back. The tolerance is checked
             at the end.
-        recovery_criterion: what the search before the recovery may take; a number is the absolute drop of accuracy.
-            None: 0.1.
-        recovery_search: if the recovery falls short of ``criterion``, try milder cutoffs, by half more units each.
+        recovery_criterion: what the search before it may take; a number is the drop of accuracy, None: 0.1.
+        recovery_search: if it falls short of ``criterion`` then, try milder cutoffs, by half more units each.
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
             beyond it are pruned too. Several: one for each task in the order of their ends, protected and loaded ones
             counted, the last for all after it. None: no limit.
-        reset_free: give free units their initial values back before each new task. ``"auto"``, as for the two before:
-            see `auto` and ``docs/auto.md``.
+        reset_free: give free units their initial values back before each new task. ``"auto"``: see ``docs/auto.md``.
         tasks: how many there will be, for ``"auto"``; None: not known.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
             ``"magnitude"``, ``"random"``, or an `Importance` of your own.
@@ -195,9 +193,9 @@ class RelevanceFreezing(BetweenFits):
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
-        self.reset_free: bool | Literal["auto"] = (
-            "auto" if reset_free == "auto" else arguments.of_type("reset_free", reset_free, bool, "True or False")
-        )
+        if reset_free != "auto":
+            arguments.of_type("reset_free", reset_free, bool, "True or False")
+        self.reset_free = reset_free
         self._is_resumed = self._has_trained = False
         self._steps_at_end = -1
         self._scores: dict[Any, float] = {}
@@ -218,8 +216,8 @@ class RelevanceFreezing(BetweenFits):
     @classmethod
     def auto(cls, **changes: Any) -> RelevanceFreezing:
         """Settings that set themselves: the most room and the best accuracy without a choice; see ``docs/auto.md``."""
-        chosen = dict.fromkeys(("recovery_epochs", "ration", "reset_free", "fit_head"), "auto")
-        return cls(**{**chosen, "freeze": "connections", **changes})
+        names = ("recovery_epochs", "ration", "reset_free", "fit_head")
+        return cls(**{**dict.fromkeys(names, "auto"), "freeze": "connections", **changes})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Ending.OPTIONS:  # without this it would be taken, and change nothing

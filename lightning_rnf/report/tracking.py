@@ -46,8 +46,8 @@ def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, au
             share = 1.0 if record.ration is None else record.ration
             cause = f"a claim on {share:.0%} of each layer's free units" + ", recovered," * bool(record.recovery)
             way_out = (
-                "train it for more epochs, tolerate a larger drop (criterion=), let it claim more (ration=1.0), or give "
-                "the network more units: build it wider, or rnf.widen(model, 0.5) before a fit"
+                "train it for more epochs, tolerate a larger drop (criterion=), let it claim more (ration=1.0), or "
+                "give the network more units: build it wider, or rnf.widen(model, 0.5) before a fit"
             )
         rank_zero_warn(
             f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "

@@ -43,7 +43,7 @@ class Recovery:
         object.__setattr__(self, "criterion", before)
 
     def epochs_of(self, trainer: Trainer, *, several: bool = False) -> int:
-        """How many of a fit's last epochs are a recovery; ``several``: whether a task has ended inside the fit already."""
+        """How many of a fit's last epochs are a recovery; ``several``: a task has ended inside the fit already."""
         if self.epochs != "auto":
             return self.epochs
         # When the next task has begun nobody has said: its recovery might begin with it.

@@ -30,7 +30,7 @@ def masks_of(rnf, model):
 @pytest.mark.parametrize("kind", [Classifier, ConvClassifier])
 def test_frozen_entries_keep_their_bits_and_free_ones_of_frozen_rows_learn(kind):
     torch.manual_seed(0)
-    model, rnf = kind(weight_decay=0.1), RelevanceFreezing(freeze="connections", **OPTIONS)
+    model, rnf = kind(weight_decay=0.1), RelevanceFreezing.auto(**OPTIONS)
     fit(model, rnf, "a")
     frozen, before = masks_of(rnf, model), copy.deepcopy(dict(model.named_parameters()))
     x = clusters("c", 50).tensors[0]
@@ -57,7 +57,7 @@ def test_frozen_entries_keep_their_bits_and_free_ones_of_frozen_rows_learn(kind)
 
 
 def test_whole_rows_are_frozen_with_units_and_in_the_paper():
-    for rnf in (RelevanceFreezing(freeze="units", **OPTIONS), RelevanceFreezing.paper()):
+    for rnf in (RelevanceFreezing.auto(freeze="units", **OPTIONS), RelevanceFreezing.paper()):
         torch.manual_seed(0)
         model = Classifier()
         fit(model, rnf, "a", epochs=1)
@@ -67,7 +67,7 @@ def test_whole_rows_are_frozen_with_units_and_in_the_paper():
 
 def test_free_weights_are_one_before_any_task_and_more_than_free_units_after_it():
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing(freeze="connections", **OPTIONS)
+    model, rnf = Classifier(), RelevanceFreezing.auto(**OPTIONS)
     assert rnf.free_weights == 1.0
     fit(model, rnf, "a")
     frozen = rnf.state.frozen()
@@ -84,7 +84,7 @@ def test_free_weights_are_one_before_any_task_and_more_than_free_units_after_it(
 
 def test_free_entries_of_frozen_rows_are_reset():
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing(**{"freeze": "connections", **OPTIONS, "reset_free": True})
+    model, rnf = Classifier(), RelevanceFreezing.auto(**{**OPTIONS, "reset_free": True})
     start = model.body[3].weight.detach().clone()
     fit(model, rnf, "a")
     frozen = masks_of(rnf, model)["body.3.weight"]
@@ -109,7 +109,7 @@ def test_free_entries_of_frozen_rows_are_reset():
 @pytest.mark.parametrize("damage", [math.nan, math.inf])
 def test_recall_and_export_are_exact_if_free_entries_diverge(damage):
     torch.manual_seed(0)
-    model, rnf = ConvClassifier(), RelevanceFreezing(freeze="connections", **OPTIONS)
+    model, rnf = ConvClassifier(), RelevanceFreezing.auto(**OPTIONS)
     fit(model, rnf, "a")
     x = clusters("c", 50).tensors[0]
     with rnf.recall("a", model), torch.no_grad():
@@ -132,6 +132,7 @@ class Predicts(Classifier):
         return self.heads(self.body[3:](self.body[:3](x) + 1.0))
 
 
+@pytest.mark.filterwarnings("ignore:.*falls short of the criterion:UserWarning")
 def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
     torch.manual_seed(0)
     model = Predicts()
@@ -143,7 +144,7 @@ def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
 
     seen = Classifier()
     seen.load_state_dict(model.state_dict())
-    other = RelevanceFreezing(freeze="connections", **OPTIONS)
+    other = RelevanceFreezing.auto(**OPTIONS)
     fit(seen, other, "a")
     assert other.state.tasks["a"].connections == ("body.3",)
     later = Predicts()
@@ -161,9 +162,9 @@ def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
 
 def test_records_from_before_are_frozen_and_audited_by_rows():
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing(freeze="units", **OPTIONS)
+    model, rnf = Classifier(), RelevanceFreezing.auto(freeze="units", **OPTIONS)
     fit(model, rnf, "a")
-    later = RelevanceFreezing(freeze="connections", **OPTIONS)
+    later = RelevanceFreezing.auto(**OPTIONS)
     later.load_state_dict(rnf.state_dict())
     rows, before = later.state.frozen()["body.3"], model.body[3].weight.detach().clone()
     fit(model, later, "b")
