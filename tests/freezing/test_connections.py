@@ -311,7 +311,7 @@ def test_what_is_not_frozen_may_become_anything_and_recall_has_the_same_bits(see
 
 @pytest.mark.slow
 def test_the_same_of_many_networks():
-    for seed in range(25, 500):
+    for seed in range(25, 100):
         check_network(seed)
 
 
@@ -352,7 +352,7 @@ def test_what_is_frozen_reads_something_in_a_finished_tasks_recall(seed):
 
 @pytest.mark.slow
 def test_the_same_is_frozen_of_many_networks_as_reads_something():
-    for seed in range(25, 500):
+    for seed in range(25, 100):
         check_needed(seed)
 
 
