@@ -84,8 +84,7 @@ class RelevanceFreezing(BetweenFits):
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
         recovery_epochs: the task's last epochs, so many, train inside the sub-network: the search comes before them,
             against ``recovery_criterion``; then only the head, the free units that are relevant, and in the first task
-            shared parameters learn, and the network, pruned harder, gets its accuracy back. The tolerance is checked
-            at the end.
+            shared parameters learn. The tolerance is checked at the end.
         recovery_criterion: what the search before it may take; a number is the drop of accuracy, None: 0.1.
         recovery_search: if it falls short of ``criterion`` then, try milder cutoffs, by half more units each.
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
@@ -301,6 +300,8 @@ class RelevanceFreezing(BetweenFits):
         assert self._holding is not None
         with sharding.whole(pl_module):
             self._holding.check_weights(runs.ranks_of(trainer))
+            if self._resets:  # whole rows, which may have diverged; what else is free, when it is known
+                initial.reset_free(self.state, pl_module, is_last=False)
             units, doubted = self.ending.rehearse(trainer, pl_module, self.state, self._holding.heard)
             self._holding.distrust(doubted)
             if self._resets:
@@ -419,7 +420,6 @@ class RelevanceFreezing(BetweenFits):
 
     @property
     def _resets(self) -> bool:
-        # What free units started from may not be known: other options, or a file of masks.
         return bool(self.reset_free) and (self.reset_free is True or not self.state.tasks or bool(self.state.initial))
 
     # -- verbs --------------------------------------------------------------------------------------------------------

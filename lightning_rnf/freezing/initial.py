@@ -20,13 +20,20 @@ def remember(state: FreezeState, module: nn.Module, layers: Iterable[UnitLayer])
 
 
 @torch.no_grad()
-def reset_free(state: FreezeState, module: nn.Module, connections: Mapping[str, Tensor] | None = None) -> None:
+def reset_free(
+    state: FreezeState,
+    module: nn.Module,
+    connections: Mapping[str, Tensor] | None = None,
+    *,
+    is_last: bool = True,
+) -> None:
     """Give units that are relevant to no task the values that were remembered, once after each task.
 
     Args:
         state: the finished tasks.
         module: the model.
         connections: as for `elasticities`: what is free in the rows of relevant units is reset, too.
+        is_last: whether nothing more will be reset before this task.
 
     Raises:
         ValueError: if none were.
@@ -46,7 +53,8 @@ def reset_free(state: FreezeState, module: nn.Module, connections: Mapping[str, 
     for name, value in state.initial.items():
         chosen = free_rows[name].to(own[name].device)
         own[name][chosen] = value.to(own[name])[chosen]
-    state.resets = len(state.tasks)
+    if is_last:
+        state.resets = len(state.tasks)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

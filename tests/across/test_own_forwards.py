@@ -77,6 +77,7 @@ INDEPENDENT = (StandardisedByRow, ScaledByRow, StepOfRow)
 
 
 @pytest.mark.filterwarnings("ignore:85% of the parameters outside of heads belong to no unit:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*of the parameters of its silent units are still there:UserWarning")
 @pytest.mark.parametrize("kind", [*COUPLED, *INDEPENDENT])
 def test_recall_is_bit_equal_after_a_second_task(kind):
     torch.manual_seed(0)

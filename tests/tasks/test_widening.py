@@ -116,6 +116,7 @@ def test_what_is_frozen_reads_what_it_read_and_recall_keeps_its_bits(name):
     assert sum(one.numel() for one in exported.parameters()) <= sum(one.numel() for one in other.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*of the parameters of its silent units are still there:UserWarning")
 @pytest.mark.parametrize("name", WIDE)
 def test_several_widenings_and_tasks_between_them(name):
     model, rnf, x = built(name)
