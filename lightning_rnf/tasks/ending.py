@@ -356,7 +356,7 @@ class Ending:
             foresight.of_drift(record.name, seen, moved(parameters, state, (), heard(module, state)))
 
     def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
-        is_auto = (self.recovery.epochs if found.record.recovery else self.selection.rations) == "auto"
+        is_auto = self.selection.rations == "auto"  # who has set a ration is told of it
         tracking.announce(state, state.tasks[found.record.name], trained=trained, auto=is_auto)
         foresight.of_runs(found.record.name, found.whole)
         rationed = found.record.ration not in (None, 1.0)
