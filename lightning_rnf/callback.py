@@ -84,12 +84,12 @@ class RelevanceFreezing(BetweenFits):
         candidates: ``"free"``: only free units may be pruned. ``"all"``: the paper, every unit is ranked anew.
         recovery_epochs: the task's last epochs, so many, train inside the sub-network: the search comes before them,
             against ``recovery_criterion``; then only the head, the free units that are relevant, and in the first task
-            shared parameters learn. The tolerance is checked at the end.
+            shared parameters learn. The tolerance is checked at the end. ``"auto"``: see ``docs/auto.md``.
         recovery_criterion: what the search before it may take; a number is the drop of accuracy, None: 0.1.
         recovery_search: if it falls short of ``criterion`` then, try milder cutoffs, by half more units each.
         ration: the largest share of a layer's free units that one task may claim, in (0, 1]: the least relevant claims
             beyond it are pruned too. Several: one for each task in the order of their ends, protected and loaded ones
-            counted, the last for all after it. None: no limit.
+            counted, the last for all after it. None: no limit. ``"auto"``: as little as costs it nothing.
         reset_free: give free units their initial values back before each new task. ``"auto"``: see ``docs/auto.md``.
         tasks: how many there will be, for ``"auto"``; None: not known.
         importance: ``"lrp"``; to compare it with: ``"gradient_x_activation"``, ``"taylor"``, ``"activation"``,
@@ -139,13 +139,13 @@ class RelevanceFreezing(BetweenFits):
         elasticity: ElasticityOption = 0.0,
         irrelevant_elasticity: ElasticityOption = 1.0,
         retention: Retention = "exact",
-        freeze: Freeze = "units",
+        freeze: Freeze = "connections",
         candidates: Candidates = "free",
-        recovery_epochs: int | Literal["auto"] = 0,
+        recovery_epochs: int | Literal["auto"] = "auto",
         recovery_criterion: CriterionOption | None = None,
         recovery_search: bool = False,
-        ration: float | Sequence[float] | Literal["auto"] | None = None,
-        reset_free: bool | Literal["auto"] = False,
+        ration: float | Sequence[float] | Literal["auto"] | None = "auto",
+        reset_free: bool | Literal["auto"] = "auto",
         tasks: int | None = None,
         importance: ImportanceName | Importance = "lrp",
         over_samples: OverSamples = "absolute",
@@ -157,7 +157,7 @@ class RelevanceFreezing(BetweenFits):
         recalibrate_norm: bool = True,
         reference_samples: int | None = 5000,
         attribution_samples: int | None = 1000,
-        fit_head: FitHead = False,
+        fit_head: FitHead = "auto",
         fit_data: ReferenceSource = None,
         fit_samples: int | None = 10_000,
         units: str | Sequence[str] | None = None,
@@ -211,12 +211,6 @@ class RelevanceFreezing(BetweenFits):
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
         paper |= {"fit_head": False, "search": "bisect", "over_samples": "signed"}
         return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
-
-    @classmethod
-    def auto(cls, **changes: Any) -> RelevanceFreezing:
-        """Settings that set themselves: the most room and the best accuracy without a choice; see ``docs/auto.md``."""
-        names = ("recovery_epochs", "ration", "reset_free", "fit_head")
-        return cls(**{**dict.fromkeys(names, "auto"), "freeze": "connections", **changes})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Ending.OPTIONS:  # without this it would be taken, and change nothing
@@ -330,6 +324,7 @@ class RelevanceFreezing(BetweenFits):
         if self.state.recovering is None and runs.is_time_to_recover(trainer, epochs):
             name = self._task_name(trainer, pl_module)
             self._holding.stay_inside(self.ending.recover(trainer, pl_module, self.state, name))
+            self._holding.freezer.forget_curvature()
         if self.state.recovering is not None:
             epochs = self.state.recovering.recovery_epochs + 1
             self.state.recovering = replace(self.state.recovering, recovery_epochs=epochs)

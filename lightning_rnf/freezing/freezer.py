@@ -222,6 +222,12 @@ class Freezer:
         rows = self._held.get(parameter)
         return None if rows is None else rows.free
 
+    def forget_curvature(self) -> None:
+        """What LBFGS has seen of a network of which less will speak, and with another head, throws it far off."""
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                optimizer.state.clear()
+
     def forget_failed_step(self) -> None:
         """After an exception in a step that somebody caught: its second hook never ran."""
         self._nested_steps = 0

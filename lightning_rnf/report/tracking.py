@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, auto: bool = False) -> None:
+def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, chosen: str = "") -> None:
     """Say what the task that has ended last needs and has left; warn if it falls short, or has filled a layer.
 
     Args:
         state: the finished tasks.
         record: of the last one.
         trained: whether a fit has ended it, which could have gone on with a recovery.
-        auto: whether nobody has set what fell short.
+        chosen: ``"ration"`` or ``"recovery"``: what the user has set that falls short; else it has set itself.
     """
     units = sum(layer.units for layer in state.layers)
     epochs = f", recovered for {record.recovery_epochs} epochs" if record.recovery else ""
@@ -38,11 +38,12 @@ def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, au
         f"{masks.free_weights(state, masks.free_weights_of_layers(state)):.1%} of the weights"
     )
     if not record.accepted:
-        cause, way_out = f"the ration of {record.ration}", "give it a larger ration" + ", or recovery_epochs" * trained
-        if record.recovery:
+        if chosen == "ration":
+            cause, way_out = f"the ration of {record.ration}", "give it a larger ration" + ", or recovery_epochs" * trained
+        elif chosen == "recovery":
             cause = "its recovery"
             way_out = "give it more recovery_epochs, a milder recovery_criterion or ration, or recovery_search=True"
-        if auto:
+        else:
             share = 1.0 if record.ration is None else record.ration
             cause = f"a claim on {share:.0%} of each layer's free units" + ", recovered," * bool(record.recovery)
             way_out = (

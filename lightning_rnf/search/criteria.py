@@ -75,6 +75,15 @@ class Criterion(ABC):
         """
         return None
 
+    @property
+    def by_metrics(self) -> bool:
+        """Whether it goes by metrics and not by accuracy."""
+        return bool(self.metrics) and self.accuracy_limit(1.0) is None
+
+    def worth(self, measured: Measured) -> tuple[float, ...]:
+        """What to choose by between two heads of a network, the larger is the better one; by default accuracy."""
+        return (measured.accuracy,)
+
     def met(self, score: SubnetworkScore) -> bool:
         """Whether a sub-network that is taken is what was asked for; by default, whether the search may take it."""
         return self(score)
@@ -113,6 +122,10 @@ class _Both(Criterion):
 
     def __call__(self, score: SubnetworkScore) -> bool:
         return self.first(score) and self.second(score)
+
+    def worth(self, measured: Measured) -> tuple[float, ...]:
+        asked = [one for one in (self.first, self.second) if one.metrics] if self.by_metrics else []
+        return tuple(value for one in asked for value in one.worth(measured)) or super().worth(measured)
 
     def met(self, score: SubnetworkScore) -> bool:
         return self.first.met(score) and self.second.met(score)
@@ -246,13 +259,21 @@ class MetricDrop(Criterion):
         return self.name or type(self.metric).__name__
 
     @property
+    def _sign(self) -> int:
+        return 1 if self._direction else -1
+
+    @property
     def _direction(self) -> bool | None:
         return self.metric.higher_is_better if self.higher_is_better is None else self.higher_is_better
+
+    def worth(self, measured: Measured) -> tuple[float, ...]:
+        """The metric in the direction in which more is better, then accuracy."""
+        return (measured.values[self._key] * self._sign, measured.accuracy)
 
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the metric has worsened by no more than the tolerance."""
         gain = score.values[self._key] - score.baseline_values[self._key]
-        return -gain * (1 if self._direction else -1) <= self.tolerance + _SLACK
+        return -gain * self._sign <= self.tolerance + _SLACK
 
 
 @dataclass(frozen=True)

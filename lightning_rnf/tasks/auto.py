@@ -17,7 +17,7 @@ SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
 """Of each layer's free units one task may claim so much: the first share that is enough for it, else the last."""
 
 NEEDED = 0.7
-"""A share beyond it is for tasks whose criterion does not accept this one."""
+"""A share beyond it is for tasks whose criterion does not accept this one, and that have no recovery before them."""
 
 PARTS = (0.15, 0.5)
 """Of the tolerance: so much less accuracy, at least and at most, is as good as all; between them a standard error."""
@@ -26,14 +26,17 @@ RECOVERY = 0.25
 """Of a fit's epochs, the last, train inside the sub-network."""
 
 
-def shares_of(task: int, tasks: int | None) -> tuple[float, ...]:
+def shares_of(task: int, tasks: int | None, *, recovers: bool) -> tuple[float, ...]:
     """The shares of each layer's free units that a task may claim, in (0, 1], to be tried in this order.
 
     Args:
         task: how many have ended before.
         tasks: how many there will be in all; None: not known. The last of them may claim all that is left.
+        recovers: whether it trains on inside of what it claims: what the last share lacks then, it learns.
     """
-    return (1.0,) if tasks is not None and task + 1 >= tasks else SHARES
+    if tasks is not None and task + 1 >= tasks:
+        return (1.0,)
+    return tuple(share for share in SHARES if share <= NEEDED) if recovers else SHARES
 
 
 def slack(criterion: AccuracyDrop, score: SubnetworkScore) -> float:

@@ -90,7 +90,8 @@ class Subnetworks:
         self.reference = reference
         self.ranking = ranking
         self.criterion = criteria[0]
-        self.metrics = reduce(and_, criteria).metrics
+        every = reduce(and_, criteria)
+        self.metrics, self.worth = every.metrics, every.worth
         self.show = show
         self.expected = expected
         self.survey = Survey(module, units) if survey is None else survey
@@ -136,15 +137,15 @@ class Subnetworks:
                     fitted = self._measure(cutoff, surveyed=cutoff > 0)
                 if cutoff == 0:
                     self.known.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
-                    fitted = max(measured, fitted, key=lambda one: one.accuracy)
+                    fitted = max(measured, fitted, key=self.worth)
                 measured = fitted
         return replace(measured, values={**measured.values, **self._count(cutoff)})
 
     def take(self, cutoff: int, verdict: Callable[[Measured], bool]) -> Taken:
         """End with a sub-network: its head is fitted to all there is to fit it on.
 
-        Of that one, the one of the search and the trained one it keeps what the verdict accepts, the most accurate of
-        those, and in doubt the first.
+        Of that one, the one of the search and the trained one it keeps what the verdict accepts, of those what is
+        worth most to the criterion, and in doubt the first.
         """
         flops = self._count(cutoff)  # of the network as it is, with nothing silenced in it
         with self._speaking(cutoff):
@@ -172,9 +173,9 @@ class Subnetworks:
                 head = head.scaled(scale_of(logits, target))
             found.append((measured, head))
             # A head of the search was accepted with that sub-network: no worse will do. After a recovery nobody knows.
-            if known is not None and measured.accuracy >= known.accuracy and verdict(measured):
+            if known is not None and self.worth(measured) >= self.worth(known) and verdict(measured):
                 break
-        return max(found, key=lambda one: (verdict(one[0]), one[0].accuracy))
+        return max(found, key=lambda one: (verdict(one[0]), self.worth(one[0])))
 
     def _fitted(self, *, all_data: bool) -> Head:
         assert self.fitting is not None

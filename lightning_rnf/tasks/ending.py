@@ -315,7 +315,7 @@ class Ending:
         for offer in self.head_fit.offers(trainer, self.reference, reference):
             if offer.fitted_on is None:
                 yield None, offer.reference
-            elif fitting := Fitting.of(module, units.head, offer.fitted_on):
+            elif fitting := Fitting.of(module, units.head, offer.fitted_on, balanced=self.criterion.by_metrics):
                 yield fitting, offer.reference
 
     def _add(self, found: _Found, module: torch.nn.Module, reference: ReferenceData, state: FreezeState) -> TaskRecord:
@@ -356,8 +356,10 @@ class Ending:
             foresight.of_drift(record.name, seen, moved(parameters, state, (), heard(module, state)))
 
     def _announce(self, found: _Found, state: FreezeState, criterion: Criterion, *, trained: bool = True) -> None:
-        is_auto = self.selection.rations == "auto"  # who has set a ration is told of it
-        tracking.announce(state, state.tasks[found.record.name], trained=trained, auto=is_auto)
+        is_rationed = self.selection.rations not in (None, "auto")
+        has_chosen = bool(found.record.recovery) and self.recovery.epochs != "auto"
+        chosen = "recovery" if has_chosen else "ration" * is_rationed
+        tracking.announce(state, state.tasks[found.record.name], trained=trained, chosen=chosen)
         foresight.of_runs(found.record.name, found.whole)
         rationed = found.record.ration not in (None, 1.0)
         foresight.of_record(found.record, criterion, found.constant, found.frozen_before, rationed=rationed)

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy import predict_checked, true_labels
 from lightning_rnf.runtime import arguments, borrowed, evaluating
+from lightning_rnf.tasks import leastsquares
 from lightning_rnf.tasks.leastsquares import Moments, scales
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 
@@ -150,15 +151,18 @@ class Fitting:
         module: the model.
         layer: name of the head's last layer, as `last_layer` finds it.
         data: what it is fitted on; the first batches of them, ``data.attributed``, during the search.
+        balanced: whether classes weigh the same, however many samples they have, by their share of the first batches.
+            Accuracy is best served by samples that weigh the same, a metric that averages over classes is not.
     """
 
-    def __init__(self, module: nn.Module, layer: str, data: ReferenceData) -> None:
+    def __init__(self, module: nn.Module, layer: str, data: ReferenceData, *, balanced: bool = False) -> None:
         self.module = module
         self.layer: Any = module.get_submodule(layer)
         self.data = data
+        self.balanced = balanced
 
     @classmethod
-    def of(cls, module: nn.Module, head: str, data: ReferenceData) -> Fitting | None:
+    def of(cls, module: nn.Module, head: str, data: ReferenceData, *, balanced: bool = False) -> Fitting | None:
         """None: the head does not end in such a layer, or ``predict`` makes something else of its output."""
         ranks = data.ranks
         with borrowed(module), evaluating(module):
@@ -166,7 +170,7 @@ class Fitting:
         names = {name for name in ranks.gather(found) if name is not None}
         # Ranks without a batch go by the others; where the others disagree nobody can be followed.
         refused = any(ranks.gather(bool(data.batches) and found is None))
-        return cls(module, names.pop(), data) if len(names) == 1 and not refused else None
+        return cls(module, names.pop(), data, balanced=balanced) if len(names) == 1 and not refused else None
 
     @property
     def trained(self) -> Head:
@@ -185,15 +189,19 @@ class Fitting:
         own, ranks = self.layer.weight, self.data.ranks
         leading, rest = self.data.batches[: self.data.attributed], self.data.batches[self.data.attributed :]
 
-        def seen() -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        def seen() -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
             found = [self._in_front(batch) for batch in leading]
-            return found, torch.cat([x for x, _ in found]).nan_to_num().abs().amax(
-                dim=0
-            ).double().cpu() if found else None
+            if not found:
+                return found, None
+            features, wanted = (torch.cat(parts) for parts in zip(*found, strict=True))
+            largest = features.nan_to_num().abs().amax(dim=0).double().cpu()
+            return found, (largest, wanted.clamp(min=0).sum(dim=0).double().cpu())
 
         try:
-            first, largest = ranks.agreed(seen)
-            largest = torch.stack([one for one in ranks.gather(largest) if one is not None]).amax(dim=0)
+            first, share = ranks.agreed(seen)
+            largest, counts = zip(*(one for one in ranks.gather(share) if one is not None), strict=True)
+            largest = torch.stack(largest).amax(dim=0)
+            of_class = leastsquares.weights(torch.stack(counts).sum(dim=0)) if self.balanced else None
             speaks = largest > 0  # what silent units leave at 0 is most of it, where few are kept
             scale = scales(largest[speaks])
 
@@ -201,10 +209,9 @@ class Fitting:
                 found: list[Moments] = []
                 if first:
                     features, wanted = (torch.cat(parts) for parts in zip(*first, strict=True))
-                    found.append(Moments.of(features[:, speaks.to(features.device)], wanted, scale))
+                    found.append(self._moments(features, wanted, speaks, scale, of_class))
                 for batch in rest if all_data else ():
-                    features, wanted = self._in_front(batch)
-                    found.append(Moments.of(features[:, speaks.to(features.device)], wanted, scale))
+                    found.append(self._moments(*self._in_front(batch), speaks, scale, of_class))
                 return reduce(add, found).cpu() if found else None
 
             shares = [share for share in ranks.each(of_share) if share is not None]
@@ -234,6 +241,14 @@ class Fitting:
         self.layer.weight.copy_(head.weight)
         if self.layer.bias is not None:
             self.layer.bias.copy_(head.bias)
+
+    def _moments(
+        self, features: Tensor, wanted: Tensor, speaks: Tensor, scale: Tensor, of_class: Tensor | None
+    ) -> Moments:
+        # Several labels have no class that a sample could weigh by.
+        is_weighed = of_class is not None and bool((wanted >= 0).all())
+        weight = wanted.cpu().double() @ of_class if of_class is not None and is_weighed else None
+        return Moments.of(features[:, speaks.to(features.device)], wanted, scale, weight)
 
     def _put(self, weight: Tensor, bias: Tensor | None) -> None:
         self.layer.weight.data = weight

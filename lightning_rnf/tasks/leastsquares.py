@@ -20,6 +20,20 @@ def scales(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest.clamp(min=1e-300)))), 1.0)
 
 
+LIGHT, HEAVY = 2.0**-4, 2.0**4
+"""What a sample may weigh at least and at most, so that sums stay exact."""
+
+
+def weights(counts: Tensor) -> Tensor:
+    """What a sample of each class weighs, so that classes weigh the same: powers of two, 1 on average, for exact sums.
+
+    Args:
+        counts: samples ``(classes,)``; of a class without any the weight is 1.
+    """
+    shares = counts.double() * int((counts > 0).sum()) / counts.sum()
+    return torch.where(counts > 0, torch.exp2(torch.round(-torch.log2(shares.clamp(1e-9)))), 1.0).clamp(LIGHT, HEAVY)
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Sums over samples of features, targets and their products: as large for a million samples as for one.
@@ -37,20 +51,22 @@ class Moments:
     scale: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, targets: Tensor, scale: Tensor) -> Moments:
+    def of(cls, features: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None = None) -> Moments:
         """Of some samples.
 
         Args:
             features: ``(N, features)``; beyond 8 times their scale they are cut off.
             targets: ``(N, outputs)``, what the layer should say: whole numbers.
             scale: ``(features,)``.
+            weight: ``(N,)``, of each sample, as `weights` has it for its class; None: 1.
         """
         shares = (features.cpu() if features.device.type == "mps" else features).double()  # it has no float64
         shares = (shares / scale.to(shares.device)).nan_to_num().clamp(-8, 8)
         shares = torch.round(shares * 2**BITS) / 2**BITS
         ones = shares.new_ones(len(shares), 1)
         every = torch.cat([shares, targets.to(shares), ones], dim=1)
-        return cls(every.T @ every, scale.cpu())
+        weighed = every if weight is None else every * weight.to(every).unsqueeze(1)
+        return cls(every.T @ weighed, scale.cpu())
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.sums + other.sums, self.scale)
@@ -61,7 +77,7 @@ class Moments:
 
     @property
     def samples(self) -> int:
-        """How many they are."""
+        """How many they are, or what they weigh together."""
         return round(float(self.sums[-1, -1]))
 
     def solve(self, *, bias: bool = True) -> tuple[Tensor, Tensor]:

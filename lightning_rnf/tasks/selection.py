@@ -103,10 +103,10 @@ class Selection:
         rations: Any = self.rations
         return rations[min(task, len(rations) - 1)] if rations else None
 
-    def _shares(self, task: int, criterion: Criterion) -> tuple[float | None, ...]:
+    def _shares(self, task: int, criterion: Criterion, *, recovers: bool) -> tuple[float | None, ...]:
         """What the task may claim of each layer's free units, in the order in which it is tried."""
         if self.rations == "auto" and auto.takes(criterion):
-            return auto.shares_of(task, self.tasks)
+            return auto.shares_of(task, self.tasks, recovers=recovers)
         return (self.ration(task),)
 
     def attribute(
@@ -189,7 +189,7 @@ class Selection:
         attributed = time.perf_counter()
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
-        shares, known = self._shares(len(state.tasks), criterion), Known()
+        shares, known = self._shares(len(state.tasks), criterion, recovers=bool(later)), Known()
         for share in shares:
             ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
             expected = about(ranking, self.search, self.resolution)

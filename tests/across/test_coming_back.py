@@ -171,7 +171,7 @@ def test_elastic_rows_are_not_taken_for_others_nor_later_when_they_are_frozen():
     model, elastic = Classifier(), RelevanceFreezing(elasticity=0.1)
     train(model, elastic, "a", "b")
     assert any(elastic.report(model).changed["a"])  # they have moved
-    frozen = RelevanceFreezing()
+    frozen = RelevanceFreezing(freeze="units")
     frozen.load_state_dict(elastic.state_dict())
     rows = frozen_rows(model, frozen)
     train(model, frozen, "c")

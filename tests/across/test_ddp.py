@@ -95,13 +95,16 @@ def test_targets_and_not_samples_are_counted_by_all_processes_together(alone):
     assert any(one["score"]["samples"] < record["samples"] for one in record["evaluations"])
 
 
-def test_frozen_rows_are_bit_equal_on_all_ranks_through_recovery_and_pinned_norms(run):
+@pytest.mark.parametrize(("kind", "entries"), [("sequence", ["body.3.weight", "body.7.weight"]), ("rows", [])])
+def test_what_is_frozen_is_bit_equal_on_all_ranks_through_recovery_and_pinned_norms(run, kind, entries):
     for rank in run.ranks:
-        assert rank["sequence"]["held"]
-        assert rank["sequence"]["exact"]
-        assert [task["recovery_epochs"] for task in rank["sequence"]["state"]["tasks"]] == [1, 1]
-        for name, value in run.ranks[0]["sequence"]["weights"].items():
-            assert torch.equal(rank["sequence"]["weights"][name], value)
+        found = rank[kind]
+        assert found["by entries"] == entries
+        assert found["held"]
+        assert found["exact"]
+        assert [task["recovery_epochs"] for task in found["state"]["tasks"]] == [1, 1]
+        for name, value in run.ranks[0][kind]["weights"].items():
+            assert torch.equal(found["weights"][name], value)
 
 
 def test_a_task_that_each_process_has_protected_by_itself_is_the_first_ones_for_all(run):

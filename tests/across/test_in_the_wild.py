@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from training import trainer
+from training import frozen_entries, trainer
 from wild import BLOCKS, Wild, WildModule, loader
 
 from lightning_rnf import RelevanceFreezing
@@ -82,17 +82,13 @@ def looked_at(wild, seed=0):
         assert not record.accepted or record.subnetwork_accuracy >= record.accuracy - 0.1 - 1e-9
     before = recalled(rnf, model, "a", batches)
     parameters = dict(model.named_parameters())
-    rows = {
-        name: parameters[name].detach()[record.relevant[layer.name]].clone()
-        for layer in rnf.state.layers
-        for name in layer.parameters
-    }
+    frozen = frozen_entries(rnf, model)
+    held = {name: parameters[name].detach()[mask] for name, mask in frozen.items()}
     more = fitted(model, rnf, "b")
     if more is None:
         return "refused second"
-    for layer in rnf.state.layers:
-        for name in layer.parameters if layer.name in record.relevant else ():
-            assert torch.equal(parameters[name].detach()[record.relevant[layer.name]], rows[name]), name
+    for name, values in held.items():
+        assert torch.equal(parameters[name].detach()[frozen[name]], values), name
     after = recalled(rnf, model, "a", batches)
     if all(torch.equal(one, other) for one, other in zip(before, after, strict=True)):
         return "warned" if is_random else "kept"

@@ -236,8 +236,8 @@ def test_a_fit_too_short_or_endless_is_refused(options, sentence):
         ({"recovery_epochs": -1}, "recovery_epochs is -1, expected a whole number of at least 0"),
         ({"recovery_criterion": "much"}, "expected a tolerance"),
         ({"recovery_search": 1}, "recovery_search is 1, expected True or False"),
-        ({"recovery_search": True}, "of use with recovery_epochs only"),
-        ({"recovery_criterion": 0.3}, "of use with recovery_epochs only"),
+        ({"recovery_search": True, "recovery_epochs": 0}, "of use with recovery_epochs only"),
+        ({"recovery_criterion": 0.3, "recovery_epochs": 0}, "of use with recovery_epochs only"),
         ({"ration": 0}, "ration is 0, expected a share"),
         ({"ration": 1.5}, "ration is 1.5, expected a share"),
         ({"ration": True}, "ration is True, expected a share"),
@@ -302,7 +302,7 @@ def test_a_fit_stopped_before_or_within_its_recovery_and_resumed_equals_one_that
 
 @pytest.mark.parametrize(
     ("begun", "resumed"),
-    [({"ration": [0.5, 0.25]}, {"ration": 0.25}), ({"ration": 0.5}, {}), ({}, {"normalize": "none"})],
+    [({"ration": [0.5, 0.25]}, {"ration": 0.25}), ({"ration": 0.5}, {"ration": None}), ({}, {"normalize": "none"})],
 )
 def test_a_recovery_is_not_resumed_with_options_that_give_another_sub_network(tmp_path, begun, resumed):
     model = seeded(ConvClassifier)
@@ -375,7 +375,7 @@ def test_an_optimizer_of_what_can_learn_is_resumed_within_a_recovery(tmp_path):
 
 
 def test_what_units_started_from_has_to_be_known_to_reset_them():
-    model, rnf = seeded(), RelevanceFreezing()
+    model, rnf = seeded(), RelevanceFreezing(reset_free=False)
     fit(model, rnf, "a")
     rnf.reset_free = True
     with pytest.raises(ValueError, match=r"were trained without reset_free.*leave reset_free out"):
@@ -441,7 +441,7 @@ def test_the_ration_that_is_said_is_the_task_s_own():
 def test_free_units_start_each_task_from_where_they_were_at_first():
     model = seeded(ConvClassifier)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    rnf = RelevanceFreezing(criterion=FreeCapacity(0.5), reset_free=True)
+    rnf = RelevanceFreezing(criterion=FreeCapacity(0.5), reset_free=True, freeze="units")
     fit(model, rnf, "a")
     frozen = rnf.state.frozen()
     after_a = {name: value.clone() for name, value in model.state_dict().items()}
@@ -464,7 +464,7 @@ def test_free_units_start_each_task_from_where_they_were_at_first():
 
 
 def test_without_reset_nothing_moves_between_tasks_and_nothing_is_stored():
-    model, rnf = seeded(), RelevanceFreezing()
+    model, rnf = seeded(), RelevanceFreezing(reset_free=False)
     fit(model, rnf, "a")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.heads.activate("b")

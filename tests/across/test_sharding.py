@@ -40,19 +40,18 @@ def test_masks_and_what_led_to_them_are_those_of_one_process_with_the_whole_mode
         assert_same_records(rank["records"], alone)
 
 
-def test_frozen_rows_are_bit_equal_and_recall_is_exact_through_recovery_and_pinned_norms(run):
+@pytest.mark.parametrize(("kind", "entries"), [("sequence", ["body.3.weight", "body.7.weight"]), ("rows", [])])
+def test_what_is_frozen_is_bit_equal_and_recall_is_exact_through_recovery_and_pinned_norms(run, kind, entries):
+    first = run.ranks[0][kind]
     for rank in run.ranks:
-        sequence = rank["sequence"]
+        sequence = rank[kind]
+        assert sequence["by entries"] == entries
         assert sequence["held"]
         assert sequence["exact"]
         assert [task["recovery_epochs"] for task in sequence["state"]["tasks"]] == [1, 1]
-        assert all(torch.equal(value, sequence["weights"][name]) for name, value in first(run)["weights"].items())
-        for mine, task in zip(sequence["state"]["tasks"], first(run)["state"]["tasks"], strict=True):
+        assert all(torch.equal(value, sequence["weights"][name]) for name, value in first["weights"].items())
+        for mine, task in zip(sequence["state"]["tasks"], first["state"]["tasks"], strict=True):
             assert all(torch.equal(mine["relevant"][layer], mask) for layer, mask in task["relevant"].items())
-
-
-def first(run):
-    return run.ranks[0]["sequence"]
 
 
 def test_what_is_free_learns_and_so_does_the_head_that_was_activated_while_it_was_whole(run):

@@ -302,7 +302,7 @@ def test_first_seed_set_precision_and_pages(run, tmp_path):
     assert one["device"].startswith("CPU")
     assert {"torch", "lightning", "zennit", "lightning-rnf"} <= set(one["versions"])
     made_with = summary["methods"]["exact"]["settings"]
-    assert (made_with["network"], made_with["freezing"]) == ({"width": 50}, {"criterion": 0.1})
+    assert (made_with["network"], made_with["freezing"]["criterion"]) == ({"width": 50}, 0.1)
     assert made_with["precision"] == "bf16-mixed"
     assert summary["run_with"] == f"--tasks 2 --samples 1000 {' '.join(changes)}"
     shutil.rmtree(tmp_path / "results")

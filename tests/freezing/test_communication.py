@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from communicating import FROZEN, OPTIONS, SOME, Layouts
+from communicating import CONNECTIONS, FROZEN, OPTIONS, SOME, Layouts
 from launched import launched
 
 
@@ -23,7 +23,7 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [*OPTIONS, *CONNECTIONS])
 def test_two_tasks_with_recovery_are_bit_equal_with_and_without_the_hook(ranks, options):
     for rank in ranks:
         plain, hooked = rank["sequences"][options]

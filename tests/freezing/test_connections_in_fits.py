@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from training import Classifier, ConvClassifier, clusters, task_data, trainer
+from training import Classifier, ConvClassifier, clusters, frozen_entries, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.freezing import elasticities, frozen_connections, heard
 from lightning_rnf.memory import FreezeState
 
 OPTIONS = {"criterion": 0.1, "ration": 0.4, "recovery_epochs": 0, "reset_free": False}
@@ -22,17 +21,12 @@ def fit(model, rnf, task, epochs=3, **options):
     trainer(rnf, max_epochs=epochs, **options).fit(model, datamodule=task_data(task))
 
 
-def masks_of(rnf, model):
-    factors = elasticities(rnf.state, 0.0, 1.0, None, frozen_connections(model, rnf.state, heard(model, rnf.state)))
-    return {name: factor == 0 for name, factor in factors.items() if factor.ndim}
-
-
 @pytest.mark.parametrize("kind", [Classifier, ConvClassifier])
 def test_frozen_entries_keep_their_bits_and_free_ones_of_frozen_rows_learn(kind):
     torch.manual_seed(0)
-    model, rnf = kind(weight_decay=0.1), RelevanceFreezing.auto(**OPTIONS)
+    model, rnf = kind(weight_decay=0.1), RelevanceFreezing(**OPTIONS)
     fit(model, rnf, "a")
-    frozen, before = masks_of(rnf, model), copy.deepcopy(dict(model.named_parameters()))
+    frozen, before = frozen_entries(rnf, model), copy.deepcopy(dict(model.named_parameters()))
     x = clusters("c", 50).tensors[0]
     with rnf.recall("a", model), torch.no_grad():
         logits = model(x)
@@ -57,7 +51,7 @@ def test_frozen_entries_keep_their_bits_and_free_ones_of_frozen_rows_learn(kind)
 
 
 def test_whole_rows_are_frozen_with_units_and_in_the_paper():
-    for rnf in (RelevanceFreezing.auto(freeze="units", **OPTIONS), RelevanceFreezing.paper()):
+    for rnf in (RelevanceFreezing(freeze="units", **OPTIONS), RelevanceFreezing.paper()):
         torch.manual_seed(0)
         model = Classifier()
         fit(model, rnf, "a", epochs=1)
@@ -67,7 +61,7 @@ def test_whole_rows_are_frozen_with_units_and_in_the_paper():
 
 def test_free_weights_are_one_before_any_task_and_more_than_free_units_after_it():
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing.auto(**OPTIONS)
+    model, rnf = Classifier(), RelevanceFreezing(**OPTIONS)
     assert rnf.free_weights == 1.0
     fit(model, rnf, "a")
     frozen = rnf.state.frozen()
@@ -84,10 +78,10 @@ def test_free_weights_are_one_before_any_task_and_more_than_free_units_after_it(
 
 def test_free_entries_of_frozen_rows_are_reset():
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing.auto(**{**OPTIONS, "reset_free": True})
+    model, rnf = Classifier(), RelevanceFreezing(**{**OPTIONS, "reset_free": True})
     start = model.body[3].weight.detach().clone()
     fit(model, rnf, "a")
-    frozen = masks_of(rnf, model)["body.3.weight"]
+    frozen = frozen_entries(rnf, model)["body.3.weight"]
     kept = model.body[3].weight.detach().clone()
     seen = []
 
@@ -109,14 +103,14 @@ def test_free_entries_of_frozen_rows_are_reset():
 @pytest.mark.parametrize("damage", [math.nan, math.inf])
 def test_recall_and_export_are_exact_if_free_entries_diverge(damage):
     torch.manual_seed(0)
-    model, rnf = ConvClassifier(), RelevanceFreezing.auto(**OPTIONS)
+    model, rnf = ConvClassifier(), RelevanceFreezing(**OPTIONS)
     fit(model, rnf, "a")
     x = clusters("c", 50).tensors[0]
     with rnf.recall("a", model), torch.no_grad():
         logits = model(x)
     exported = rnf.export(model, "a")(x)
     with torch.no_grad():
-        for name, mask in masks_of(rnf, model).items():
+        for name, mask in frozen_entries(rnf, model).items():
             model.get_parameter(name)[~mask] = damage
 
     with rnf.recall("a", model), torch.no_grad():
@@ -144,7 +138,7 @@ def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
 
     seen = Classifier()
     seen.load_state_dict(model.state_dict())
-    other = RelevanceFreezing.auto(**OPTIONS)
+    other = RelevanceFreezing(**OPTIONS)
     fit(seen, other, "a")
     assert other.state.tasks["a"].connections == ("body.3",)
     later = Predicts()
@@ -162,9 +156,9 @@ def test_where_predict_runs_something_else_than_forward_rows_are_frozen():
 
 def test_records_from_before_are_frozen_and_audited_by_rows():
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing.auto(freeze="units", **OPTIONS)
+    model, rnf = Classifier(), RelevanceFreezing(freeze="units", **OPTIONS)
     fit(model, rnf, "a")
-    later = RelevanceFreezing.auto(**OPTIONS)
+    later = RelevanceFreezing(**OPTIONS)
     later.load_state_dict(rnf.state_dict())
     rows, before = later.state.frozen()["body.3"], model.body[3].weight.detach().clone()
     fit(model, later, "b")

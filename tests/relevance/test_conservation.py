@@ -400,7 +400,7 @@ def test_networks_with_biases_do_not_warn_and_their_record_has_the_ratios(model_
 
 @pytest.mark.filterwarnings("ignore:no free units:UserWarning")
 def test_a_layer_without_rule_warns_once_is_noted_and_units_are_ranked_per_layer():
-    model, rnf = Normed(), RelevanceFreezing(normalize="none", criterion=0.2)
+    model, rnf = Normed(), RelevanceFreezing(normalize="none", criterion=0.2, ration=None, recovery_epochs=0)
     with pytest.warns(UserWarning, match="not conserved|ranked per layer") as told:
         train(model, rnf, "a")
     texts = [str(warning.message) for warning in told]

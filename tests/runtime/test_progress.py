@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
-from training import Classifier, task_data, trainer
+from training import Classifier, plain, task_data, trainer
 
-from lightning_rnf import AccuracyDrop, FreeCapacity, RelevanceFreezing
+from lightning_rnf import AccuracyDrop, FreeCapacity
 from lightning_rnf.runtime.progress import shown, silent
 from lightning_rnf.search.cutoff import about, search_cutoff
 from lightning_rnf.search.ranking import Measured, rank
@@ -18,7 +18,7 @@ from lightning_rnf.search.ranking import Measured, rank
 
 def fitted(*callbacks, epochs=2, shows=True, **options):
     torch.manual_seed(0)
-    model, rnf = Classifier(), RelevanceFreezing(attribution_samples=64, **options)
+    model, rnf = Classifier(), plain(attribution_samples=64, **options)
     model.heads.activate("a")
     one = trainer(rnf, *callbacks, max_epochs=epochs, enable_progress_bar=shows)
     one.fit(model, datamodule=task_data("a"))

@@ -225,6 +225,20 @@ def test_criteria_combine_to_one_that_accepts_what_all_accept_and_asks_for_what_
         both.check_samples(9)
 
 
+def test_of_two_heads_the_better_one_is_that_of_what_the_criterion_goes_by():
+    accurate = Measured(0.9, {"MulticlassF1Score": 0.5, "MulticlassHingeLoss": 0.5, "flops": 1.0})
+    other = Measured(0.8, {"MulticlassF1Score": 0.6, "MulticlassHingeLoss": 0.4, "flops": 9.0})
+    by_accuracy = [AccuracyDrop(), FreeCapacity(0.5), ComputeBudget(0.5), as_criterion(lambda score: True)]
+    for criterion in (*by_accuracy, MetricDrop(MulticlassF1Score(3)) & AccuracyDrop(), by_accuracy[1] & by_accuracy[2]):
+        assert not criterion.by_metrics
+        assert criterion.worth(accurate) > criterion.worth(other)
+    for metric in (MulticlassF1Score(3), MulticlassHingeLoss(3)):
+        drop = MetricDrop(metric)
+        for criterion in (drop, FreeCapacity(0.5) & drop, drop & ComputeBudget(0.5) & drop):
+            assert criterion.by_metrics
+            assert criterion.worth(other) > criterion.worth(accurate)
+
+
 def test_a_criterion_without_a_verdict_is_refused_when_it_is_made():
     class Undecided(Criterion):
         pass

@@ -125,10 +125,13 @@ def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def sequence(hook, **options):
+def sequence(hook, freeze="units", **options):
     """Two tasks, each with a recovery in its last epoch."""
     seed_everything(1, verbose=False)
-    model, rnf = Upsampled(weight_decay=0.1), RelevanceFreezing(criterion=0.1, recovery_epochs=1, ration=0.5)
+    model, rnf = (
+        Upsampled(weight_decay=0.1),
+        RelevanceFreezing(criterion=0.1, recovery_epochs=1, ration=0.5, reset_free=False, freeze=freeze),
+    )
     traffic = [fit(model, rnf, task, hook, **options) for task in ("a", "b")]
     return {
         "weights": weights(model),
@@ -166,7 +169,10 @@ class Endless(RelevanceFreezing):
 def second_task(hook, wrapper=None, *, spoiled=False):
     """With three quarters of each layer frozen."""
     seed_everything(1, verbose=False)
-    model, rnf = Upsampled(optimizer=torch.optim.SGD, lr=0.05), Endless()
+    model, rnf = (
+        Upsampled(optimizer=torch.optim.SGD, lr=0.05),
+        Endless(recovery_epochs=0, reset_free=False, freeze="units"),
+    )
     model.heads.activate("a")
     units = UnitMap.of(model.eval(), clusters("a", 8).tensors)
     relevant = {layer.name: torch.randperm(layer.units) < FROZEN * layer.units for layer in units.layers}
@@ -272,12 +278,14 @@ OPTIONS = {
     "many buckets": {"cap": 0.001},
     "accumulated": {"accumulate_grad_batches": 3},
 }
+CONNECTIONS = {"connections": {"freeze": "connections"}}
+"""Rows of which something is free travel whole."""
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {"sequences": {}, "layouts": {}}
-    for name, options in OPTIONS.items():
+    for name, options in {**OPTIONS, **CONNECTIONS}.items():
         found["sequences"][name] = [sequence(hook, **options) for hook in (None, reduce_free_rows)]
     found["second"] = {
         "plain": second_task(None),

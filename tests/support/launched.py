@@ -117,6 +117,8 @@ def assert_same_records(found: dict, alone: dict) -> None:
         for layer, mask in alone[name]["relevant"].items():
             assert torch.equal(record["relevant"][layer], mask), name
             assert torch.equal(record["relevance"][layer], alone[name]["relevance"][layer]), name
+        for key, value in alone[name]["fitted"].items():
+            assert torch.equal(record["fitted"][key], value), (name, key)
         assert record["conservation"] == pytest.approx(alone[name]["conservation"])
         for key, value in alone[name]["norm_statistics"].items():
             assert value.dtype == torch.int64 or torch.allclose(record["norm_statistics"][key], value), (name, key)

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAUROC
-from training import Classifier, ConvClassifier, clusters, loader, task_data, trainer
+from training import Classifier, ConvClassifier, clusters, frozen_entries, loader, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.recall.norms import recalibrated
@@ -151,40 +151,37 @@ def records(names=tuple(SAME)):
             warnings.simplefilter("always")
             seed_everything(3, verbose=False)
             fit(model, rnf, "a", Apart())
-        for key, value in before.items():
-            assert torch.equal(model.state_dict()[key], value + RANK if "running" in key else value), (name, key)
-        record = rnf.state_dict()["tasks"][0]
+        record, after = rnf.state_dict()["tasks"][0], model.state_dict()
+        for key in before.keys() - set(record["head_parameters"]):
+            expected = before[key] + RANK if "running" in key else before[key]
+            assert torch.equal(after[key], expected), (name, key)
+        record["fitted"] = {key: after[key].clone() for key in record["head_parameters"]}
         record["warned"] = [str(one.message) for one in caught if "can't be indexed" in str(one.message)]
         found[name] = record
     return found
 
 
-def sequence():
+def sequence(freeze):
     """Two tasks, trained in earnest, with norms, recovery and pinned statistics."""
     seed_everything(1, verbose=False)
     model = ConvClassifier(weight_decay=0.1)
-    rnf = RelevanceFreezing(criterion=0.1, recovery_epochs=1, ration=0.5, norm_statistics="pinned", reset_free=True)
+    rnf = RelevanceFreezing(
+        criterion=0.1, recovery_epochs=1, ration=0.5, norm_statistics="pinned", reset_free=True, freeze=freeze
+    )
     fit(model, rnf, "a", max_epochs=3)
-    record = rnf.state.tasks["a"]
+    frozen = frozen_entries(rnf, model)
     named = dict(model.named_parameters())
-    rows = {
-        name: named[name][record.relevant[layer.name]].clone()
-        for layer in rnf.state.layers
-        for name in layer.parameters
-    }
+    entries = {name: named[name][mask].clone() for name, mask in frozen.items()}
     x = clusters("c", 50).tensors[0]
     with rnf.recall("a", model), torch.no_grad():
         before = model(x)
     fit(model, rnf, "b", max_epochs=3)
-    held = all(
-        torch.equal(named[name][record.relevant[layer.name]], rows[name])
-        for layer in rnf.state.layers
-        for name in layer.parameters
-    )
+    held = all(torch.equal(named[name][mask], entries[name]) for name, mask in frozen.items())
     with rnf.recall("a", model), torch.no_grad():
         after = model(x)
     return {
         "held": held,
+        "by entries": sorted(name for name, mask in frozen.items() if mask.ndim > 1),
         "exact": torch.equal(before, after),
         "logits": after,
         "state": rnf.state_dict(),
@@ -195,7 +192,7 @@ def sequence():
 def protected():
     """A task that each process has kept by itself, from other samples than the others, before they train together."""
     model = trained()
-    rnf = RelevanceFreezing(criterion=0.1, reference_samples=32, attribution_samples=8, seed=RANK)
+    rnf = RelevanceFreezing(criterion=0.1, reference_samples=32, attribution_samples=8, seed=RANK, freeze="units")
     own = rnf.protect(model, task_data("a").val_dataloader(), name="a").relevant
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.options["lr"] = 0.1
@@ -342,7 +339,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {
         "records": records() if WORLD == 2 else records(FEW),
-        "sequence": sequence(),
+        "sequence": sequence("connections"),
+        "rows": sequence("units"),
         "saved": saved(Path(sys.argv[1]) / "many"),
         "gone_on": gone_on(Path(sys.argv[1]) / "alone" / "a-ended.ckpt"),
         "by_hand": by_hand(),

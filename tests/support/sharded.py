@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader
-from training import Classifier, ConvClassifier, clusters, inputs, task_data, trainer
+from training import Classifier, ConvClassifier, clusters, frozen_entries, inputs, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.freezing.freezer import Freezer
@@ -109,17 +109,25 @@ def records():
         seed_everything(3, verbose=False)
         fit(model, rnf, "a", Apart())
         after = full(model)
-        for key, value in before.items():
-            assert torch.equal(after[key], value + RANK if "running" in key else value), (name, key)
-        found[name] = rnf.state_dict()["tasks"][0]
+        record = found[name] = rnf.state_dict()["tasks"][0]
+        for key in before.keys() - set(record["head_parameters"]):
+            expected = before[key] + RANK if "running" in key else before[key]
+            assert torch.equal(after[key], expected), (name, key)
+        record["fitted"] = {key: after[key] for key in record["head_parameters"]}
     return found
 
 
-def rows_of(model, rnf, task):
+def frozen_in(model, rnf):
+    """Where, by parameter."""
+    with sharding.whole(model):
+        return frozen_entries(rnf, model)
+
+
+def held_by(model, rnf, task, frozen):
     """What may never change again, by parameter."""
     now, record = full(model), rnf.state.tasks[task]
-    rows = {name: now[name][record.relevant[layer.name]] for layer in rnf.state.layers for name in layer.parameters}
-    return rows | {name: now[name] for name in (*record.head_parameters, *rnf.state.shared)}
+    entries = {name: now[name][mask] for name, mask in frozen.items()}
+    return entries | {name: now[name] for name in (*record.head_parameters, *rnf.state.shared)}
 
 
 def equal(some, others):
@@ -131,14 +139,17 @@ def logits(model, rnf, task):
         return model(inputs())
 
 
-def sequence():
+def sequence(freeze):
     """Two tasks in earnest, with norms, recovery, clipping, pinned statistics, and units that start anew."""
     seed_everything(1, verbose=False)
     model = Conv(weight_decay=0.1)
-    rnf = RelevanceFreezing(criterion=0.1, recovery_epochs=1, ration=0.5, norm_statistics="pinned", reset_free=True)
+    rnf = RelevanceFreezing(
+        criterion=0.1, recovery_epochs=1, ration=0.5, norm_statistics="pinned", reset_free=True, freeze=freeze
+    )
     options = {"max_epochs": 3, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
     fit(model, rnf, "a", **options)
-    rows, recalled, before = rows_of(model, rnf, "a"), logits(model, rnf, "a"), full(model)
+    frozen, recalled, before = frozen_in(model, rnf), logits(model, rnf, "a"), full(model)
+    held = held_by(model, rnf, "a", frozen)
     one = fit(model, rnf, "b", **options)  # after a forward that has left the heads whole
     after = full(model)
     tested = one.test(model, datamodule=task_data("a"), verbose=False)[0]["test_accuracy"]
@@ -146,7 +157,8 @@ def sequence():
     with rnf.recall("a", model), torch.no_grad():
         hits = torch.cat([model(x).argmax(1) == y for x, y in test]).float()
     return {
-        "held": equal(rows, rows_of(model, rnf, "a")),
+        "held": equal(held, held_by(model, rnf, "a", frozen)),
+        "by entries": sorted(name for name, mask in frozen.items() if mask.ndim > 1),
         "exact": torch.equal(recalled, logits(model, rnf, "a")),
         "moved": sorted(name for name in before if not torch.equal(before[name], after[name])),
         "tested": (tested, float(hits.mean())),
@@ -159,7 +171,7 @@ def sequence():
 def reset():
     """Whether units that a task leaves free start the next one from where they started the first."""
     seed_everything(1, verbose=False)
-    model, rnf = Conv(), RelevanceFreezing(criterion=0.1, ration=0.5, reset_free=True)
+    model, rnf = Conv(), RelevanceFreezing(criterion=0.1, ration=0.5, reset_free=True, freeze="units")
     start = full(model)
     fit(model, rnf, "a", max_epochs=2)
     trained = full(model)
@@ -189,7 +201,8 @@ def resumed(folder):
         seed_everything(1, verbose=False)
         model, rnf = model_type(), RelevanceFreezing(criterion=0.1)
         fit(model, rnf, "a", max_epochs=2)
-        rows, recalled = rows_of(model, rnf, "a"), logits(model, rnf, "a")
+        frozen = frozen_in(model, rnf)
+        held, recalled = held_by(model, rnf, "a", frozen), logits(model, rnf, "a")
         path = str(folder / f"{whole_file}.ckpt")
         options = {"max_epochs": 3, "whole_file": whole_file}
         one = fit(model, rnf, "b", SaveAfterOneEpoch(path), **options)
@@ -197,7 +210,7 @@ def resumed(folder):
         other, again = model_type(), RelevanceFreezing(criterion=0.1)
         fit(other, again, "b", ckpt_path=path, **options)
         found[str(whole_file)] = {
-            "held": equal(rows, rows_of(other, again, "a")),
+            "held": equal(held, held_by(other, again, "a", frozen)),
             "exact": torch.equal(recalled, logits(other, again, "a")),
             "weights": equal(parameters(model), parameters(other)),
             "masks": equal(rnf.state.frozen(), again.state.frozen()),
@@ -349,7 +362,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found = {
         "records": records(),
-        "sequence": sequence(),
+        "sequence": sequence("connections"),
+        "rows": sequence("units"),
         "resumed": resumed(folder),
         "failure": failure(),
         "reset": reset(),

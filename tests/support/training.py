@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rnf import MultiHead, RelevanceFreezing, UnitMap
+from lightning_rnf.freezing import elasticities, frozen_connections, heard
 from lightning_rnf.streams import TaskDataModule
 
 TASKS = ("a", "b", "c")
@@ -23,6 +24,7 @@ PLAIN: dict[str, Any] = {
     "ration": None,
     "reset_free": False,
     "fit_head": False,
+    "freeze": "units",
     "search": "bisect",
 }
 """A search and nothing else, for tests of what comes before and after it: no head is fitted, nothing sets itself."""
@@ -106,6 +108,13 @@ def train(model: pl.LightningModule, callback: RelevanceFreezing | None, *tasks:
     for task in tasks:
         model.heads.activate(task)
         trainer(*([callback] if callback else []), **options).fit(model, datamodule=task_data(task))
+
+
+def frozen_entries(rnf: RelevanceFreezing, model: pl.LightningModule) -> dict[str, torch.Tensor]:
+    """What finished tasks hold, by parameter: a mask over its rows, or over rows and columns."""
+    connections = frozen_connections(model, rnf.state, heard(model, rnf.state))
+    factors = elasticities(rnf.state, 0.0, 1.0, None, connections)
+    return {name: factor == 0 for name, factor in factors.items() if factor.ndim}
 
 
 class Allocated(pl.Callback):

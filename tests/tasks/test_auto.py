@@ -39,8 +39,15 @@ def test_shares_grow_up_to_all_and_the_last_of_known_tasks_may_claim_all_at_once
     assert list(SHARES) == sorted(set(SHARES))
     assert SHARES[0] > 0
     assert SHARES[-1] == 1
-    assert [auto.shares_of(task, None) for task in range(3)] == [SHARES] * 3
-    assert [auto.shares_of(task, 3) for task in range(5)] == [SHARES, SHARES, (1.0,), (1.0,), (1.0,)]
+    assert [auto.shares_of(task, None, recovers=False) for task in range(3)] == [SHARES] * 3
+    shares = [auto.shares_of(task, 3, recovers=False) for task in range(5)]
+    assert shares == [SHARES, SHARES, (1.0,), (1.0,), (1.0,)]
+
+
+def test_a_task_that_recovers_leaves_units_for_the_next_one():
+    for task in range(3):
+        assert auto.shares_of(task, None, recovers=True)[-1] == auto.NEEDED < 1
+    assert auto.shares_of(2, 3, recovers=True) == (1.0,)
 
 
 def test_slack_is_a_standard_error_inside_parts_of_the_tolerance():
@@ -105,7 +112,7 @@ def test_criteria_that_name_an_end_are_followed_to_it():
     for criterion in (FreeCapacity(0.5), AccuracyDrop(0.1) & FreeCapacity(0.5), as_criterion(lambda score: True)):
         assert not auto.takes(criterion)
     assert not auto.takes(MetricDrop.__new__(MetricDrop))
-    rnf = RelevanceFreezing.auto(criterion=FreeCapacity(0.5))
+    rnf = RelevanceFreezing(criterion=FreeCapacity(0.5))
     assert rnf.ending.selection.rations is None
 
 
@@ -164,7 +171,7 @@ def _seed():
     ids=str,
 )
 def test_a_fit_recovers_as_long_and_one_that_can_t_says_nothing_of_it(options, recovered):
-    rnf = RelevanceFreezing.auto(criterion=0.1)
+    rnf = RelevanceFreezing(criterion=0.1)
     fit(rnf, **options)  # a warning would be an error
     assert rnf.state.task("a").recovery_epochs == recovered
     assert rnf.state.task("a").ration in SHARES
@@ -175,7 +182,7 @@ def test_a_fit_that_is_stopped_before_its_recovery_ends_its_task_without_one():
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = True
 
-    rnf = RelevanceFreezing.auto(criterion=0.1)
+    rnf = RelevanceFreezing(criterion=0.1)
     fit(rnf, "a", None, Stops(), max_epochs=8)
     assert rnf.state.task("a").recovery_epochs == 0
     assert rnf.state.task("a").accepted
@@ -210,7 +217,7 @@ class Ends(pl.Callback):
 
 
 def several(**options):
-    return RelevanceFreezing.auto(criterion=0.1, task=lambda trainer, module: module.heads.active, **options)
+    return RelevanceFreezing(criterion=0.1, task=lambda trainer, module: module.heads.active, **options)
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
@@ -257,7 +264,7 @@ def test_a_resumed_fit_claims_the_same_share_and_ends_with_the_same_sub_network_
 
     def run(path=None, callbacks=()):
         pl.seed_everything(5, verbose=False)
-        rnf, data, model = RelevanceFreezing.auto(), Ordered("a"), Classifier()
+        rnf, data, model = RelevanceFreezing(), Ordered("a"), Classifier()
         model.body[2].p = 0.0
         model.heads.activate("a")
         trainer(*callbacks, rnf, max_epochs=4).fit(model, datamodule=data, ckpt_path=path)

@@ -189,6 +189,7 @@ def test_an_expert_that_only_a_later_task_runs_is_frozen_whole_wherever_its_samp
             assert torch.equal(model(x), of_b)
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 def test_a_layer_that_runs_twice_on_some_batches_costs_no_task():
     class Twice(Classifier):
         def forward(self, x):
@@ -197,7 +198,7 @@ def test_a_layer_that_runs_twice_on_some_batches_costs_no_task():
                 hidden = self.body[3](hidden).relu()
             return self.heads(hidden)
 
-    model, rnf = Twice(), plain()
+    model, rnf = Twice(), RelevanceFreezing()
     x, y = clusters("a", 320, 1).tensors
     order = x[:, 0].argsort()  # rehearsed on the first batch; the end's first, drawn at random, runs it twice
     rnf.reference = DataLoader(TensorDataset(x[order], y[order]), 32)
@@ -421,6 +422,7 @@ class Graph(Classifier):
     def validation_step(self, batch): ...
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 @pytest.mark.parametrize("form", ["dense", "sparse", "too large"])
 def test_what_can_not_be_cut_into_samples_is_kept_whole_or_not_at_all(form, monkeypatch):
     generator = torch.Generator().manual_seed(0)
@@ -428,7 +430,7 @@ def test_what_can_not_be_cut_into_samples_is_kept_whole_or_not_at_all(form, monk
     adjacency = torch.eye(60) + (torch.rand(60, 60, generator=generator) < 0.02).float()
     graph = {"x": x, "adjacency": adjacency if form == "dense" else adjacency.to_sparse(), "y": y}
     loader = DataLoader([graph], batch_size=None)
-    rnf = plain(predict=lambda module, batch: (module(batch["x"], batch["adjacency"]), batch["y"]))
+    rnf = RelevanceFreezing(predict=lambda module, batch: (module(batch["x"], batch["adjacency"]), batch["y"]))
     rnf.task = "a"
     model = Graph()
     model.heads.activate("a")
@@ -493,7 +495,7 @@ def test_a_constant_answer_that_meets_the_criterion_is_said_with_the_way_out():
 
 
 def test_a_task_at_chance_is_said():
-    model, rnf = Classifier(lr=0.0), plain(criterion=0.05)
+    model, rnf = Classifier(lr=0.0), RelevanceFreezing(criterion=0.05, fit_head=False)
     with pytest.warns(
         UserWarning, match="a: an answer that is always the same has an accuracy of 0.5.* so the task is at chance"
     ):
@@ -507,7 +509,7 @@ def test_a_criterion_that_lets_nothing_go_is_said():
             return False
 
     with pytest.warns(UserWarning, match=r"a: not one of 80 free units can go"):
-        train(Classifier(), plain(criterion=Nothing()), "a", max_epochs=1)
+        train(Classifier(), RelevanceFreezing(criterion=Nothing()), "a", max_epochs=1)
 
 
 def test_a_task_without_a_unit_is_said():
@@ -543,5 +545,6 @@ def test_a_network_that_is_mostly_shared_is_said_before_the_first_training():
 
 
 def test_a_full_layer_is_said_with_the_way_out():
+    rnf = plain(criterion=0.0, search="linear", resolution=80)
     with pytest.warns(UserWarning, match=r"no free units are left in body.0, body.3: .*ration= or recovery_epochs="):
-        train(Classifier(), plain(criterion=0.0, search="linear", resolution=80), "a", max_epochs=1)
+        train(Classifier(), rnf, "a", max_epochs=1)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics.classification import MulticlassRecall
 from training import Classifier, ConvClassifier, clusters, inputs, task_data, train, trainer
 
-from lightning_rnf import MultiHead, RelevanceFreezing
+from lightning_rnf import MetricDrop, MultiHead, RelevanceFreezing
 from lightning_rnf.runtime import Ranks
+from lightning_rnf.streams import TaskDataModule
 from lightning_rnf.tasks.fitting import SCALES, Fitting, last_layer, scale_of
-from lightning_rnf.tasks.leastsquares import Moments, scales
+from lightning_rnf.tasks.leastsquares import Moments, scales, weights
 from lightning_rnf.tasks.reference import ReferenceData
 
 FEW = {"recovery_epochs": 0, "ration": None, "reset_free": False, "criterion": 0.02, "fit_head": "auto"}
@@ -150,6 +152,43 @@ def test_pixels_that_have_a_label():
     weight, bias = module.head.weight.flatten(1), module.head.bias
     ours = ((features @ weight.T + bias - wanted) ** 2).sum()
     assert ours < 1.02 * ((columns @ best - wanted) ** 2).sum()
+
+
+def test_a_sample_that_weighs_eight_times_as_much_is_eight_samples():
+    x, y = torch.randn(40, 5), nn.functional.one_hot(torch.arange(40) % 2, 2)
+    scale, heavy = scales(x.abs().amax(dim=0).double()), torch.tensor([1.0, 8.0])[torch.arange(40) % 2]
+    often = torch.arange(40).repeat_interleave(heavy.long())
+    assert torch.equal(Moments.of(x, y, scale, heavy).sums, Moments.of(x[often], y[often], scale).sums)
+
+
+def test_classes_weigh_the_same_however_many_samples_they_have():
+    counts = torch.tensor([4000, 250, 0, 17, 1])
+    found = weights(counts)
+    assert torch.equal(found, torch.tensor([0.25, 4.0, 1.0, 16.0, 16.0], dtype=torch.float64))
+    assert torch.equal(weights(torch.full((10,), 33)), torch.ones(10, dtype=torch.float64))
+
+
+def rare(samples, seed):
+    """A third class that few samples have, and that is hard to tell."""
+    x, y = clusters("a", samples, seed).tensors
+    y = torch.where((torch.arange(samples) % 20 == 0) & (x[:, 0] + x[:, 1] > 0), 2, y)
+    return TensorDataset(x + (y == 2)[:, None] * torch.tensor([1.0, 1.0, 0, 0, 0, 0]), y)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_criterion_with_a_metric_has_its_classes_weigh_the_same(balanced):
+    torch.manual_seed(0)
+    model = Classifier()
+    model.heads = MultiHead(40, {"a": 3})
+    recall = MulticlassRecall(3, average="macro")
+    criterion = (lambda score: score.accuracy >= score.baseline - 0.02) if not balanced else MetricDrop(recall, 0.05)
+    rnf = RelevanceFreezing(criterion=criterion, recovery_epochs=0)
+    data = TaskDataModule("a", 3, *(rare(640, seed) for seed in range(3)), batch_size=32)
+    trainer(rnf, max_epochs=1).fit(model, datamodule=data)
+    x, y = rare(4000, 9).tensors
+    with torch.no_grad():
+        hits = model(x)[y == 2].argmax(1) == 2
+    assert (hits.float().mean() > 0.6) == balanced
 
 
 def test_several_labels_each_have_their_own_yes():

@@ -3,9 +3,12 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from training import TASKS, Classifier, ConvClassifier, inputs, plain, task_data, train, trainer
+from training import TASKS, Classifier, ConvClassifier, inputs, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
+
+ROWS = {"freeze": "units", "fit_head": False}
+"""Whole rows are compared, and whole heads: of what is fitted to silent units no weight would move."""
 
 
 def trained(model_type=Classifier, *, tasks=TASKS, **options):
@@ -13,7 +16,7 @@ def trained(model_type=Classifier, *, tasks=TASKS, **options):
     torch.manual_seed(0)
     model, rnf = (
         model_type(),
-        plain(**{"candidates": "all", "criterion": lambda score: score.relevant >= 24, "freeze": "units"} | options),
+        RelevanceFreezing(**ROWS | {"candidates": "all", "criterion": lambda score: score.relevant >= 24} | options),
     )
     train(model, rnf, *tasks, max_epochs=1)
     return model, rnf
@@ -59,9 +62,9 @@ def test_what_no_other_task_uses_is_free_again_and_the_others_are_recalled_to_th
 
     # In files it is gone, too, and what comes back from them is the same.
     rnf.save(tmp_path / "masks.safetensors")
-    loaded = plain()
+    loaded = RelevanceFreezing()
     loaded.load(tmp_path / "masks.safetensors", model)
-    restored = plain()
+    restored = RelevanceFreezing()
     restored.load_state_dict(rnf.state_dict())
     for one in (loaded, restored):
         assert list(one.state.tasks) == others

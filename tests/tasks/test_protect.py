@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from snapshot import changes, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from training import Classifier, ConvClassifier, clusters, inputs, loader, plain, task_data, train, trainer
+from training import Classifier, ConvClassifier, clusters, inputs, loader, task_data, train, trainer
 from zennit.composites import EpsilonGammaBox
 
 from lightning_rnf import AccuracyDrop, MultiHead, RelevanceFreezing
@@ -82,7 +82,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_record_is_that_of_a_fit_that_has_trained_nothing(model_type, options):
     model = pretrained(model_type)
-    one, other = plain(**options), plain(**options)
+    # Heads are fitted at the end of fits only.
+    one, other = RelevanceFreezing(**options, fit_head=False), RelevanceFreezing(**options)
     expected = ended_by_a_fit(copy.deepcopy(model), one, task_data("a"))
     found = other.protect(model, validation(), name="a")
     assert found is other.state.tasks["a"]
@@ -121,7 +122,7 @@ def test_norms_that_are_in_eval_mode_by_themselves_keep_their_statistics_as_in_a
 
 @MODELS
 def test_the_next_fit_holds_its_rows_and_recall_is_exact(model_type):
-    model, rnf = pretrained(model_type), RelevanceFreezing(criterion=0.1)
+    model, rnf = pretrained(model_type), RelevanceFreezing(criterion=0.1, freeze="units")
     rnf.protect(model, validation(), name="a")
     with rnf.recall("a"), torch.no_grad():
         logits = model(inputs())
