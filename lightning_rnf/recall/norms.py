@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,8 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ran
     """Inside the context the statistics are estimated anew: the mean over the batches that ``run`` sends through.
 
     The statistics of a whole network are wrong for its sub-network, whose silent units shift and shrink what the next
-    layers get. A norm that no batch reaches keeps its own.
+    layers get. A norm that no batch reaches keeps its own. Sums are in double precision, so that in whatever order and
+    shares batches come the mean is the same.
 
     Args:
         norms: with running statistics.
@@ -41,44 +42,68 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ran
         ranks: over whose batches the mean is taken, each batch by its own statistics: a synchronised norm does not
             synchronise here.
     """
-    buffers = [(norm, buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    unique = dict.fromkeys(norms)
+    before = {norm: [buffer.clone() for buffer in norm.buffers(recurse=False)] for norm in unique}
+    sums = {norm: _Sums() for norm in unique}
 
     @torch.no_grad()
-    def put_back(only_unseen: bool) -> None:
-        unseen = {norm for norm, _, _ in buffers if not int(norm.get_buffer("num_batches_tracked"))}
-        for norm, buffer, before in buffers:
-            if not only_unseen or norm in unseen:
-                buffer.copy_(before)
+    def put_back(norm: nn.Module) -> None:
+        for buffer, value in zip(norm.buffers(recurse=False), before[norm], strict=True):
+            buffer.copy_(value)
 
     try:
         with ExitStack() as flags:
-            for norm in {norm for norm, _, _ in buffers}:
+            for norm in unique:
                 assert isinstance(norm, _NormBase)
                 flags.callback(norm.__dict__.update, training=norm.training, momentum=norm.momentum)
                 if isinstance(norm, nn.SyncBatchNorm):
                     flags.enter_context(_unsynchronised(norm))
                 norm.reset_running_stats()
-                norm.training, norm.momentum = True, None  # None: the mean over batches, each with the same weight
+                norm.training, norm.momentum = True, 1.0  # what runs is the last batch's
+                flags.callback(norm.register_forward_hook(sums[norm].add).remove)
             with torch.no_grad():
                 ranks.agreed(run)
-                _average(buffers, ranks)
-        put_back(only_unseen=True)
+        of_ranks = ranks.gather([one.cpu() for one in sums.values()])
+        for norm, shares in zip(unique, zip(*of_ranks, strict=True), strict=True):
+            if any(share.batches for share in shares):
+                reduce(_Sums.joined, shares).write(norm)
+            else:
+                put_back(norm)
         yield
     finally:
-        put_back(only_unseen=False)
+        for norm in unique:
+            put_back(norm)
 
 
-def _average(buffers: Iterable[tuple[nn.Module, Tensor, Tensor]], ranks: Ranks) -> None:
-    """The mean over the batches of all ranks: how many each norm has seen may differ."""
-    if ranks.size == 1:
-        return
-    own = [(int(norm.get_buffer("num_batches_tracked")), buffer.double().cpu()) for norm, buffer, _ in buffers]
-    for (_, buffer, _), shares in zip(buffers, zip(*ranks.gather(own), strict=True), strict=True):
-        batches = sum(seen for seen, _ in shares)
-        if buffer.is_floating_point() and batches:
-            buffer.copy_(sum(seen / batches * value for seen, value in shares))
-        else:
-            buffer.fill_(batches)  # how many were tracked
+@dataclass
+class _Sums:
+    """Of a norm's statistics over batches, each with the same weight."""
+
+    batches: int = 0
+    mean: Tensor | float = 0.0
+    var: Tensor | float = 0.0
+
+    def add(self, norm: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook, of a norm whose running statistics are the batch's."""
+        mean, var = (_wide(norm.get_buffer(name)) for name in ("running_mean", "running_var"))
+        self.batches, self.mean, self.var = self.batches + 1, self.mean + mean, self.var + var
+
+    def cpu(self) -> _Sums:
+        return _Sums(self.batches, *(torch.as_tensor(one).cpu() for one in (self.mean, self.var)))
+
+    def joined(self, other: _Sums) -> _Sums:
+        return _Sums(self.batches + other.batches, self.mean + other.mean, self.var + other.var)
+
+    @torch.no_grad()
+    def write(self, norm: nn.Module) -> None:
+        """Give a norm the means."""
+        norm.get_buffer("running_mean").copy_(torch.as_tensor(self.mean / self.batches))
+        norm.get_buffer("running_var").copy_(torch.as_tensor(self.var / self.batches))
+        norm.get_buffer("num_batches_tracked").fill_(self.batches)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return (values.cpu() if values.device.type == "mps" else values).double()  # it has no float64
 
 
 @contextmanager

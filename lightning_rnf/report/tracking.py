@@ -39,7 +39,8 @@ def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, ch
     )
     if not record.accepted:
         if chosen == "ration":
-            cause, way_out = f"the ration of {record.ration}", "give it a larger ration" + ", or recovery_epochs" * trained
+            cause = f"the ration of {record.ration}"
+            way_out = "give it a larger ration" + ", or recovery_epochs" * trained
         elif chosen == "recovery":
             cause = "its recovery"
             way_out = "give it more recovery_epochs, a milder recovery_criterion or ration, or recovery_search=True"

@@ -199,8 +199,8 @@ class Fitting:
 
         try:
             first, share = ranks.agreed(seen)
-            largest, counts = zip(*(one for one in ranks.gather(share) if one is not None), strict=True)
-            largest = torch.stack(largest).amax(dim=0)
+            of_ranks, counts = zip(*(one for one in ranks.gather(share) if one is not None), strict=True)
+            largest = torch.stack(of_ranks).amax(dim=0)
             of_class = leastsquares.weights(torch.stack(counts).sum(dim=0)) if self.balanced else None
             speaks = largest > 0  # what silent units leave at 0 is most of it, where few are kept
             scale = scales(largest[speaks])
