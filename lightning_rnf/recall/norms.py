@@ -75,6 +75,21 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ran
             put_back(norm)
 
 
+@contextmanager
+def of_batch(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the context they normalise with the statistics of each batch, and keep their own."""
+    with ExitStack() as undo:
+        for norm in dict.fromkeys(norms):
+            assert isinstance(norm, _NormBase)
+            undo.callback(norm.__dict__.update, training=norm.training)
+            for buffer in norm.buffers(recurse=False):
+                undo.callback(buffer.copy_, buffer.clone())
+            if isinstance(norm, nn.SyncBatchNorm):
+                undo.enter_context(_unsynchronised(norm))
+            norm.training = True
+        yield
+
+
 @dataclass
 class _Sums:
     """Of a norm's statistics over batches, each with the same weight."""

@@ -22,6 +22,7 @@ from lightning_rnf.runtime import Show, borrowed, evaluating, joined, silent
 from lightning_rnf.search import Criterion, Measured, Ranking
 from lightning_rnf.tasks.fitting import Fitting, Head, scale_of
 from lightning_rnf.tasks.reference import ReferenceData
+from lightning_rnf.tasks.refitting import Refitting, Rows
 from lightning_rnf.tasks.survey import Survey
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,20 @@ class Taken:
         measured: with the head that it keeps; None: heads are not fitted, it is what the search has measured.
         statistics: what recall brings back: the buffers with which it was measured.
         head: to be written; None: the one that was trained.
+        rows: to be written: those that were fitted to it.
     """
 
     measured: Measured | None
     statistics: dict[str, Tensor]
     head: Head | None
+    rows: Sequence[Rows] = ()
+
+    def write(self, fitting: Fitting | None) -> None:
+        """Give the module the rows and the head with which it was measured."""
+        for one in self.rows:
+            one.write()
+        if fitting is not None and self.head is not None:
+            fitting.write(self.head)
 
 
 class Subnetworks:
@@ -84,6 +94,7 @@ class Subnetworks:
         counts_flops: bool,
         is_shared: bool,
         known: Known,
+        refitting: Refitting | None,
     ) -> None:
         self.module = module
         self.units = units
@@ -104,6 +115,9 @@ class Subnetworks:
         self.resolution = resolution
         self.fitting = fitting
         self.known = known
+        self.refitting = refitting
+        if refitting is not None:
+            refitting.look()
         self.ranks = reference.ranks
         self.is_shared = is_shared
         self.norms = own_norms
@@ -141,21 +155,36 @@ class Subnetworks:
                 measured = fitted
         return replace(measured, values={**measured.values, **self._count(cutoff)})
 
-    def take(self, cutoff: int, verdict: Callable[[Measured], bool]) -> Taken:
-        """End with a sub-network: its head is fitted to all there is to fit it on.
+    def refitted(self, cutoff: int) -> Measured:
+        """As `measure`, with rows that are fitted to the sub-network, too."""
+        assert self.fitting is not None
+        with self._speaking(cutoff, refits=True), self.fitting.wearing(self._fitted(all_data=False)):
+            return replace(self._measure(cutoff), values=self._count(cutoff))
+
+    def take(self, cutoff: int, verdict: Callable[[Measured], bool], *, refits: bool = False) -> Taken:
+        """End with a sub-network: its head is fitted to all there is to fit it on, and its rows to it, if asked.
 
         Of that one, the one of the search and the trained one it keeps what the verdict accepts, of those what is
         worth most to the criterion, and in doubt the first.
         """
         flops = self._count(cutoff)  # of the network as it is, with nothing silenced in it
-        with self._speaking(cutoff):
+        with self._speaking(cutoff, refits=refits) as rows:
             buffers = subnetwork.statistics(self.module, self.units)
             measured = head = None
             if self.fitting is not None:
                 measured, head = self._best(cutoff, self.fitting, verdict, flops)
         if self.is_shared:
             buffers = {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
-        return Taken(measured, buffers, head)
+        return Taken(measured, buffers, head, tuple(rows))
+
+    def better(self, one: Taken, other: Taken, verdict: Callable[[Measured], bool]) -> Taken:
+        """Of a sub-network measured in two ways the one that the verdict accepts and that is worth more."""
+
+        def worth(taken: Taken) -> tuple[Any, ...]:
+            assert taken.measured is not None, "heads are fitted"
+            return verdict(taken.measured), self.worth(taken.measured)
+
+        return max(one, other, key=worth)
 
     def _best(
         self, cutoff: int, fitting: Fitting, verdict: Callable[[Measured], bool], flops: Mapping[str, float]
@@ -213,14 +242,17 @@ class Subnetworks:
         }
 
     @contextmanager
-    def _speaking(self, cutoff: int) -> Iterator[None]:
+    def _speaking(self, cutoff: int, *, refits: bool = False) -> Iterator[Sequence[Rows]]:
         with ExitStack() as stack:
             speaking = self.ranking.relevant(cutoff)
             stack.enter_context(harmless(self.module, self.units.layers, speaking))
             stack.enter_context(subnetwork.silence(self.module, self.units.layers, speaking))
+            rows: Sequence[Rows] = ()
+            if refits and self.refitting is not None:
+                rows = stack.enter_context(self.refitting.wearing(speaking))
             if self.recalibrated and cutoff > 0:
                 stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
-            yield
+            yield rows
 
     def _run(self) -> None:
         with self.prefix.spared("statistics"):
@@ -242,6 +274,7 @@ def subnetworks(
     survey: Survey | None = None,
     fitting: Fitting | None = None,
     known: Known | None = None,
+    refitting: Refitting | None = None,
 ) -> Iterator[Subnetworks]:
     """Inside the context the module is borrowed, in eval mode, and its sub-networks can be measured.
 
@@ -259,6 +292,7 @@ def subnetworks(
         survey: of the first walk; None: nothing is asked.
         fitting: of the task's head to each candidate; None: as it was trained.
         known: what was measured before, and gets what is measured now.
+        refitting: of rows to sub-networks; None: they stay as they were trained.
     """
     # Norms that the user keeps in eval mode have their statistics on purpose.
     own = norms.with_statistics(module, units.buffers)
@@ -270,7 +304,7 @@ def subnetworks(
     with borrowed(module), evaluating(module):
         yield Subnetworks(
             *(module, units, reference, ranking, criteria, own, moving, show, expected, survey, fitting),
-            *(resolution, counts_flops, is_shared, Known() if known is None else known),
+            *(resolution, counts_flops, is_shared, Known() if known is None else known, refitting),
         )
 
 

@@ -127,8 +127,7 @@ class Ending:
             with self._measuring(module, reference):
                 criteria = (self.recovery.before or self.criterion, self.criterion)
                 found = self._select(name, module, reference, state, *criteria, trainer=trainer, show=show)
-                if found.wear is not None:
-                    found.wear()  # what trains on goes on from there
+                found.write()  # what trains on goes on from there
         state.recover(found.record, found.units)
         return found.record
 
@@ -270,7 +269,7 @@ class Ending:
                 survey = Survey(module, units)
                 try:
                     given: tuple[Any, ...] = (name, module, units, measured, state, *criteria)
-                    record, head = self.selection.select(*given, show=show, survey=survey, fitting=fitting)
+                    record, kept = self.selection.select(*given, show=show, survey=survey, fitting=fitting)
                 except MissedError:
                     units, more = self.tracing.joined(units, module, state, measured, survey, 0)
                     whole = (*whole, *more)
@@ -280,8 +279,8 @@ class Ending:
                     # Silence may send samples another way than the whole network did.
                     units, more = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
                     constant = survey.constant_accuracy(ranks)
-                    wear = None if fitting is None or head is None else partial(fitting.write, head)
-                    return _Found(record, units, (*whole, *more), constant, state.frozen(), wear)
+                    write = partial(kept.write, fitting)
+                    return _Found(record, units, (*whole, *more), constant, state.frozen(), write)
         raise AssertionError("the last offer fits no head")
 
     def _settle(
@@ -302,10 +301,10 @@ class Ending:
             milder = self.recovery.search or self.recovery.epochs == "auto"
             how: dict[str, Any] = {"milder": milder, "show": show, "survey": survey, "fitting": fitting}
             with suppress(UnfitError):
-                record, head = self.selection.settle(*given, **how)
+                record, kept = self.selection.settle(*given, **how)
                 units, whole = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
-                wear = None if fitting is None or head is None else partial(fitting.write, head)
-                return _Found(record, units, whole, survey.constant_accuracy(ranks), state.frozen(), wear)
+                write = partial(kept.write, fitting)
+                return _Found(record, units, whole, survey.constant_accuracy(ranks), state.frozen(), write)
         raise AssertionError("the last offer fits no head")
 
     def _fittings(
@@ -320,8 +319,7 @@ class Ending:
 
     def _add(self, found: _Found, module: torch.nn.Module, reference: ReferenceData, state: FreezeState) -> TaskRecord:
         """Put the record into the state, with the head that was fitted and fingerprints of what is frozen."""
-        if found.wear is not None:
-            found.wear()
+        found.write()
         wiring = Wiring.of(module, found.units.layers) if self.masked and self.connections else None
         of_task = {} if wiring is None else trusted(module, wiring, found.record, reference)
         record = replace(found.record, connections=tuple(of_task))
@@ -393,7 +391,7 @@ class _Found:
         whole: names of modules that only some batches run, and that are frozen whole.
         constant: accuracy of the best answer that is always the same.
         frozen_before: bool ``(units,)`` by layer: what earlier tasks need.
-        wear: writes the head that was fitted; None: it stays as it was trained.
+        write: gives the model the head, and the rows, that were fitted.
     """
 
     record: TaskRecord
@@ -401,4 +399,4 @@ class _Found:
     whole: tuple[str, ...]
     constant: float
     frozen_before: dict[str, Tensor]
-    wear: Callable[[], None] | None = None
+    write: Callable[[], None]

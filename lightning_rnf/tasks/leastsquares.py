@@ -20,6 +20,13 @@ def scales(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest.clamp(min=1e-300)))), 1.0)
 
 
+def rounded(values: Tensor, scale: Tensor) -> Tensor:
+    """As shares of a scale ``(columns,)``, float64, rounded to `BITS` and cut off at 8."""
+    shares = (values.cpu() if values.device.type == "mps" else values).double()  # it has no float64
+    shares = (shares / scale.to(shares.device)).nan_to_num().clamp(-8, 8)
+    return torch.round(shares * 2**BITS).div(2**BITS)
+
+
 LIGHT, HEAVY = 2.0**-4, 2.0**4
 """What a sample may weigh at least and at most, so that sums stay exact."""
 
@@ -56,13 +63,11 @@ class Moments:
 
         Args:
             features: ``(N, features)``; beyond 8 times their scale they are cut off.
-            targets: ``(N, outputs)``, what the layer should say: whole numbers.
+            targets: ``(N, outputs)``, what the layer should say: whole numbers, or `rounded`.
             scale: ``(features,)``.
             weight: ``(N,)``, of each sample, as `weights` has it for its class; None: 1.
         """
-        shares = (features.cpu() if features.device.type == "mps" else features).double()  # it has no float64
-        shares = (shares / scale.to(shares.device)).nan_to_num().clamp(-8, 8)
-        shares = torch.round(shares * 2**BITS) / 2**BITS
+        shares = rounded(features, scale)
         ones = shares.new_ones(len(shares), 1)
         every = torch.cat([shares, targets.to(shares), ones], dim=1)
         weighed = every if weight is None else every * weight.to(every).unsqueeze(1)
@@ -91,10 +96,7 @@ class Moments:
             bias: if there is none, weights alone are fitted, and zeros come in its place.
         """
         count, split = float(self.sums[-1, -1]), len(self.scale)
-        back = torch.cat([self.scale, self.scale.new_ones(len(self.sums) - split)])
-        sums = self.sums * torch.outer(back, back)  # by powers of two: exact
-        means = sums[-1, :-1] / count if bias else torch.zeros_like(sums[-1, :-1])
-        products = sums[:-1, :-1] - count * torch.outer(means, means)
+        sums, means, products = self._products(bias)
         of_features, mixed, of_targets = products[:split, :split], products[:split, split:], products[split:, split:]
         variances = of_features.diagonal()
         # What rounding leaves of a constant feature is no variance.
@@ -112,6 +114,25 @@ class Moments:
                 tried.append((float(residual) / max(freedom, 1e-9 * count) ** 2, shrunk))
             weight[varies] = vectors @ min(tried, key=lambda one: one[0])[1]
         return weight.T.contiguous(), means[split:] - weight.T @ means[:split]
+
+    def drawn(self, ridge: float, *, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """As `solve`, with this ridge, a share of the features' mean variance, whatever it costs or brings."""
+        split = len(self.scale)
+        _, means, products = self._products(bias)
+        of_features, mixed = products[:split, :split], products[:split, split:]
+        weight = torch.zeros(split, mixed.shape[1], dtype=torch.float64)
+        shrinking = ridge * of_features.diagonal().mean() if split else 0.0
+        if shrinking > 0:
+            weight = torch.linalg.solve(of_features + shrinking * torch.eye(split, dtype=torch.float64), mixed)
+        return weight.T.contiguous(), means[split:] - weight.T @ means[:split]
+
+    def _products(self, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums in the features' own size, means, and sums of products of what differs from them."""
+        back = torch.cat([self.scale, self.scale.new_ones(len(self.sums) - len(self.scale))])
+        sums = self.sums * torch.outer(back, back)  # by powers of two: exact
+        count = float(sums[-1, -1])
+        means = sums[-1, :-1] / count if bias else torch.zeros_like(sums[-1, :-1])
+        return sums, means, sums[:-1, :-1] - count * torch.outer(means, means)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

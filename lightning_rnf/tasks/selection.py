@@ -49,8 +49,9 @@ from lightning_rnf.search import (
 from lightning_rnf.tasks import auto
 from lightning_rnf.tasks.auto import Enough
 from lightning_rnf.tasks.candidates import Known, Subnetworks, Taken, subnetworks
-from lightning_rnf.tasks.fitting import Fitting, Head
+from lightning_rnf.tasks.fitting import Fitting
 from lightning_rnf.tasks.reference import ReferenceData, gathered
+from lightning_rnf.tasks.refitting import Refitting
 from lightning_rnf.tasks.survey import Survey
 
 log = logging.getLogger(__name__)
@@ -163,8 +164,10 @@ class Selection:
         show: Show = silent,
         survey: Survey | None = None,
         fitting: Fitting | None = None,
-    ) -> tuple[TaskRecord, Head | None]:
+    ) -> tuple[TaskRecord, Taken]:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is.
+
+        A task that recovers has its rows fitted to its sub-network, too: how much it may claim is judged with them.
 
         Args:
             name: of the task.
@@ -179,7 +182,7 @@ class Selection:
             fitting: of the task's head to each candidate; None: as it was trained.
 
         Returns:
-            The record, and the head that it was measured with and that has to be written; None: as it was trained.
+            The record, and what it was measured with and that has to be written.
 
         Raises:
             MissedError: if batches run modules that are not in ``units``.
@@ -190,12 +193,15 @@ class Selection:
         relevance, conservation = attribution.relevance, attribution.conservation
         notes = self._heed(name, conservation)
         shares, known = self._shares(len(state.tasks), criterion, recovers=bool(later)), Known()
+        refitting: Refitting | None = None
+        if later and fitting is not None and self.rations == "auto":
+            refitting = Refitting(module, units.layers, state.frozen(), fitting.data)
         for share in shares:
             ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
             expected = about(ranking, self.search, self.resolution)
             options: dict[str, Any] = {"expected": expected, "show": show, "survey": survey, "fitting": fitting}
             with self._subnetworks(
-                module, units, reference, ranking, criterion, *later, known=known, **options
+                module, units, reference, ranking, criterion, *later, known=known, refitting=refitting, **options
             ) as candidates:
                 if share != shares[-1] and not self._is_enough(candidates, criterion, share, asks=survey is not None):
                     known.forget()
@@ -226,7 +232,7 @@ class Selection:
             cuts=conservation.cuts,
             notes=notes,
         )
-        return reference.ranks.decided(lambda: record), taken.head
+        return reference.ranks.decided(lambda: record), taken
 
     def _searched(self, candidates: Subnetworks, criterion: Criterion, *, asks: bool) -> tuple[SearchResult, Taken]:
         """What the search has found, with the head that it keeps; what is taken says whether the criterion accepts it.
@@ -261,6 +267,8 @@ class Selection:
             return ranks.decided(lambda: criterion.met(scored(measured)))
 
         taken = candidates.take(cutoff, is_met)
+        if candidates.refitting is not None and cutoff > 0:
+            taken = candidates.better(candidates.take(cutoff, is_met, refits=True), taken, is_met)
         if taken.measured is None and enough is None:
             return found, taken
         if taken.measured is None:  # what is enough may be less than what the criterion asks for
@@ -273,8 +281,14 @@ class Selection:
     def _is_enough(self, candidates: Subnetworks, criterion: Criterion, share: float | None, *, asks: bool) -> bool:
         ranking = candidates.ranking
         whole, budget = (self._measure(candidates, cutoff, asks=asks) for cutoff in (0, ranking.beyond_ration))
-        score = ranking.score(ranking.beyond_ration, budget, whole, self.resolution)
-        return share is not None and auto.takes(criterion) and auto.is_enough(criterion, score, share)
+
+        def enough(measured: Measured) -> bool:
+            score = ranking.score(ranking.beyond_ration, measured, whole, self.resolution)
+            return share is not None and auto.takes(criterion) and auto.is_enough(criterion, score, share)
+
+        return enough(budget) or (
+            candidates.refitting is not None and enough(candidates.refitted(ranking.beyond_ration))
+        )
 
     def _measure(self, candidates: Subnetworks, cutoff: int, *, asks: bool) -> Measured:
         measured = candidates.measure(cutoff)
@@ -311,7 +325,7 @@ class Selection:
         show: Show = silent,
         survey: Survey | None = None,
         fitting: Fitting | None = None,
-    ) -> tuple[TaskRecord, Head | None]:
+    ) -> tuple[TaskRecord, Taken]:
         """Measure a sub-network after its recovery: the record of a task that ends with the module as it is.
 
         Args:
@@ -365,7 +379,7 @@ class Selection:
             recovery=tuple(evaluation for evaluation, _ in made),
             seconds={**record.seconds, "settling": time.perf_counter() - started},
         )
-        return ranks.decided(lambda: settled), kept.head
+        return ranks.decided(lambda: settled), kept
 
     def _subnetworks(
         self,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launched import assert_same_records, launched, one_thread
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from processes import FEW, SAME, gone_on, records, saved
+from processes import FEW, SAME, gone_on, records, recovered, saved
 from training import clusters
 
 from lightning_rnf.runtime.ranks import ALONE, Ranks, joined
@@ -48,6 +48,17 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(run, name):
         tasks, logits = rank["gone_on"]
         assert tasks == ["a", "b"]
         assert torch.equal(logits, run.alone)
+
+
+def test_rows_and_heads_that_are_fitted_are_those_of_one_process(run):
+    with one_thread():
+        alone = recovered()
+    assert alone["moved"]
+    for rank in run.ranks:
+        found = rank["recovered"]
+        assert found["evaluations"] == alone["evaluations"]
+        for name, value in alone["weights"].items():
+            assert torch.equal(found["weights"][name], value), name
 
 
 def test_a_task_ended_by_hand_is_refused_in_all_of_several_processes(run):

@@ -9,6 +9,7 @@ import time
 import warnings
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
@@ -24,6 +25,7 @@ from lightning_rnf.recall.norms import recalibrated
 from lightning_rnf.runtime.ranks import Ranks
 from lightning_rnf.search.criteria import AccuracyDrop, ComputeBudget, MetricDrop
 from lightning_rnf.streams import TaskDataModule
+from lightning_rnf.tasks.candidates import Subnetworks
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
@@ -159,6 +161,21 @@ def records(names=tuple(SAME)):
         record["warned"] = [str(one.message) for one in caught if "can't be indexed" in str(one.message)]
         found[name] = record
     return found
+
+
+def recovered():
+    """A task whose rows are fitted to its sub-network before a recovery in which nothing moves: all parameters after."""
+    model, rnf = trained(), RelevanceFreezing(criterion=0.1)
+    seed_everything(3, verbose=False)
+    with mock.patch.object(Subnetworks, "better", lambda candidates, fitted, *others: fitted):
+        fit(model, rnf, "a", max_epochs=2)
+    record = rnf.state.tasks["a"]
+    assert record.recovery
+    return {
+        "weights": {name: value.detach().clone() for name, value in model.named_parameters()},
+        "evaluations": [one.score.accuracy for one in (*record.evaluations, *record.recovery)],
+        "moved": not torch.equal(model.body[7].weight, trained().body[7].weight),
+    }
 
 
 def sequence(freeze):
@@ -339,6 +356,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {
         "records": records() if WORLD == 2 else records(FEW),
+        "recovered": recovered(),
         "sequence": sequence("connections"),
         "rows": sequence("units"),
         "saved": saved(Path(sys.argv[1]) / "many"),

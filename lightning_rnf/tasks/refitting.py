@@ -1,0 +1,228 @@
+"""Rows that a task newly claims, fitted to what they said when the whole network spoke: layer by layer, in closed form.
+
+Where most units fall silent, the others hear less than they were trained with, and what they say shrinks and blurs from
+layer to layer. Least squares bring each row as near to what it said before as what it still hears allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import UnitLayer
+from lightning_rnf.recall import norms
+from lightning_rnf.tasks.leastsquares import Moments, rounded, scales
+from lightning_rnf.tasks.reference import ReferenceData
+
+RIDGE = 0.01
+"""How much rows are drawn to what they were trained to be, as a share of the mean variance of what they hear."""
+
+PLACES = 16
+"""Of each sample a layer is seen at so many places at most: pixels of a feature map, or tokens."""
+
+GOLDEN = 0.6180339887498949
+"""Places of one batch are shifted against those of the one before by this share of their distance."""
+
+
+class _EnoughError(Exception):
+    """A forward has come as far as it was needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a layer as they were fitted.
+
+    Attributes:
+        parameter: of a weight or a bias.
+        units: bool ``(units,)``: which rows.
+        values: ``(rows, …)``.
+    """
+
+    parameter: Tensor
+    units: Tensor
+    values: Tensor
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Give the parameter these rows."""
+        self.parameter.data[self.units] = self.values
+
+
+class Refitting:
+    """Fits the rows of a module's layers to its sub-networks.
+
+    What can be fitted are linear layers and one- and two-dimensional convolutions of one group that run once in a
+    forward; others stay as they were trained.
+
+    Args:
+        module: the model, borrowed and in eval mode, with nothing silenced: what its layers say now is what is aimed
+            at.
+        layers: its units' layers, in the order in which they run.
+        frozen: bool ``(units,)`` by layer: units of finished tasks, whose rows stay.
+        data: the first of its batches, ``data.attributed``, are run.
+        moving: norms whose statistics are estimated anew for each sub-network.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[UnitLayer],
+        frozen: Mapping[str, Tensor],
+        data: ReferenceData,
+        moving: Sequence[nn.Module] = (),
+    ) -> None:
+        self.module = module
+        self.frozen = frozen
+        self.data = replace(data, batches=data.batches[: data.attributed])
+        self.moving = moving
+        self.layers = {layer.name: layer for layer in layers if _can_be_fitted(module.get_submodule(layer.name))}
+        self.said: dict[str, list[Tensor]] | None = None
+
+    @contextmanager
+    def wearing(self, relevant: Mapping[str, Tensor]) -> Iterator[list[Rows]]:
+        """Inside the context a sub-network, already silenced, has rows that are fitted to it.
+
+        All ranks get the same, and the same as one process.
+
+        Args:
+            relevant: bool ``(units,)`` by layer: the units that speak.
+
+        Yields:
+            The rows, as they were fitted front to back.
+        """
+        fitted: list[Rows] = []
+        with ExitStack() as undo:
+            with norms.of_batch(self.moving):  # as layers will hear them once the statistics are estimated anew
+                for name, layer in self.layers.items():
+                    claimed = relevant[name] & ~self.frozen[name] if name in self.frozen else relevant[name]
+                    if not claimed.any():
+                        continue
+                    for rows in self._fit(layer, claimed):
+                        undo.callback(replace(rows, values=rows.parameter.data[rows.units].clone()).write)
+                        rows.write()
+                        fitted.append(rows)
+            yield fitted
+
+    def look(self) -> None:
+        """Note what the layers of the whole network say; those that do not run once in each forward are left out."""
+        if self.said is not None:
+            return
+        said: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        with ExitStack() as hooks:
+            for name, layer in self.layers.items():
+
+                def note(part: nn.Module, args: Any, output: Tensor, name: str = name, axis: int = layer.axis) -> None:
+                    if args:
+                        said[name].append(_in_rows(output, axis, self._places(output, axis)))
+
+                hooks.callback(self.module.get_submodule(name).register_forward_hook(note).remove)
+            self.data.ranks.agreed(self._run)
+        once = [name for name, seen in said.items() if len(seen) == len(self.data.batches)]
+        everywhere = set.intersection(*map(set, self.data.ranks.gather(once)))
+        self.layers = {name: layer for name, layer in self.layers.items() if name in everywhere}
+        self.said = {name: said[name] for name in self.layers}
+
+    def _run(self, before: Callable[[], None] = lambda: None) -> None:
+        for index, batch in enumerate(self.data.batches):
+            self._batch = index * self.data.ranks.size + self.data.ranks.rank  # its place in one process
+            before()
+            try:
+                with torch.no_grad(), self.data.forward_context():
+                    self.data.predict(self.module, self.data.convert(batch))
+            except _EnoughError:
+                pass
+
+    def _places(self, values: Tensor, axis: int) -> Tensor:
+        """Of all pixels or tokens of a sample, in order: other ones in each batch, the same for any number of ranks."""
+        every = values[0].numel() // values.shape[axis]
+        some = min(every, PLACES)
+        shifted = torch.arange(some, dtype=torch.float64) + (self._batch * GOLDEN) % 1.0
+        return (shifted / some * every).long().clamp(max=every - 1)
+
+    @torch.no_grad()
+    def _fit(self, layer: UnitLayer, claimed: Tensor) -> list[Rows]:
+        part: Any = self.module.get_submodule(layer.name)
+        units = claimed.to(part.weight.device)
+        assert self.said is not None, "look has to be called before anything is silenced"
+        said, ranks = self.said[layer.name], self.data.ranks
+
+        def seen() -> tuple[Tensor, Tensor, Tensor] | None:
+            """What reaches the layer, what its rows say too little, and how large both come."""
+            if not self.data.batches:
+                return None
+            reaches = torch.cat(self._reaching(layer))
+            weight, bias = part.weight.detach()[units].flatten(1), part.bias
+            says = nn.functional.linear(reaches, weight.to(reaches), None if bias is None else bias[units].to(reaches))
+            lacks = torch.cat(said)[:, units].to(reaches) - says
+            sizes = torch.cat([reaches, lacks], dim=1).nan_to_num().abs().amax(dim=0)
+            return reaches, lacks, sizes.cpu().double()
+
+        found = ranks.agreed(seen)
+        sizes = torch.stack([one for one in ranks.gather(found and found[2]) if one is not None]).amax(dim=0)
+        width = len(sizes) - int(claimed.sum())
+        speaks, scale = sizes[:width] > 0, scales(sizes)
+        scale_of_heard, scale_of_lack = scale[:width][speaks], scale[width:]
+
+        def of_share() -> Moments | None:
+            if found is None:
+                return None
+            reaches, lacks, _ = found
+            targets = rounded(lacks, scale_of_lack)
+            return Moments.of(reaches[:, speaks.to(reaches.device)], targets, scale_of_heard).cpu()
+
+        shares = [share for share in ranks.each(of_share) if share is not None]
+        # A norm behind the layer takes means away, as a bias would.
+        shifts = part.bias is not None or layer.norm is not None
+        more, shift = ranks.decided(lambda: reduce(add, shares).drawn(RIDGE, bias=shifts))
+        weight = part.weight.detach()[units].flatten(1)
+        weight[:, speaks.to(weight.device)] += (more * scale_of_lack[:, None]).to(weight)
+        fitted = [Rows(part.weight, units, weight.view(-1, *part.weight.shape[1:]))]
+        if part.bias is not None:
+            fitted.append(Rows(part.bias, units, part.bias.detach()[units] + (shift * scale_of_lack).to(part.bias)))
+        return fitted
+
+    def _reaching(self, layer: UnitLayer) -> list[Tensor]:
+        """What a layer's rows are multiplied with, ``(places, weights of a row)``, by batch."""
+        part: Any = self.module.get_submodule(layer.name)
+        found: list[Tensor] = []
+
+        def note(part: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(self._heard(part, args[0].detach()))
+            raise _EnoughError
+
+        with part.register_forward_pre_hook(note):
+            self._run()
+        return found
+
+    def _heard(self, part: Any, x: Tensor) -> Tensor:
+        if isinstance(part, nn.Linear):
+            return _in_rows(x, -1, self._places(x, -1)).float()
+        kind = "constant" if part.padding_mode == "zeros" else part.padding_mode
+        x = nn.functional.pad(x, part._reversed_padding_repeated_twice, mode=kind)
+        kernel, stride, dilation = part.kernel_size, part.stride, part.dilation
+        if isinstance(part, nn.Conv1d):  # as one of two dimensions
+            x, kernel, stride, dilation = x.unsqueeze(-2), (1, *kernel), (1, *stride), (1, *dilation)
+        patches = nn.functional.unfold(x.float(), kernel, dilation=dilation, stride=stride)
+        return _in_rows(patches, -2, self._places(patches, -2))
+
+
+def _in_rows(values: Tensor, axis: int, places: Tensor) -> Tensor:
+    """``(samples · places, channels)`` of what has channels along an axis and samples along the first."""
+    flat = values.detach().movedim(axis, -1).flatten(1, -2) if values.ndim > 2 else values.detach().unsqueeze(1)
+    return flat[:, places.to(flat.device)].flatten(0, 1)
+
+
+def _can_be_fitted(part: nn.Module) -> bool:
+    if "forward" in vars(part):
+        return False
+    if type(part) in (nn.Conv1d, nn.Conv2d):
+        convolution: Any = part
+        return bool(convolution.groups == 1)
+    return type(part) is nn.Linear
