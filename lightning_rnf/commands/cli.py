@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--markdown", action="store_true", help="for a page of text")
     form.add_argument("--html", type=Path, metavar="PAGE", help="write one page with tables and figures")
+    report.add_argument(
+        "--config",
+        type=Path,
+        help="YAML whose key model says which model to build: layers frozen by connections are compared in it alone",
+    )
     report.add_argument("--metric", help="of the matrix: one that tests have logged (the first with acc in it)")
     report.set_defaults(run=_report)
 
@@ -134,7 +139,10 @@ def _report(options: argparse.Namespace) -> None:
     from lightning_rnf.tasks import checkpoints
 
     state, checkpoint = _read(options.file)
-    audit = None if checkpoint is None else checkpoints.audit_of(checkpoint, state)
+    if options.config is not None and checkpoint is None:
+        raise ValueError(f"--config is of use for a checkpoint: {options.file} has no weights that a model could have")
+    model = None if options.config is None else _model_of(checkpoint, options.config)
+    audit = None if checkpoint is None else checkpoints.audit_of(checkpoint, state, model)
     report = RetentionReport.of(state, metric=options.metric, audit=audit)
     if options.html:
         options.html.write_text(report.to_html(), encoding="utf-8")
@@ -146,17 +154,14 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from lightning_rnf.callback import RelevanceFreezing
-    from lightning_rnf.commands.lightning_cli import activate_head, built_model
+    from lightning_rnf.commands.lightning_cli import activate_head
     from lightning_rnf.tasks import checkpoints
 
     checkpoint = checkpoints.read(options.checkpoint)
     rnf = RelevanceFreezing()
     rnf.state = checkpoints.finished_tasks(checkpoint)
     record = rnf.state.task(options.task)
-    model = built_model(options.config)
-    checkpoints.widen_to(checkpoint, model)
-    checkpoints.check(checkpoint, model)
-    model.load_state_dict(checkpoint["state_dict"])
+    model = _model_of(checkpoint, options.config)
     activate_head(model, record.head)
     small: Any = rnf.export(model, options.task)
     output = options.output or Path(f"{options.task}.pt")
@@ -165,6 +170,18 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{output}: {numbers[0]:,} of {numbers[1]:,} parameters; torch.load(path, weights_only=False) needs no class")
     for reason, units in small.kept["reasons"].items():
         print(f"  {units} silent units stay: {reason}")
+
+
+def _model_of(checkpoint: Any, config: Path) -> Any:
+    """The model that a file of settings says how to build, with a checkpoint's weights."""
+    from lightning_rnf.commands.lightning_cli import built_model
+    from lightning_rnf.tasks import checkpoints
+
+    model = built_model(config)
+    checkpoints.widen_to(checkpoint, model)
+    checkpoints.check(checkpoint, model)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
 
 
 def _show(options: argparse.Namespace) -> None:

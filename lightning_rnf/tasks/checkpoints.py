@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_rnf.freezing import heard
 from lightning_rnf.memory import Audit, FreezeState
 from lightning_rnf.tasks import widening
 
@@ -97,8 +98,13 @@ def has_finished_tasks(checkpoint: Mapping[str, Any]) -> bool:
     return isinstance(callbacks, dict) and _KEY in callbacks
 
 
-def audit_of(checkpoint: Mapping[str, Any], state: FreezeState) -> Audit | None:
+def audit_of(checkpoint: Mapping[str, Any], state: FreezeState, module: nn.Module | None = None) -> Audit | None:
     """Whether frozen rows are in a checkpoint as they were at their tasks' ends; None: it lacks some of the weights.
+
+    Args:
+        checkpoint: that was `read`.
+        state: its finished tasks.
+        module: the model with those weights; without it nothing can be said of layers frozen by connections.
 
     Raises:
         ValueError: if the weights have another shape than the finished tasks'.
@@ -109,7 +115,7 @@ def audit_of(checkpoint: Mapping[str, Any], state: FreezeState) -> Audit | None:
     if not needed.issubset(weights):
         return None
     state.check_parameters(weights)
-    return Audit.of(weights, state)
+    return Audit.of(weights, state, heard=None if module is None else heard(module, state))
 
 
 def restore(checkpoint: dict[str, Any], module: nn.Module) -> FreezeState:

@@ -311,18 +311,25 @@ def test_report_masks_and_export_read_a_checkpoint(ended, tmp_path, capsys):
 
 
 def test_report_compares_the_weights_in_a_checkpoint(ended, tmp_path, capsys):
-    def audited(path):
-        main(["report", str(path), "--json"])
+    def audited(path, *options):
+        main(["report", str(path), "--json", *options])
         (row,) = json.loads(capsys.readouterr().out)["audit"]
         return row["frozen since its end"]
 
-    assert audited(ended) == "bit-equal"
+    config = ["--config", fit_config(tmp_path)]
+    assert audited(ended, *config) == "bit-equal"
+    assert audited(ended) == "not known: body.3"  # which entries count is read off the model's graph
     content = torch.load(ended, weights_only=True)
     relevant = content["callbacks"]["RelevanceFreezing"]["tasks"][0]["relevant"]["body.3"]
     row = int(relevant.nonzero()[0])
     content["state_dict"]["body.3.bias"][row : row + 1].view(torch.int32).bitwise_xor_(1)
     torch.save(content, tmp_path / "other.ckpt")
-    assert audited(tmp_path / "other.ckpt") == "changed: body.3"
+    assert audited(tmp_path / "other.ckpt", *config) == "changed: body.3"
+    masks = tmp_path / "masks.safetensors"
+    rnf = RelevanceFreezing()
+    rnf.state = checkpoints.finished_tasks(checkpoints.read(ended))
+    rnf.save(masks)
+    assert "--config is of use for a checkpoint" in refused(["report", str(masks), *config], capsys)
     content["state_dict"]["body.3.bias"] = torch.zeros(3)
     torch.save(content, tmp_path / "small.ckpt")
     said = refused(["report", str(tmp_path / "small.ckpt")], capsys)

@@ -164,7 +164,7 @@ def records(names=tuple(SAME)):
 
 
 def recovered():
-    """A task whose rows are fitted to its sub-network before a recovery in which nothing moves: all parameters after."""
+    """A task whose rows are fitted to its sub-network before a recovery in which nothing moves: what it is then."""
     model, rnf = trained(), RelevanceFreezing(criterion=0.1)
     seed_everything(3, verbose=False)
     with mock.patch.object(Subnetworks, "better", lambda candidates, fitted, *others: fitted):
