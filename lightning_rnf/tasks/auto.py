@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import Timer
 from lightning_rnf.search import AccuracyDrop, Criterion, SubnetworkScore
 
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
-"""Of each layer's free units one task may claim so much: the first share that is enough for it, else the last."""
+"""Of each layer's free units one task may claim so much: the first share that is enough for it, else the last one."""
 
 NEEDED = 0.7
 """A share beyond it is for tasks whose criterion does not accept this one."""
 
 MOST = 0.5
-"""No task that recovers claims more: it learns inside of this what it lacks, and as much is left for the next one."""
+"""A task that recovers claims so much where no share is enough: what it lacks it learns, and as much is left."""
 
 PARTS = (0.15, 0.5)
 """Of the tolerance: so much less accuracy, at least and at most, is as good as all; between them a standard error."""
@@ -39,7 +39,7 @@ def shares_of(task: int, tasks: int | None, *, recovers: bool) -> tuple[float, .
     """
     if tasks is not None and task + 1 >= tasks:
         return (1.0,)
-    return tuple(share for share in SHARES if share <= MOST) if recovers else SHARES
+    return (*(share for share in SHARES if share <= NEEDED), MOST) if recovers else SHARES
 
 
 def slack(criterion: AccuracyDrop, score: SubnetworkScore) -> float:

@@ -155,12 +155,6 @@ class Subnetworks:
                 measured = fitted
         return replace(measured, values={**measured.values, **self._count(cutoff)})
 
-    def refitted(self, cutoff: int) -> Measured:
-        """As `measure`, with rows that are fitted to the sub-network, too."""
-        assert self.fitting is not None
-        with self._speaking(cutoff, refits=True), self.fitting.wearing(self._fitted(all_data=False)):
-            return replace(self._measure(cutoff), values=self._count(cutoff))
-
     def take(self, cutoff: int, verdict: Callable[[Measured], bool], *, refits: bool = False) -> Taken:
         """End with a sub-network: its head is fitted to all there is to fit it on, and its rows to it, if asked.
 

@@ -167,7 +167,7 @@ class Selection:
     ) -> tuple[TaskRecord, Taken]:
         """Score and rank the units, search the cutoff: the record of a task that ends with the module as it is.
 
-        A task that recovers has its rows fitted to its sub-network, too: how much it may claim is judged with them.
+        A task that recovers has its rows fitted to its sub-network, too.
 
         Args:
             name: of the task.
@@ -196,14 +196,15 @@ class Selection:
         refitting: Refitting | None = None
         if later and fitting is not None and self.rations == "auto":
             refitting = Refitting(module, units.layers, state.frozen(), fitting.data)
-        for share in shares:
+        for number, share in enumerate(shares, start=1):
+            is_last = number == len(shares)
             ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
             expected = about(ranking, self.search, self.resolution)
             options: dict[str, Any] = {"expected": expected, "show": show, "survey": survey, "fitting": fitting}
             with self._subnetworks(
                 module, units, reference, ranking, criterion, *later, known=known, refitting=refitting, **options
             ) as candidates:
-                if share != shares[-1] and not self._is_enough(candidates, criterion, share, asks=survey is not None):
+                if not is_last and not self._is_enough(candidates, criterion, share, asks=survey is not None):
                     known.forget()
                     continue
                 found, taken = self._searched(candidates, criterion, asks=survey is not None)
@@ -281,14 +282,8 @@ class Selection:
     def _is_enough(self, candidates: Subnetworks, criterion: Criterion, share: float | None, *, asks: bool) -> bool:
         ranking = candidates.ranking
         whole, budget = (self._measure(candidates, cutoff, asks=asks) for cutoff in (0, ranking.beyond_ration))
-
-        def enough(measured: Measured) -> bool:
-            score = ranking.score(ranking.beyond_ration, measured, whole, self.resolution)
-            return share is not None and auto.takes(criterion) and auto.is_enough(criterion, score, share)
-
-        return enough(budget) or (
-            candidates.refitting is not None and enough(candidates.refitted(ranking.beyond_ration))
-        )
+        score = ranking.score(ranking.beyond_ration, budget, whole, self.resolution)
+        return share is not None and auto.takes(criterion) and auto.is_enough(criterion, score, share)
 
     def _measure(self, candidates: Subnetworks, cutoff: int, *, asks: bool) -> Measured:
         measured = candidates.measure(cutoff)
