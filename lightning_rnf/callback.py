@@ -196,7 +196,7 @@ class RelevanceFreezing(BetweenFits):
             arguments.of_type("reset_free", reset_free, bool, "True or False")
         self.reset_free = reset_free
         self._is_resumed = self._has_trained = False
-        self._steps_at_end = -1
+        self._steps_at_end = self._epoch = -1
         self._scores: dict[Any, float] = {}
         is_elastic = any(elasticity.values() if isinstance(elasticity, dict) else [elasticity])
         self.ending.is_exact = retention == "exact" and norm_statistics != "shared" and not is_elastic
@@ -307,6 +307,8 @@ class RelevanceFreezing(BetweenFits):
         self._has_trained = True
         self._steps_at_end = -1
         self.state.training = name
+        if not self._is_resumed:
+            self.state.begun = trainer.current_epoch
         if self.ending.heatmaps:
             self._witnesses.warn_of_lost(self.state.tasks)
         if self.state.recovering is not None:
@@ -320,8 +322,9 @@ class RelevanceFreezing(BetweenFits):
         if self.state.training is None:  # the last one was ended by hand
             name = runs.given_name(self.task, trainer, pl_module)
             self.state.training = None if name in self.state.tasks else name
-        epochs = self.ending.recovery.epochs_of(trainer, several=self.state.several)
-        if self.state.recovering is None and runs.is_time_to_recover(trainer, epochs):
+        self._epoch = trainer.current_epoch
+        epochs = self.ending.recovery.epochs_of(trainer, several=self.state.several, begun=self.state.begun)
+        if self.state.recovering is None and runs.is_time_to_recover(trainer, epochs, late=self._is_resumed):
             name = self._task_name(trainer, pl_module)
             self._holding.stay_inside(self.ending.recover(trainer, pl_module, self.state, name))
             self._holding.freezer.forget_curvature()
@@ -335,6 +338,8 @@ class RelevanceFreezing(BetweenFits):
         """Start counting optimizer steps anew."""
         assert self._holding is not None
         self._holding.freezer.forget_failed_step()
+        if batch_idx == 0 and self._epoch != trainer.current_epoch:  # Lightning doesn't tell, resumed at an epoch's end
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -40,6 +40,7 @@ class FreezeState:
         forms: dtype and shape of every parameter that the model had at a task's end; empty in files from before that.
         widenings: where the model was made wider, in order; records say how many there had been at a task's end.
         several: whether a task was ended inside the fit that is under way, which goes on with the next one.
+        begun: the epoch that this fit began with: a Trainer that is used again goes on counting.
     """
 
     layers: tuple[UnitLayer, ...] = ()
@@ -52,6 +53,7 @@ class FreezeState:
     forms: dict[str, str] = field(default_factory=dict)
     widenings: tuple[Wider, ...] = ()
     several: bool = False
+    begun: int = 0
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -79,7 +81,7 @@ class FreezeState:
 
     def forget_unfinished(self) -> None:
         """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
-        self.training, self.recovering, self.several = None, None, False
+        self.training, self.recovering, self.several, self.begun = None, None, False, 0
         if not self.tasks and self.resets >= 0:
             self.layers, self.initial, self.resets = (), {}, 0
 
@@ -236,6 +238,7 @@ class FreezeState:
             **({"forms": dict(self.forms)} if self.forms else {}),
             **({"widenings": [widening.to_plain(one) for one in self.widenings]} if self.widenings else {}),
             **({"several": True} if self.several else {}),
+            **({"begun": self.begun} if self.begun else {}),
         }
 
     @classmethod
@@ -277,7 +280,8 @@ class FreezeState:
         if any(record.widenings > len(widenings) for record in tasks.values()):
             raise ValueError("not a state of lightning_rnf: it does not say where its model was made wider")
         several = get(plain, "several", bool) if "several" in plain else False
-        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several)
+        begun = get(plain, "begun", int) if "begun" in plain else 0
+        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several, begun)
 
 
 def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:

@@ -63,13 +63,17 @@ def is_enough(criterion: AccuracyDrop, score: SubnetworkScore, share: float) -> 
     return does or (share >= NEEDED and criterion(score))
 
 
-def recovery_epochs(trainer: Trainer) -> int:
+def recovery_epochs(trainer: Trainer, begun: int = 0) -> int:
     """How many of a fit's last epochs train inside the sub-network.
 
     None of one that has less than two epochs, or whose end is not a number of epochs.
+
+    Args:
+        trainer: of the fit.
+        begun: the epoch that the fit began with, if it is not the Trainer's first.
     """
     options: Any = trainer
-    epochs = trainer.max_epochs
+    epochs = None if trainer.max_epochs is None else trainer.max_epochs - begun
     timers = [callback for callback in options.callbacks if isinstance(callback, Timer)]  # max_time makes one, too
     is_timed = any(timer.time_remaining() is not None for timer in timers)
     if options.fast_dev_run or options.max_steps != -1 or is_timed or epochs is None or epochs < 2:

@@ -61,12 +61,12 @@ class Taken:
     head: Head | None
     rows: Sequence[Rows] = ()
 
-    def write(self, fitting: Fitting | None) -> None:
-        """Give the module the rows and the head with which it was measured."""
+    def write(self, fitting: Fitting | None, *, trains_on: bool = False) -> None:
+        """Give the module the rows and the head with which it was measured; one that trains on a head that can."""
         for one in self.rows:
             one.write()
         if fitting is not None and self.head is not None:
-            fitting.write(self.head)
+            fitting.write(self.head.as_flat_as(fitting.trained) if trains_on else self.head)
 
 
 class Subnetworks:
@@ -243,7 +243,7 @@ class Subnetworks:
             stack.enter_context(subnetwork.silence(self.module, self.units.layers, speaking))
             rows: Sequence[Rows] = ()
             if refits and self.refitting is not None:
-                rows = stack.enter_context(self.refitting.wearing(speaking))
+                rows = stack.enter_context(self.refitting.wearing(speaking, self.recalibrated))
             if self.recalibrated and cutoff > 0:
                 stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
             yield rows

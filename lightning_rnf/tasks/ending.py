@@ -127,7 +127,7 @@ class Ending:
             with self._measuring(module, reference):
                 criteria = (self.recovery.before or self.criterion, self.criterion)
                 found = self._select(name, module, reference, state, *criteria, trainer=trainer, show=show)
-                found.write()  # what trains on goes on from there
+                found.write(trains_on=True)
         state.recover(found.record, found.units)
         return found.record
 
@@ -264,7 +264,7 @@ class Ending:
         ranks = reference.ranks
         units = ranks.decided(lambda: self.tracing.of_data(module, state, reference))
         whole: tuple[str, ...] = ()
-        for fitting, measured in self._fittings(module, units, reference, trainer):
+        for fitting, measured in self._fittings(module, units, reference, state, trainer):
             while True:
                 survey = Survey(module, units)
                 try:
@@ -295,7 +295,7 @@ class Ending:
     ) -> _Found:
         ranks = reference.ranks
         units = ranks.decided(lambda: self.tracing.of_data(module, state, reference))
-        for fitting, measured in self._fittings(module, units, reference, trainer):
+        for fitting, measured in self._fittings(module, units, reference, state, trainer):
             survey = Survey(module, units)
             given = (recovered, module, units, measured, state, self.criterion)
             milder = self.recovery.search or self.recovery.epochs == "auto"
@@ -308,13 +308,26 @@ class Ending:
         raise AssertionError("the last offer fits no head")
 
     def _fittings(
-        self, module: torch.nn.Module, units: UnitMap, reference: ReferenceData, trainer: Trainer | None
+        self,
+        module: torch.nn.Module,
+        units: UnitMap,
+        reference: ReferenceData,
+        state: FreezeState,
+        trainer: Trainer | None,
     ) -> Iterator[tuple[Fitting | None, ReferenceData]]:
-        """How the head can be fitted, and on what sub-networks are then measured, the best first; in the end not."""
+        """How the head can be fitted, and on what sub-networks are then measured, the best first; in the end not.
+
+        A layer that a finished task has, too, is never fitted.
+        """
+        named = dict(module.named_parameters(remove_duplicate=False))
+        of_tasks = [name for record in state.tasks.values() for name in record.head_parameters]
+        kept = [named[name] for name in (*of_tasks, *(state.shared if state.tasks else ())) if name in named]
         for offer in self.head_fit.offers(trainer, self.reference, reference):
             if offer.fitted_on is None:
                 yield None, offer.reference
-            elif fitting := Fitting.of(module, units.head, offer.fitted_on, balanced=self.criterion.by_metrics):
+                continue
+            fitting = Fitting.of(module, units.head, offer.fitted_on, balanced=self.criterion.by_metrics)
+            if fitting and not any(parameter is one for parameter in fitting.layer.parameters() for one in kept):
                 yield fitting, offer.reference
 
     def _add(self, found: _Found, module: torch.nn.Module, reference: ReferenceData, state: FreezeState) -> TaskRecord:
@@ -391,7 +404,7 @@ class _Found:
         whole: names of modules that only some batches run, and that are frozen whole.
         constant: accuracy of the best answer that is always the same.
         frozen_before: bool ``(units,)`` by layer: what earlier tasks need.
-        write: gives the model the head, and the rows, that were fitted.
+        write: gives the model the head, and the rows, that were fitted; ``trains_on``: a recovery follows.
     """
 
     record: TaskRecord
@@ -399,4 +412,4 @@ class _Found:
     whole: tuple[str, ...]
     constant: float
     frozen_before: dict[str, Tensor]
-    write: Callable[[], None]
+    write: Callable[..., None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy import predict_checked, true_labels
 from lightning_rnf.runtime import arguments, borrowed, evaluating
-from lightning_rnf.tasks import leastsquares
+from lightning_rnf.tasks import leastsquares, loaders
 from lightning_rnf.tasks.leastsquares import Moments, scales
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 
@@ -35,8 +36,16 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ALIKE = 0.02
 """How far logits may be from the last layer's output, as a share of the largest, to be that output: half precision."""
 
-SCALES = range(-6, 11)
-"""Powers of two that the fitted logits may be multiplied by: products with them are exact, so no answer changes."""
+SCALES = range(-6, 6)
+"""Powers of two that the fitted logits may be multiplied by: products with them are exact, so no answer changes. Up to
+32: between a yes and a no least squares put 1, and few labels that are all met would have it grow without end."""
+
+STEEP = 2.0
+"""A head that is to be trained on has weights at most so many times as large as those that it was trained to: where the
+features are small those of least squares are so large that a step would throw it far off."""
+
+WIDEST = 2048
+"""A head that hears more features is not fitted: what has to be solved grows with the third power."""
 
 
 class UnfitError(Exception):
@@ -88,7 +97,9 @@ class HeadFit:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 data = drawn.ranks.agreed(lambda: trainer.train_dataloader)
-                return None if data is None else self._drawn_from(data, trainer, reference)
+                if data is None or loaders.is_stream(data):
+                    return None  # the fit would lack what was taken out of it
+                return self._drawn_from(data, trainer, reference)
         except Exception:  # several loaders, batches of another kind: nothing may be lost for what training data are
             return None
 
@@ -136,6 +147,13 @@ class Head:
     weight: Tensor
     bias: Tensor | None
 
+    def as_flat_as(self, trained: Head) -> Head:
+        """The same answers by weights that are at most `STEEP` times as large as those of the trained head."""
+        size, limit = (float(one.weight.double().norm()) for one in (self, trained))
+        if not 0 < limit * STEEP < size:
+            return self
+        return self.scaled(2.0 ** math.floor(math.log2(limit * STEEP / size)))
+
     def scaled(self, factor: float) -> Head:
         """With logits that are so many times as large."""
         return Head(self.weight * factor, None if self.bias is None else self.bias * factor)
@@ -163,14 +181,17 @@ class Fitting:
 
     @classmethod
     def of(cls, module: nn.Module, head: str, data: ReferenceData, *, balanced: bool = False) -> Fitting | None:
-        """None: the head does not end in such a layer, or ``predict`` makes something else of its output."""
+        """None: the head does not end in such a layer, it does not learn, or ``predict`` changes its output."""
         ranks = data.ranks
         with borrowed(module), evaluating(module):
             found = ranks.agreed(lambda: _tried(module, head, data))
         names = {name for name in ranks.gather(found) if name is not None}
         # Ranks without a batch go by the others; where the others disagree nobody can be followed.
         refused = any(ranks.gather(bool(data.batches) and found is None))
-        return cls(module, names.pop(), data, balanced=balanced) if len(names) == 1 and not refused else None
+        if len(names) != 1 or refused:
+            return None
+        fitting = cls(module, names.pop(), data, balanced=balanced)
+        return fitting if all(parameter.requires_grad for parameter in fitting.layer.parameters()) else None
 
     @property
     def trained(self) -> Head:
@@ -203,6 +224,8 @@ class Fitting:
             largest = torch.stack(of_ranks).amax(dim=0)
             of_class = leastsquares.weights(torch.stack(counts).sum(dim=0)) if self.balanced else None
             speaks = largest > 0  # what silent units leave at 0 is most of it, where few are kept
+            if speaks.sum() > WIDEST:
+                raise ValueError(f"the head hears {int(speaks.sum())} features, more than the {WIDEST} it is fitted to")
             scale = scales(largest[speaks])
 
             def of_share() -> Moments | None:

@@ -105,6 +105,11 @@ def fingerprint(batch: Any) -> list[str]:
     return sums
 
 
+def is_stream(loader: object) -> bool:
+    """Whether what is taken out of it may be missed by whoever reads it next."""
+    return isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
 def can_be_indexed(loader: object, ranks: Ranks) -> bool:
     """Whether all of a loader's data set belong to the task, each of them by its index."""
     # A sampler of the user's own says which samples belong to the task; a subclass may do anything. In several

@@ -42,12 +42,18 @@ class Recovery:
             raise ValueError("recovery_criterion and recovery_search are of use with recovery_epochs only: it is 0")
         object.__setattr__(self, "criterion", before)
 
-    def epochs_of(self, trainer: Trainer, *, several: bool = False) -> int:
-        """How many of a fit's last epochs are a recovery; ``several``: a task has ended inside the fit already."""
+    def epochs_of(self, trainer: Trainer, *, several: bool = False, begun: int = 0) -> int:
+        """How many of a fit's last epochs are a recovery.
+
+        Args:
+            trainer: of the fit.
+            several: whether a task has ended inside the fit already.
+            begun: the epoch that the fit began with.
+        """
         if self.epochs != "auto":
             return self.epochs
         # When the next task has begun nobody has said: its recovery might begin with it.
-        return 0 if several else auto.recovery_epochs(trainer)
+        return 0 if several else auto.recovery_epochs(trainer, begun)
 
     @property
     def before(self) -> Criterion | None:

@@ -103,13 +103,18 @@ class ReferenceData:
 
         Each batch weighs the same in statistics that are estimated from them.
         """
+        for batch in self.of_like_size.values():
+            with torch.no_grad(), self.forward_context():
+                self.predict(module, batch)
+
+    @property
+    def of_like_size(self) -> dict[int, Any]:
+        """The batches for attribution by their place, in the fit's precision, but for much smaller ones and samples."""
         batches = self.for_attribution
         sizes = [loaders.rows_of(batch) for batch in batches]
         largest = max((size for size in sizes if size is not None), default=0)
-        for batch, size in zip(batches, sizes, strict=True):
-            if size is None or (size > 1 and size >= largest / 2):
-                with torch.no_grad(), self.forward_context():
-                    self.predict(module, batch)
+        enough = [size is None or (size > 1 and size >= largest / 2) for size in sizes]
+        return {index: batch for index, batch in enumerate(batches) if enough[index]}
 
 
 class Reference:

@@ -6,13 +6,16 @@ layer to layer. Least squares bring each row as near to what it said before as w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,8 @@ from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.recall import norms
 from lightning_rnf.tasks.leastsquares import Moments, rounded, scales
 from lightning_rnf.tasks.reference import ReferenceData
+
+log = logging.getLogger(__name__)
 
 RIDGE = 0.01
 """How much rows are drawn to what they were trained to be, as a share of the mean variance of what they hear."""
@@ -31,8 +36,8 @@ GOLDEN = 0.6180339887498949
 """Places of one batch are shifted against those of the one before by this share of their distance."""
 
 
-class _EnoughError(Exception):
-    """A forward has come as far as it was needed."""
+WIDEST = 2048
+"""A row that hears more is not fitted: what has to be solved grows with the third power."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +63,8 @@ class Rows:
 class Refitting:
     """Fits the rows of a module's layers to its sub-networks.
 
-    What can be fitted are linear layers and one- and two-dimensional convolutions of one group that run once in a
-    forward; others stay as they were trained.
+    What can be fitted are linear layers and convolutions of one group that run once in a forward, learn, and hear
+    something else than before; others stay as they were trained.
 
     Args:
         module: the model, borrowed and in eval mode, with nothing silenced: what its layers say now is what is aimed
@@ -67,7 +72,6 @@ class Refitting:
         layers: its units' layers, in the order in which they run.
         frozen: bool ``(units,)`` by layer: units of finished tasks, whose rows stay.
         data: the first of its batches, ``data.attributed``, are run.
-        moving: norms whose statistics are estimated anew for each sub-network.
     """
 
     def __init__(
@@ -76,38 +80,42 @@ class Refitting:
         layers: Sequence[UnitLayer],
         frozen: Mapping[str, Tensor],
         data: ReferenceData,
-        moving: Sequence[nn.Module] = (),
     ) -> None:
         self.module = module
         self.frozen = frozen
-        self.data = replace(data, batches=data.batches[: data.attributed])
-        self.moving = moving
+        self.data = data
+        self.batches = data.of_like_size
         self.layers = {layer.name: layer for layer in layers if _can_be_fitted(module.get_submodule(layer.name))}
         self.said: dict[str, list[Tensor]] | None = None
 
     @contextmanager
-    def wearing(self, relevant: Mapping[str, Tensor]) -> Iterator[list[Rows]]:
+    def wearing(self, relevant: Mapping[str, Tensor], moving: Sequence[nn.Module] = ()) -> Iterator[list[Rows]]:
         """Inside the context a sub-network, already silenced, has rows that are fitted to it.
 
-        All ranks get the same, and the same as one process.
+        All ranks get the same, and the same as one process. Where anything goes wrong, such as a forward that sends
+        samples another way now, there are none: nothing depends on them.
 
         Args:
             relevant: bool ``(units,)`` by layer: the units that speak.
+            moving: norms whose statistics are estimated anew for each sub-network.
 
         Yields:
             The rows, as they were fitted front to back.
         """
-        fitted: list[Rows] = []
         with ExitStack() as undo:
-            with norms.of_batch(self.moving):  # as layers will hear them once the statistics are estimated anew
-                for name, layer in self.layers.items():
-                    claimed = relevant[name] & ~self.frozen[name] if name in self.frozen else relevant[name]
-                    if not claimed.any():
-                        continue
-                    for rows in self._fit(layer, claimed):
-                        undo.callback(replace(rows, values=rows.parameter.data[rows.units].clone()).write)
-                        rows.write()
-                        fitted.append(rows)
+            fitted: list[Rows] = []
+            try:
+                with norms.of_batch(moving):  # as layers will hear them once the statistics are estimated anew
+                    for name, layer in self.layers.items():
+                        claimed = relevant[name] & ~self.frozen[name] if name in self.frozen else relevant[name]
+                        for rows in self._fit(layer, claimed) if claimed.any() else ():
+                            undo.callback(replace(rows, values=rows.parameter.data[rows.units].clone()).write)
+                            rows.write()
+                            fitted.append(rows)
+            except Exception as error:
+                log.debug("no rows are fitted to the sub-network: %s", error)
+                undo.close()
+                fitted = []
             yield fitted
 
     def look(self) -> None:
@@ -123,25 +131,28 @@ class Refitting:
                         said[name].append(_in_rows(output, axis, self._places(output, axis)))
 
                 hooks.callback(self.module.get_submodule(name).register_forward_hook(note).remove)
-            self.data.ranks.agreed(self._run)
-        once = [name for name, seen in said.items() if len(seen) == len(self.data.batches)]
+            try:
+                self.data.ranks.agreed(self._run)
+            except Exception as error:
+                log.debug("no rows are fitted to sub-networks: %s", error)
+                self.layers, self.said = {}, {}
+                return
+        once = [name for name, seen in said.items() if len(seen) == len(self.batches)]
         everywhere = set.intersection(*map(set, self.data.ranks.gather(once)))
         self.layers = {name: layer for name, layer in self.layers.items() if name in everywhere}
         self.said = {name: said[name] for name in self.layers}
 
-    def _run(self, before: Callable[[], None] = lambda: None) -> None:
-        for index, batch in enumerate(self.data.batches):
+    def _run(self) -> None:
+        for index, batch in self.batches.items():
             self._batch = index * self.data.ranks.size + self.data.ranks.rank  # its place in one process
-            before()
-            try:
-                with torch.no_grad(), self.data.forward_context():
-                    self.data.predict(self.module, self.data.convert(batch))
-            except _EnoughError:
-                pass
+            with torch.no_grad(), self.data.forward_context():
+                self.data.predict(self.module, batch)
 
     def _places(self, values: Tensor, axis: int) -> Tensor:
         """Of all pixels or tokens of a sample, in order: other ones in each batch, the same for any number of ranks."""
-        every = values[0].numel() // values.shape[axis]
+        return self._chosen(values[0].numel() // values.shape[axis])
+
+    def _chosen(self, every: int) -> Tensor:
         some = min(every, PLACES)
         shifted = torch.arange(some, dtype=torch.float64) + (self._batch * GOLDEN) % 1.0
         return (shifted / some * every).long().clamp(max=every - 1)
@@ -155,7 +166,7 @@ class Refitting:
 
         def seen() -> tuple[Tensor, Tensor, Tensor] | None:
             """What reaches the layer, what its rows say too little, and how large both come."""
-            if not self.data.batches:
+            if not self.batches:
                 return None
             reaches = torch.cat(self._reaching(layer))
             weight, bias = part.weight.detach()[units].flatten(1), part.bias
@@ -168,6 +179,8 @@ class Refitting:
         sizes = torch.stack([one for one in ranks.gather(found and found[2]) if one is not None]).amax(dim=0)
         width = len(sizes) - int(claimed.sum())
         speaks, scale = sizes[:width] > 0, scales(sizes)
+        if not sizes[width:].any() or speaks.sum() > WIDEST:
+            return []
         scale_of_heard, scale_of_lack = scale[:width][speaks], scale[width:]
 
         def of_share() -> Moments | None:
@@ -195,7 +208,6 @@ class Refitting:
 
         def note(part: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(self._heard(part, args[0].detach()))
-            raise _EnoughError
 
         with part.register_forward_pre_hook(note):
             self._run()
@@ -206,11 +218,16 @@ class Refitting:
             return _in_rows(x, -1, self._places(x, -1)).float()
         kind = "constant" if part.padding_mode == "zeros" else part.padding_mode
         x = nn.functional.pad(x, part._reversed_padding_repeated_twice, mode=kind)
-        kernel, stride, dilation = part.kernel_size, part.stride, part.dilation
-        if isinstance(part, nn.Conv1d):  # as one of two dimensions
-            x, kernel, stride, dilation = x.unsqueeze(-2), (1, *kernel), (1, *stride), (1, *dilation)
-        patches = nn.functional.unfold(x.float(), kernel, dilation=dilation, stride=stride)
-        return _in_rows(patches, -2, self._places(patches, -2))
+        reach = [dilation * (size - 1) + 1 for dilation, size in zip(part.dilation, part.kernel_size, strict=True)]
+        shape = [(of - far) // step + 1 for of, far, step in zip(x.shape[2:], reach, part.stride, strict=True)]
+        # Patches at the chosen places alone: those of a whole map are many times as large as it.
+        patches = []
+        for place in self._chosen(math.prod(shape)).tolist():
+            corner = [int(one) * step for one, step in zip(np.unravel_index(place, shape), part.stride, strict=True)]
+            window = zip(corner, reach, part.dilation, strict=True)
+            index = (slice(None), slice(None), *(slice(at, at + far, step) for at, far, step in window))
+            patches.append(x[index].flatten(1))
+        return torch.stack(patches, dim=1).flatten(0, 1).float()
 
 
 def _in_rows(values: Tensor, axis: int, places: Tensor) -> Tensor:
@@ -220,9 +237,9 @@ def _in_rows(values: Tensor, axis: int, places: Tensor) -> Tensor:
 
 
 def _can_be_fitted(part: nn.Module) -> bool:
-    if "forward" in vars(part):
+    if "forward" in vars(part) or not all(parameter.requires_grad for parameter in part.parameters()):
         return False
-    if type(part) in (nn.Conv1d, nn.Conv2d):
+    if type(part) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         convolution: Any = part
         return bool(convolution.groups == 1)
     return type(part) is nn.Linear

@@ -199,10 +199,12 @@ def epochs_left(trainer: Trainer) -> int:
     return trainer.max_epochs - trainer.current_epoch
 
 
-def is_time_to_recover(trainer: Trainer, recovery_epochs: int) -> bool:
-    """Whether the epochs that are left are those of the recovery."""
-    is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]
-    return recovery_epochs > 0 and not is_trial and epochs_left(trainer) == recovery_epochs
+def is_time_to_recover(trainer: Trainer, recovery_epochs: int, *, late: bool = False) -> bool:
+    """Whether the epochs that are left are those of the recovery; ``late``: or fewer of them."""
+    if recovery_epochs <= 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return False
+    left = epochs_left(trainer)
+    return left == recovery_epochs or (late and 0 < left < recovery_epochs)
 
 
 def check_epochs(trainer: Trainer, recovery_epochs: int, *, resumed: bool) -> None:

@@ -194,7 +194,7 @@ class Selection:
         notes = self._heed(name, conservation)
         shares, known = self._shares(len(state.tasks), criterion, recovers=bool(later)), Known()
         refitting: Refitting | None = None
-        if later and fitting is not None and self.rations == "auto":
+        if later and fitting is not None:
             refitting = Refitting(module, units.layers, state.frozen(), fitting.data)
         for number, share in enumerate(shares, start=1):
             is_last = number == len(shares)

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader, default_collate
-from training import Classifier, clusters, task_data, trainer
+from training import TASKS, Classifier, clusters, task_data, trainer
 
 from lightning_rnf import AccuracyDrop, FreeCapacity, MetricDrop, RelevanceFreezing
 from lightning_rnf.search import SubnetworkScore, as_criterion
@@ -116,6 +116,51 @@ def test_criteria_that_name_an_end_are_followed_to_it():
     assert not auto.takes(MetricDrop.__new__(MetricDrop))
     rnf = RelevanceFreezing(criterion=FreeCapacity(0.5))
     assert rnf.ending.selection.rations is None
+
+
+def test_a_trainer_that_is_used_again_recovers_in_the_last_part_of_each_fit():
+    begun = []
+
+    class Begins(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            record = rnf.state.recovering
+            if record is not None and record.recovery_epochs == 1:
+                begun.append(trainer.current_epoch)
+
+    model, rnf = Classifier(), RelevanceFreezing(criterion=0.1)
+    one = trainer(Begins(), rnf, max_epochs=0)
+    for task in TASKS:
+        model.heads.activate(task)
+        one.fit_loop.max_epochs += 4
+        one.fit(model, datamodule=task_data(task))
+    assert begun == [3, 7, 11]
+    assert [record.recovery_epochs for record in rnf.state.tasks.values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("step", [60, 70])
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided:UserWarning")
+def test_a_fit_that_is_resumed_at_the_end_of_an_epoch_recovers_as_long_as_one_that_went_on(step, tmp_path):
+    """Lightning tells nobody of the epoch that begins then: that of the recovery, or another one in it."""
+
+    def run(*callbacks, **options):
+        torch.manual_seed(0)
+        model, rnf = Classifier(), RelevanceFreezing(criterion=0.1)
+        model.body[2].p = 0.0
+        data = task_data("a")
+        data.train_dataloader = data.val_dataloader
+        model.heads.activate("a")
+        trainer(rnf, *callbacks, max_epochs=8, enable_checkpointing=bool(callbacks)).fit(
+            model, datamodule=data, **options
+        )
+        return model, rnf.state.task("a")
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    model, expected = run(saver)
+    assert expected.recovery_epochs == 2
+    resumed, record = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert record.recovery_epochs == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 # -- how long it recovers ---------------------------------------------------------------------------------------------

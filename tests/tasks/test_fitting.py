@@ -17,7 +17,8 @@ from training import Classifier, ConvClassifier, clusters, inputs, task_data, tr
 from lightning_rnf import MetricDrop, MultiHead, RelevanceFreezing
 from lightning_rnf.runtime import Ranks
 from lightning_rnf.streams import TaskDataModule
-from lightning_rnf.tasks.fitting import SCALES, Fitting, last_layer, scale_of
+from lightning_rnf.tasks import fitting
+from lightning_rnf.tasks.fitting import SCALES, STEEP, Fitting, Head, last_layer, scale_of
 from lightning_rnf.tasks.leastsquares import Moments, scales, weights
 from lightning_rnf.tasks.reference import ReferenceData
 
@@ -141,9 +142,9 @@ def test_pixels_that_have_a_label():
     torch.manual_seed(0)
     module = Pixels().eval()
     data = ReferenceData([pixels(seed) for seed in range(6)], 6, labelled_pixels)
-    fitting = Fitting.of(module, "head", data)
-    assert fitting is not None
-    fitting.write(fitting.fit(all_data=True))
+    fitted = Fitting.of(module, "head", data)
+    assert fitted is not None
+    fitted.write(fitted.fit(all_data=True))
     # What another way of least squares gives on the same pixels: no weaker ridge can leave less.
     features = torch.cat([module.body(pixels(seed)[0]).permute(0, 2, 3, 1)[pixels(seed)[1] >= 0] for seed in range(6)])
     wanted = nn.functional.one_hot(torch.cat([y[y >= 0] for _, y in map(pixels, range(6))]), 2).float()
@@ -197,9 +198,9 @@ def test_several_labels_each_have_their_own_yes():
     x = torch.randn(500, 6)
     y = (x[:, :3] > 0).long()
     data = ReferenceData([(x[start : start + 50], y[start : start + 50]) for start in range(0, 500, 50)], 10)
-    fitting = Fitting.of(module, "2", data)
-    assert fitting is not None
-    fitting.write(fitting.fit(all_data=True))
+    fitted = Fitting.of(module, "2", data)
+    assert fitted is not None
+    fitted.write(fitted.fit(all_data=True))
     assert ((module(x) > 0) == y.bool()).float().mean() > 0.85
 
 
@@ -232,6 +233,67 @@ def test_others_are_left_alone(kind):
     assert last_layer(Odd("plain"), "head", data) == "head"
 
 
+def test_a_layer_that_a_finished_task_has_too_or_that_does_not_learn_is_left_alone():
+    torch.manual_seed(0)
+    model, rnf = Classifier(), RelevanceFreezing(**FEW)
+    last = nn.Linear(16, 2)
+    for task in "ab":
+        model.heads.tasks[task] = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), last)
+    train(model, rnf, "a")
+    before = last.weight.detach().clone()
+    with rnf.recall("a", model), torch.no_grad():
+        logits = model(inputs())
+    train(model, rnf, "b")
+    assert torch.equal(last.weight, before)
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(inputs()), logits)
+    assert rnf.state.task("b").whole == {}
+
+    model, rnf = Classifier(), RelevanceFreezing(**FEW)
+    model.heads.activate("a")
+    head = model.heads.tasks["a"].requires_grad_(False)
+    before = head.weight.clone()
+    trainer(rnf).fit(model, datamodule=task_data("a"))
+    assert torch.equal(head.weight, before)
+
+
+def test_a_head_that_trains_on_is_no_steeper_than_it_was_and_answers_the_same():
+    trained = Head(torch.ones(2, 4), torch.zeros(2))
+    steep = Head(1000 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([7.0, -9.0]))
+    flat = steep.as_flat_as(trained)
+    assert STEEP / 2 < float(flat.weight.norm() / trained.weight.norm()) <= STEEP
+    factor = flat.weight / steep.weight
+    assert torch.equal(factor, factor[:1, :1].expand(2, 4))
+    assert torch.equal(flat.bias, steep.bias * factor[0, 0])
+    assert trained.as_flat_as(steep) is trained
+
+
+def test_a_recovery_that_begins_with_a_fitted_head_does_not_diverge():
+    """A large rate, momentum and labels of which some are wrong: features of few units are small and much alike."""
+    torch.manual_seed(0)
+    model, losses = Classifier(torch.optim.SGD, lr=0.1, momentum=0.9), []
+    x, y = clusters("a", 320).tensors
+    y = torch.where(torch.rand(320, generator=torch.Generator().manual_seed(0)) < 0.1, 1 - y, y)
+    model.heads.activate("a")
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append((trainer.current_epoch, float(outputs["loss"])))
+
+    rnf = RelevanceFreezing(task="a")
+    trainer(Losses(), rnf, max_epochs=8).fit(
+        model, DataLoader(TensorDataset(x, y), 32), DataLoader(clusters("a", 320, 1), 32)
+    )
+    recovery = [loss for epoch, loss in losses if epoch >= 6]
+    assert max(recovery) < 3 * max(loss for epoch, loss in losses if epoch in (4, 5))
+
+
+def test_a_head_that_hears_too_much_stays(monkeypatch):
+    monkeypatch.setattr(fitting, "WIDEST", 10)
+    _, rnf = ended(None, "a", criterion=0.0)
+    assert rnf.state.task("a").whole == {}
+
+
 # -- on which data ---------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +305,11 @@ class Unlabelled(TensorDataset):
 
 
 class Endless(IterableDataset):
+    seen = ()
+
     def __iter__(self):
+        if isinstance(self.seen, list):
+            self.seen.append(1)
         x, y = clusters("a", 320).tensors
         while True:
             yield from zip(x, y, strict=True)
@@ -274,12 +340,21 @@ def test_one_batch_of_reference_data_can_t_be_parted_so_the_head_stays():
     assert rnf.state.task("a").whole == {}
 
 
-def test_training_data_without_an_end_are_walked_as_far_as_asked():
-    model, rnf = Classifier(), RelevanceFreezing(**FEW, task="a", fit_samples=100)
-    trainer(rnf, limit_train_batches=10).fit(
-        model, DataLoader(Endless(), batch_size=32), DataLoader(clusters("a", 320, 1), batch_size=32)
+def test_nothing_is_taken_out_of_a_stream_that_the_fit_reads():
+    stream, seen = Endless(), []
+    stream.seen = seen
+    model, rnf = Classifier(), RelevanceFreezing(criterion=0.1, task="a", fit_samples=100)
+    trainer(rnf, limit_train_batches=10, max_epochs=4).fit(
+        model, DataLoader(stream, batch_size=32), DataLoader(clusters("a", 320, 1), batch_size=32)
     )
-    assert rnf.state.task("a").whole
+    assert len(seen) == 4  # once for each epoch
+    record = rnf.state.task("a")
+    assert record.recovery_epochs == 1
+    assert (bool(record.whole), record.samples) == (True, 160)  # on half of the reference data
+    options = {"fit_data": DataLoader(Endless(), batch_size=32), "fit_samples": 100}
+    model, rnf = Classifier(), RelevanceFreezing(**FEW, **options)
+    train(model, rnf, "a")
+    assert rnf.state.task("a").samples == 320
 
 
 def test_data_of_the_user_s_own_are_fitted_on(monkeypatch):
@@ -304,8 +379,8 @@ def test_shares_of_three_processes_give_what_one_process_gives():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
     batches = [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(7)]
-    fitting = Fitting(module, "2", ReferenceData(batches, 7))
-    seen = [fitting._in_front(batch) for batch in batches]
+    fitted = Fitting(module, "2", ReferenceData(batches, 7))
+    seen = [fitted._in_front(batch) for batch in batches]
     scale = scales(torch.cat([features for features, _ in seen]).abs().amax(dim=0).double())
     of_each = [Moments.of(*one, scale) for one in seen]
     of_ranks = [reduce(add, Ranks(rank, 3).share(of_each)) for rank in range(3)]

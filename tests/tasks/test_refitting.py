@@ -14,6 +14,7 @@ from training import Classifier, ConvClassifier, frozen_entries, task_data, trai
 from lightning_rnf import RelevanceFreezing, UnitMap
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.tasks import refitting
+from lightning_rnf.tasks.leastsquares import Moments
 from lightning_rnf.tasks.reference import ReferenceData
 from lightning_rnf.tasks.refitting import RIDGE, Refitting
 
@@ -30,6 +31,10 @@ NETS = {
     "strided": (lambda: two_dimensional(kernel_size=(3, 2), stride=(1, 2), padding=(1, 0)), (2, 5, 5)),
     "dilated": (lambda: two_dimensional(kernel_size=2, dilation=2, padding="same"), (2, 5, 5)),
     "circular": (lambda: two_dimensional(kernel_size=3, padding=1, padding_mode="circular"), (2, 5, 5)),
+    "three-dimensional": (
+        lambda: nn.Sequential(nn.Conv3d(2, 6, 2), nn.ReLU(), nn.Conv3d(6, 5, (1, 2, 1)), nn.ReLU(), nn.Flatten()),
+        (2, 3, 4, 3),
+    ),
     "one-dimensional": (
         lambda: nn.Sequential(
             nn.Conv1d(2, 6, 3), nn.ReLU(), nn.Conv1d(6, 5, 3, padding=2, dilation=2), nn.ReLU(), nn.Flatten()
@@ -136,6 +141,48 @@ def test_layers_that_can_not_be_fitted_stay_as_they_were_trained():
         assert rows == []
 
 
+class Strict(Classifier):
+    """A forward that turns every error into its own, and one that sends on what is loud enough."""
+
+    kind = ""
+
+    def forward(self, x):
+        try:
+            h = self.body[:3](x)
+            if self.kind == "depth" and h.abs().sum() < 8 * len(h):
+                return self.heads(h)
+            if self.kind == "selected":
+                keep, out = h.sum(dim=1) > h.sum(dim=1).mean(), torch.zeros_like(h)
+                out[keep] = self.body[3](h[keep]).relu()
+                return self.heads(out)
+            return self.heads(self.body[3:](h))
+        except Exception as error:
+            raise ValueError("bad input") from error
+
+
+@pytest.mark.parametrize("kind", ["errors", "depth", "selected", "solver"])
+def test_no_fit_ends_for_rows_that_can_not_be_fitted(kind, monkeypatch):
+    if kind == "solver":
+        monkeypatch.setattr(Moments, "drawn", lambda *args, **options: torch.linalg.cholesky(torch.zeros(2, 2)))
+    torch.manual_seed(0)
+    model, rnf = Strict(), RelevanceFreezing(criterion=0.5, units="body.*")
+    model.kind = kind
+    for task in "ab":
+        model.heads.activate(task)
+        trainer(rnf, max_epochs=4).fit(model, datamodule=task_data(task))
+    assert list(rnf.state.tasks) == ["a", "b"]
+
+
+def test_layers_that_do_not_learn_or_hear_what_they_heard_stay():
+    net, units, data = made("linear")
+    net[0][2].requires_grad_(False)
+    fitting = Refitting(net, units.layers, {}, data)
+    fitting.look()
+    assert list(fitting.layers) == ["0.0"]
+    with subnetwork.silence(net, units.layers, halves(units)), fitting.wearing(halves(units)) as rows:
+        assert rows == []
+
+
 def test_rows_of_finished_tasks_stay_and_the_context_gives_everything_back():
     net, units, data = made("convolution")
     before, relevant = copy.deepcopy(net.state_dict()), halves(units)
@@ -208,9 +255,9 @@ def test_a_recovery_goes_on_from_the_rows_that_its_sub_network_was_measured_with
             assert torch.equal(model.get_parameter(name)[mask], before[name][mask])
 
 
-def test_without_a_recovery_or_with_a_ration_by_hand_rows_stay(monkeypatch):
+def test_without_a_recovery_or_a_fitted_head_rows_stay(monkeypatch):
     monkeypatch.setattr(Refitting, "wearing", lambda *args: 1 / 0)
-    for options in ({"recovery_epochs": 0}, {"ration": 0.5}, {"fit_head": False}):
+    for options in ({"recovery_epochs": 0}, {"fit_head": False}):
         model, rnf = Classifier(), RelevanceFreezing(**options)
         model.heads.activate("a")
         trainer(rnf, max_epochs=2).fit(model, datamodule=task_data("a"))
