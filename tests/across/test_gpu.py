@@ -14,7 +14,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from training import Classifier, ConvClassifier, clusters, frozen_rows, inputs, task_data, trainer
+from training import (
+    Classifier,
+    ConvClassifier,
+    clusters,
+    frozen_entries,
+    frozen_rows,
+    inputs,
+    plain,
+    task_data,
+    trainer,
+)
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.relevance.attribution import attribute
@@ -86,12 +96,7 @@ def test_frozen_rows_are_bit_equal_and_recall_bit_identical(model_type, precisio
         now = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
         for name, (frozen, values) in rows.items():
             assert torch.equal(now[name][frozen], values), (task, name)
-        frozen = rnf.state.frozen()
-        rows = {
-            name: (frozen[layer.name], now[name][frozen[layer.name]].clone())
-            for layer in rnf.state.layers
-            for name in layer.parameters
-        }
+        rows = {name: (mask, now[name][mask]) for name, mask in frozen_entries(rnf, model).items()}
         before[task] = recalled(model, rnf, task, device, precision)
         assert before[task].device.type == KIND[device]
         for earlier, logits in before.items():
@@ -103,15 +108,14 @@ def test_frozen_rows_are_bit_equal_and_recall_bit_identical(model_type, precisio
 def test_fused_optimizers(optimizer, precision, device):
     model, rnf = Classifier(optimizer, weight_decay=0.1, fused=True), RelevanceFreezing(criterion=0.1)
     fit(model, rnf, "a", device, precision)
-    rows, relevant, start = frozen_rows(model, rnf), rnf.state.frozen(), copy.deepcopy(model.state_dict())
+    frozen, start = frozen_entries(rnf, model), copy.deepcopy(model.state_dict())
     assert 0 < rnf.free_capacity < 1
     before = recalled(model, rnf, "a", device, precision)
     assert (fit(model, rnf, "b", device, precision) > 0) == (precision == "16-mixed")
     after = model.state_dict()
-    for layer in rnf.state.layers:
-        for name in layer.parameters:
-            assert torch.equal(after[name][relevant[layer.name]], rows[name])
-            assert not torch.equal(after[name][~relevant[layer.name]], start[name][~relevant[layer.name]])
+    for name, mask in frozen.items():
+        assert torch.equal(after[name].cpu()[mask], start[name].cpu()[mask])
+        assert not torch.equal(after[name].cpu()[~mask], start[name].cpu()[~mask])
     assert torch.equal(recalled(model, rnf, "a", device, precision), before)
 
 
@@ -136,12 +140,12 @@ def test_ddp_in_one_process(model_type, device, process_group):
     model, rnf = model_type(weight_decay=0.1), RelevanceFreezing(criterion=0.1)
     fit(model, rnf, "a", device, strategy="ddp")
     assert torch.distributed.get_backend() == {"cpu": "gloo", "gpu": "nccl"}[device]
-    rows, relevant = frozen_rows(model, rnf), rnf.state.frozen()
+    frozen = frozen_entries(rnf, model)
+    rows = {name: model.get_parameter(name).detach().cpu()[mask] for name, mask in frozen.items()}
     before = recalled(model, rnf, "a", device)
     fit(model.cpu(), rnf, "b", device, strategy="ddp")
-    for layer in rnf.state.layers:
-        for name in layer.parameters:
-            assert torch.equal(model.get_parameter(name).detach()[relevant[layer.name]], rows[name])
+    for name, mask in frozen.items():
+        assert torch.equal(model.get_parameter(name).detach().cpu()[mask], rows[name])
     assert torch.equal(recalled(model, rnf, "a", device), before)
     assert list(rnf.state.tasks) == ["a", "b"]
 
@@ -219,7 +223,7 @@ def test_an_export_is_where_the_model_is_and_runs_elsewhere(model_type, device):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_fit_leaves_the_model_where_it_would_be_without_the_callback(precision, device):
     seen = {}
-    for name, rnf in (("with", RelevanceFreezing(criterion=0.1)), ("without", None)):
+    for name, rnf in (("with", plain(criterion=0.1)), ("without", None)):
         pl.seed_everything(0, verbose=False)
         model, watched = ConvClassifier(), Watch()
         fit(model, rnf, "a", device, precision, callbacks=[watched])
