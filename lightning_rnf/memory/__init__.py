@@ -9,7 +9,7 @@ from lightning_rnf.memory.fingerprints import Audit, Heard, changed, fingerprint
 from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.growing import wider
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
-from lightning_rnf.memory.model import unknown_modules
+from lightning_rnf.memory.model import unheld_modules, unknown_modules
 from lightning_rnf.memory.plain import readable
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
@@ -34,6 +34,7 @@ __all__ = [
     "record_before",
     "shortened",
     "sliced",
+    "unheld_modules",
     "unknown_modules",
     "wider",
     "without",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +49,21 @@ def unknown_modules(module: nn.Module, forms: Mapping[str, str]) -> list[str]:
     """
     names = (name for name, _ in module.named_parameters(remove_duplicate=False) if forms and name not in forms)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def unheld_modules(module: nn.Module, held: AbstractSet[str], heads: Iterable[str]) -> list[str]:
+    """Names of the modules without parts of which no parameter is held, but for those that stand beside a head.
+
+    A module with parts may have a parameter of its own that is of no use, and runs all the same.
+    """
+    containers = [f"{one}." for one in (head.rpartition(".")[0] for head in heads) if one]
+    found = []
+    for name, part in module.named_modules(remove_duplicate=False):
+        own = [f"{name}.{parameter}" for parameter, _ in part.named_parameters(recurse=False)]
+        is_leaf = bool(name and own) and not any(True for _ in part.children())
+        if is_leaf and held.isdisjoint(own) and not any(name.startswith(one) for one in containers):
+            found.append(name)
+    return found
 
 
 def unknown_layer(module: nn.Module, forms: Mapping[str, str], heads: Iterable[str]) -> str | None:

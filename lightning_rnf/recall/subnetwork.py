@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider
@@ -100,6 +101,25 @@ def refusing(module: nn.Module, names: Iterable[str], task: str) -> Iterator[Non
                 )
 
             hooks.callback(module.get_submodule(name).register_forward_pre_hook(refuse).remove)
+        yield
+
+
+@contextmanager
+def telling(module: nn.Module, names: Iterable[str], task: str) -> Iterator[None]:
+    """Inside the context it is a warning, once each, if one of these modules runs, which nothing holds."""
+    handles: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def tell(part: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                handles[name].remove()
+                rank_zero_warn(
+                    f"{name!r} ({type(part).__name__}) runs in the recall of {task!r}, but ran on none of its "
+                    "reference data, so it is not frozen and these logits may change: let those have such samples"
+                )
+
+            handles[name] = module.get_submodule(name).register_forward_pre_hook(tell)
+            hooks.callback(handles[name].remove)
         yield
 
 

@@ -13,7 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rnf.freezing import free_weights, frozen_connections, heard
-from lightning_rnf.memory import Audit, FreezeState, TaskRecord, changed, masks, unknown_modules, without
+from lightning_rnf.memory import (
+    Audit,
+    FreezeState,
+    TaskRecord,
+    changed,
+    masks,
+    unheld_modules,
+    unknown_modules,
+    without,
+)
 from lightning_rnf.recall import as_it_was, export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding
@@ -75,15 +84,26 @@ class FinishedTasks(KeptInFiles):
         new = unknown_modules(module, self.state.forms)
         of_task = (self.state.layers, record, self.state.widenings)
         recalled = subnetwork.recall(module, *of_task, masked=self.retention == "exact")
-        with recalled, subnetwork.refusing(module, new, task):
+        unheld = [name for name in self._unheld(module) if name not in new]
+        with recalled, subnetwork.refusing(module, new, task), subnetwork.telling(module, unheld, task):
             yield
+
+    def _unheld(self, module: torch.nn.Module) -> list[str]:
+        """Modules that ran on no task's reference data: recall is exact as long as they don't run in it either."""
+        if self.retention != "exact":
+            return []
+        records = self.state.tasks.values()
+        held = {name for layer in self.state.layers for name in layer.parameters}.union(
+            self.state.shared, *(record.head_parameters for record in records)
+        )
+        return unheld_modules(module, held, [record.head for record in records])
 
     def export(self, model: torch.nn.Module, task: str) -> torch.nn.Module:
         """Cut the sub-network of a finished task out of a model, as a small, dense, ordinary module in eval mode.
 
-        Its logits are those of recall within 1e-5; see `recall.export` for what goes and what stays, and to
-        measure both sizes. The model itself stays as it is. A warning says if much is silent and little was cut: then
-        ``kept`` of what comes back names the operations that stop the cut.
+        Its logits are those of recall within 1e-5 of the largest; see `recall.export` for what goes and what stays,
+        and to measure both sizes. The model itself stays as it is. A warning says if much is silent and little was
+        cut: then ``kept`` of what comes back names the operations that stop the cut.
 
         Example::
 

@@ -45,7 +45,7 @@ def test_what_travels_is_free_rows_and_the_head_from_the_moment_that_masks_chang
         first, second = hooked["sent"]
         whole = sum(4 * value.numel() for name, value in hooked["weights"].items() if "heads" not in name)
         assert first[4] == whole + 4 * 82  # of the first task everything travels
-        assert second[4] < 0.95 * first[4]
+        assert second[4] < 0.8 * first[4]
 
 
 def test_bytes_are_in_proportion_to_free_rows(ranks):

@@ -130,7 +130,9 @@ def sequence(hook, freeze="units", **options):
     seed_everything(1, verbose=False)
     model, rnf = (
         Upsampled(weight_decay=0.1),
-        RelevanceFreezing(criterion=0.1, recovery_epochs=1, ration=0.5, reset_free=False, freeze=freeze),
+        RelevanceFreezing(
+            criterion=0.1, recovery_epochs=1, ration=0.5, reset_free=False, freeze=freeze, fit_head=False
+        ),
     )
     traffic = [fit(model, rnf, task, hook, **options) for task in ("a", "b")]
     return {

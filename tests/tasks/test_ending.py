@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import lightning.pytorch as pl
@@ -281,6 +282,22 @@ def test_what_only_the_sub_network_runs_belongs_to_the_task():
     fit(model, rnf, "b", max_epochs=1)
     with rnf.recall("a", model), torch.no_grad():
         assert torch.equal(model(x), before)
+
+
+def test_an_input_that_runs_what_no_reference_sample_has_run_is_told_of_in_recall():
+    model, rnf = Routed(), RelevanceFreezing(criterion=0.1)
+    model.threshold = -math.inf
+    fit(model, rnf, "a")
+    assert "experts.1.weight" not in {name for layer in rnf.state.layers for name in layer.parameters}
+    x = clusters("a", 320, 1).tensors[0]
+    with rnf.recall("a", model), torch.no_grad():
+        model(x)  # not a word: as the reference data
+        model.threshold = math.inf
+        with pytest.warns(
+            UserWarning, match=r"'experts.1' \(Linear\) runs in the recall of 'a', but ran on none of its"
+        ):
+            model(x)
+        model(x)  # once
 
 
 # -- drift ------------------------------------------------------------------------------------------------------------
