@@ -33,10 +33,11 @@ def picture() -> str:
     """One line for each wing, floors divided."""
     lines = []
     drawn = floors()
+    width = max(len(name) for names in drawn for name in names)
     for floor, names in zip(range(len(drawn), 0, -1), drawn, strict=True):
         for name in names:
-            lines.append(f"{floor if name == names[0] else ' '} │ {name:<10}│ {said(name)}")
-        lines.append("──┼───────────┼" + "─" * 100)
+            lines.append(f"{floor if name == names[0] else '':>2} │ {name:<{width}} │ {said(name)}")
+        lines.append(f"───┼─{'─' * width}─┼" + "─" * 100)
     return "```text\n" + "\n".join(lines[:-1]) + "\n```\n"
 
 

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from zennit.core import Composite
 
 from lightning_rnf.anatomy import Predict, supervised
@@ -21,6 +19,7 @@ from lightning_rnf.freezing import (
     initial,
 )
 from lightning_rnf.memory import FreezeState, TaskRecord
+from lightning_rnf.packages import pl, rank_zero_warn
 from lightning_rnf.recall import NormStatistics
 from lightning_rnf.relevance import Importance, ImportanceName, OverSamples
 from lightning_rnf.runtime import arguments, sharding
@@ -263,7 +262,6 @@ class RelevanceFreezing(BetweenFits):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what can't work; freeze whole parameters once the model is built, before the strategy wraps it."""
-        runs.refuse_other_package(trainer, pl_module, self.reference)
         if stage != "fit":
             self._watch_sizes(pl_module)
             return

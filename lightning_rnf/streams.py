@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +16,7 @@ from lightning_rnf.anatomy import Predict, predict_checked, supervised
 from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
+from lightning_rnf.packages import Callback, LightningDataModule, LightningModule, Trainer, callbacks, like
 from lightning_rnf.runtime import evaluating
 from lightning_rnf.tasks import on_device, set_up
 
@@ -82,6 +81,7 @@ def split_by_class(
     batch_size: int = 128,
     num_workers: int = 0,
     seed: int = 0,
+    kind: type[TaskDataModule] = TaskDataModule,
 ) -> list[TaskDataModule]:
     """One task per group of classes, with labels 0 … n - 1 in the group's order (the paper's split protocols).
 
@@ -94,6 +94,7 @@ def split_by_class(
         batch_size: of all loaders.
         num_workers: of all loaders.
         seed: of the draw.
+        kind: a subclass of your own, with transfer hooks, say.
 
     Raises:
         ValueError: if a class is in two groups or has no samples, or the share is out of its range.
@@ -115,7 +116,7 @@ def split_by_class(
         task = f"{name}-{separator.join(map(str, group))}" if isinstance(name, str) else name[number]
         test_own = torch.isin(test_labels, torch.tensor(list(group))).nonzero().view(-1)
         tasks.append(
-            TaskDataModule(
+            kind(
                 task,
                 len(group),
                 TaskView(train, kept, new, task=task),
@@ -138,6 +139,7 @@ def permute_pixels(
     batch_size: int = 128,
     num_workers: int = 0,
     seed: int = 0,
+    kind: type[TaskDataModule] = TaskDataModule,
 ) -> list[TaskDataModule]:
     """All classes in every task, with the pixels in another fixed order each; the first is not permuted.
 
@@ -150,6 +152,7 @@ def permute_pixels(
         batch_size: of all loaders.
         num_workers: of all loaders.
         seed: of the permutations and the draw.
+        kind: as for `split_by_class`.
 
     Raises:
         ValueError: if ``tasks`` or the share is out of its range.
@@ -169,7 +172,7 @@ def permute_pixels(
     for index in range(tasks):
         task, order = f"{name}-{index}", torch.randperm(pixels, generator=generator) if index else None
         stream.append(
-            TaskDataModule(
+            kind(
                 task,
                 len(classes),
                 TaskView(train, kept, new, order, task),
@@ -259,13 +262,15 @@ def fit_stream(
     matrix = AccuracyMatrix(len(tasks))
     for trained, task in enumerate(tasks):
         activate(model, task)
-        callbacks: list[Callback] = [callback] if callback is not None else []
+        ours: list[Callback] = [callback] if callback is not None else []
         last = None
         if folder is not None:
-            saver = ModelCheckpoint(Path(folder) / task.task, save_last=True, enable_version_counter=False)
-            callbacks.append(saver)
+            saver = like(callbacks.ModelCheckpoint, model)(
+                Path(folder) / task.task, save_last=True, enable_version_counter=False
+            )
+            ours.append(saver)
             last = Path(folder) / task.task / f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"
-        trainer = trainer_factory(callbacks=callbacks)
+        trainer = trainer_factory(callbacks=ours)
         trainer.fit(model, datamodule=task, ckpt_path=last if last is not None and last.exists() else None)
         model.to(trainer.strategy.root_device)
         for index, seen in enumerate(tasks[: trained + 1]):

@@ -44,14 +44,16 @@ def test_imports_go_down_and_one_that_goes_up_is_found(tmp_path):
         ("memory/masks", "from lightning_rnf.report import tables", "lightning_rnf.report"),
         ("memory/masks", "from lightning_rnf import RelevanceFreezing", "lightning_rnf.callback"),  # by the front door
         ("search/cutoff", "from lightning_rnf.anatomy import UnitMap", "lightning_rnf.anatomy"),
-        ("search/cutoff", "from lightning.pytorch import Trainer", "lightning"),
+        ("search/cutoff", "from lightning_rnf.packages import Trainer", "lightning_rnf.packages"),
+        ("tasks/runs", "from pytorch_lightning import Trainer", "pytorch_lightning"),
     ):
         path = tmp_path / "lightning_rnf" / f"{lower}.py"
         before = path.read_text()
         path.write_text(f"{before}\n\ndef late():\n    {line}\n")
         ended = linted(tmp_path)
         assert ended.returncode == 1
-        assert f"lightning_rnf.{lower.partition('/')[0]} is not allowed to import {upper}:" in ended.stdout
+        wing = "lightning_rnf" if upper == "pytorch_lightning" else f"lightning_rnf.{lower.partition('/')[0]}"
+        assert f"{wing} is not allowed to import {upper}:" in ended.stdout
         path.write_text(before)
     (tmp_path / "lightning_rnf" / "shed.py").write_text("")  # on no floor
     assert linted(tmp_path).returncode == 1
@@ -91,10 +93,35 @@ def test_a_file_opens_with_its_idea_and_is_no_longer_than_one(path):
         assert len(list(filter(None, ast.get_docstring(ast.parse(text)).splitlines()))) == 3
 
 
-def test_users_find_everything_in_four_places():
+def test_what_is_lightnings_is_looked_for_in_both_of_its_packages():
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        theirs = {name for module, name in imports(path) if module == "lightning_rnf.packages"} - {"either"}
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("isinstance", "issubclass"):
+                kind = call.args[1]
+                names = {node.id for node in ast.walk(kind) if isinstance(node, ast.Name)}
+                is_asked = isinstance(kind, ast.Call) and ast.unparse(kind.func) == "either"
+                assert is_asked or not names & theirs, f"{path}, line {call.lineno}: {ast.unparse(kind)}, not either"
+
+
+def test_the_same_is_taken_from_either_of_lightnings_packages():
+    tree = ast.parse((PACKAGE / "packages.py").read_text())
+    (choice,) = [node for node in tree.body if isinstance(node, ast.If)]
+    one, other = ("\n".join(map(ast.unparse, branch)) for branch in (choice.body, choice.orelse))
+    assert "lightning.pytorch" in one
+    assert (
+        other.replace("pytorch_lightning", "lightning.pytorch").replace("lightning_fabric", "lightning.fabric") == one
+    )
+
+
+def test_users_find_everything_in_five_places():
     for name in lightning_rnf.__all__:
         assert hasattr(lightning_rnf, name), name
-    public = {"lightning_rnf", "lightning_rnf.streams", "lightning_rnf.metrics", "lightning_rnf.heads"}
+    public = {
+        "lightning_rnf",
+        *(f"lightning_rnf.{name}" for name in ("streams", "metrics", "heads", "pytorch_lightning")),
+    }
     blocks = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     for page in blocks:
         for line in page.read_text().splitlines():

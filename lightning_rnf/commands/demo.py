@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -19,6 +18,7 @@ from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, forgetting
+from lightning_rnf.packages import LightningModule, Trainer, pl, seed_everything
 from lightning_rnf.report import StreamResult, accuracy_rows, plot_retention, rich_table
 from lightning_rnf.streams import TaskDataModule, fit_stream, split_by_class
 
@@ -161,7 +161,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch")
+    logger = logging.getLogger(pl.__name__)
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():

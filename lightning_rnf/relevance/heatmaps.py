@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from zennit.core import Composite
@@ -19,6 +18,7 @@ from zennit.image import palette
 
 from lightning_rnf.anatomy import Predict, UnitLayer, layer_form, supervised
 from lightning_rnf.memory import shortened
+from lightning_rnf.packages import Trainer
 from lightning_rnf.relevance.attribution import attribute
 from lightning_rnf.report import literal, new_figure, tracking
 

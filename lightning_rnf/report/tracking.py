@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-
 from lightning_rnf.memory import FreezeState, TaskRecord, masks
+from lightning_rnf.packages import Logger, Trainer, rank_zero_info, rank_zero_warn
 from lightning_rnf.report import figures
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ _BROUGHT_BY = {
     "jsonargparse": "'lightning-rnf[cli]'",
     "huggingface_hub": "'lightning-rnf[hub]'",
     "pandas": "pandas",
+    "lightning": "lightning",  # for its command line, beside `pytorch_lightning`
 }
 
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities import move_data_to_device
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+
+from lightning_rnf.packages import LightningDataModule, LightningModule, either, is_overridden, move_data_to_device
 
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -38,13 +37,13 @@ class NoTrainer:
 @contextmanager
 def alone(module: nn.Module, source: object) -> Iterator[None]:
     """Inside the context no Trainer is attached to a LightningModule, and a data module is ready to validate."""
-    parts = [part for part in module.modules() if isinstance(part, LightningModule)]
+    parts = [part for part in module.modules() if isinstance(part, either(LightningModule))]
     attached = [(part, part._trainer) for part in parts]
     stand_in: Any = NoTrainer()
     try:
         for part, _ in attached:
             part._trainer = stand_in
-        if isinstance(source, LightningDataModule):
+        if isinstance(source, either(LightningDataModule)):
             with _set_up(source, stand_in):
                 yield
         else:
@@ -82,4 +81,4 @@ def _set_up(data: LightningDataModule, stand_in: Any) -> Iterator[None]:
 
 
 def _has_own(name: str, owner: object) -> bool:
-    return isinstance(owner, (LightningDataModule, LightningModule)) and is_overridden(name, owner)
+    return isinstance(owner, either(LightningDataModule, LightningModule)) and is_overridden(name, owner)

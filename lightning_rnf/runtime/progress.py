@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning_rnf.packages import Tqdm, Trainer, callbacks, either
 
 Show = Callable[[str, int, int, str], None]
 """Called with what is done, how many steps of it are done, of about how many, and more in words."""
@@ -25,9 +23,9 @@ def shown(trainer: Trainer) -> Iterator[Show]:
     """Inside the context steps are shown where the Trainer shows its own; in rank 0, and nowhere if it shows none."""
     bar: Any = trainer.progress_bar_callback
     shows = trainer.is_global_zero and getattr(bar, "is_enabled", False)
-    if shows and isinstance(bar, RichProgressBar) and bar.progress is not None:
+    if shows and isinstance(bar, either(callbacks.RichProgressBar)) and bar.progress is not None:
         view: _Rich | _Tqdm = _Rich(bar)
-    elif shows and isinstance(bar, TQDMProgressBar):
+    elif shows and isinstance(bar, either(callbacks.TQDMProgressBar)):
         view = _Tqdm(bar)
     else:
         yield silent
@@ -41,7 +39,7 @@ def shown(trainer: Trainer) -> Iterator[Show]:
 class _Tqdm:
     """A bar under the training's."""
 
-    def __init__(self, bar: TQDMProgressBar) -> None:
+    def __init__(self, bar: callbacks.TQDMProgressBar) -> None:
         self.owner = bar
         self.what = ""
         self.bar: Any = None
@@ -73,7 +71,7 @@ class _Tqdm:
 class _Rich:
     """A task of the bar's live display: it is hidden at its end, as Lightning finds its own by their places."""
 
-    def __init__(self, bar: RichProgressBar) -> None:
+    def __init__(self, bar: callbacks.RichProgressBar) -> None:
         self.owner = bar
         self.what = ""
         self.task: Any = None

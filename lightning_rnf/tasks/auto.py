@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeGuard
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
-
+from lightning_rnf.packages import Trainer, callbacks, either
 from lightning_rnf.search import AccuracyDrop, Criterion, SubnetworkScore
 
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0)
@@ -74,7 +72,8 @@ def recovery_epochs(trainer: Trainer, begun: int = 0) -> int:
     """
     options: Any = trainer
     epochs = None if trainer.max_epochs is None else trainer.max_epochs - begun
-    timers = [callback for callback in options.callbacks if isinstance(callback, Timer)]  # max_time makes one, too
+    # max_time makes one, too
+    timers = [callback for callback in options.callbacks if isinstance(callback, either(callbacks.Timer))]
     is_timed = any(timer.time_remaining() is not None for timer in timers)
     if options.fast_dev_run or options.max_steps != -1 or is_timed or epochs is None or epochs < 2:
         return 0

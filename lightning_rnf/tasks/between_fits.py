@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from lightning_rnf.freezing import initial
 from lightning_rnf.memory import TaskRecord
+from lightning_rnf.packages import pl
 from lightning_rnf.runtime import arguments, sharding
-from lightning_rnf.tasks import runs, widening
+from lightning_rnf.tasks import widening
 from lightning_rnf.tasks.ending import Ending
 from lightning_rnf.tasks.finished import FinishedTasks
 from lightning_rnf.tasks.recovery import CriterionOption
@@ -62,7 +62,6 @@ class BetweenFits(FinishedTasks):
             ValueError: if the task has ended already, the model is sharded, or as the end of a fit.
         """
         self._check_between_fits("protect a task")
-        runs.refuse_other_package(model, reference)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         finished = len(self.state.tasks)
         try:

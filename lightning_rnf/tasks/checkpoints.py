@@ -9,12 +9,11 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_rnf.freezing import heard
 from lightning_rnf.memory import Audit, FreezeState
+from lightning_rnf.packages import LightningModule, Trainer, callbacks, either
 from lightning_rnf.tasks import widening
 
 _KEY = "RelevanceFreezing"
@@ -34,7 +33,7 @@ def keep(trainer: Trainer, task: str) -> str | None:
     savers = [
         callback
         for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint)
+        if isinstance(callback, either(callbacks.ModelCheckpoint))
         and callback.dirpath
         and (callback.save_top_k != 0 or callback.save_last)
     ]
@@ -142,7 +141,7 @@ def _load(checkpoint: dict[str, Any], module: nn.Module, state: FreezeState) -> 
     used = {name for layer in state.layers for name in layer.parameters}.union(state.shared, state.forms)
     used.update(*((*record.head_parameters, *record.norm_statistics) for record in state.tasks.values()))
     check(checkpoint, module, new=set(module.state_dict()) - used)
-    if isinstance(module, LightningModule):
+    if isinstance(module, either(LightningModule)):
         module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
 

@@ -10,14 +10,12 @@ from operator import and_
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_rnf.anatomy import UnitMap, Wiring
 from lightning_rnf.freezing import free_weights, frozen_connections, heard
 from lightning_rnf.memory import FreezeState, Heard, TaskRecord, changed, fingerprints, moved
+from lightning_rnf.packages import LightningModule, Trainer, isolate_rng, rank_zero_info, rank_zero_warn
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from lightning_rnf.memory import FreezeState, hub, maskfiles
+from lightning_rnf.packages import Callback
 from lightning_rnf.runtime import sharding
 from lightning_rnf.tasks import checkpoints
 from lightning_rnf.tasks.holding import Holding

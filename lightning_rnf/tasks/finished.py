@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rnf.freezing import free_weights, frozen_connections, heard
@@ -23,6 +20,7 @@ from lightning_rnf.memory import (
     unknown_modules,
     without,
 )
+from lightning_rnf.packages import TrainerFn, pl, rank_zero_warn
 from lightning_rnf.recall import as_it_was, export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy import predict_checked, true_labels
+from lightning_rnf.packages import Trainer, isolate_rng
 from lightning_rnf.runtime import arguments, borrowed, evaluating
 from lightning_rnf.tasks import leastsquares, loaders
 from lightning_rnf.tasks.leastsquares import Moments, scales

@@ -7,14 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_rnf.anatomy import form
 from lightning_rnf.freezing import ElasticityOption, Freezer, elasticities, frozen_connections, heard, initial
 from lightning_rnf.memory import FreezeState, TaskRecord, moved
+from lightning_rnf.packages import LightningModule, is_overridden, rank_zero_warn
 from lightning_rnf.recall import norms, subnetwork
 from lightning_rnf.runtime import Ranks, recompiled, sharding
 from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters, widen_for

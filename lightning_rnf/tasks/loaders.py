@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from lightning_rnf.packages import (
+    CombinedLoader,
+    MisconfigurationException,
+    Trainer,
+    either,
+    extract_batch_size,
+    is_overridden,
+)
 from lightning_rnf.runtime import Ranks
 
 
@@ -162,5 +165,5 @@ def validation_data(trainer: Trainer) -> Any:
     # them, for Lightning deals its own out, and repeats samples until that comes out.
     if loop._data_source.is_defined():
         loaders = loop._data_source.dataloader()
-        return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+        return loaders.iterables if isinstance(loaders, either(CombinedLoader)) else loaders
     return module.val_dataloader() if is_overridden("val_dataloader", module) else None

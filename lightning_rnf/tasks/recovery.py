@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning.pytorch import Trainer
-
+from lightning_rnf.packages import Trainer
 from lightning_rnf.runtime import arguments
 from lightning_rnf.search import Criterion, SubnetworkScore, as_criterion
 from lightning_rnf.tasks import auto

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_rnf.anatomy import Predict, measure, predict_checked, supervised
+from lightning_rnf.packages import LightningDataModule, LightningModule, Trainer, either, rank_zero_warn
 from lightning_rnf.runtime import ALONE, Ranks, alone, arguments, borrowed, evaluating, joined, transferred
 from lightning_rnf.search import Measured
 from lightning_rnf.tasks import loaders
@@ -234,7 +233,7 @@ class Reference:
                 "reference is a function (trainer, module), and no Trainer is running: give what it returns"
             )
         with alone(module, source), evaluating(module):
-            data = source.val_dataloader() if isinstance(source, LightningDataModule) else source
+            data = source.val_dataloader() if isinstance(source, either(LightningDataModule)) else source
             loader = loaders.single(data, "reference" if data is source else "reference.val_dataloader()")
             return self._drawn(loader, module, ALONE, lambda batch: transferred(batch, module, source))
 
@@ -318,7 +317,7 @@ class Reference:
         source = ranks.agreed(lambda: given(trainer, trainer.lightning_module) if callable(given) else given)
         if source is None or source is data_module(trainer):
             yield ranks.agreed(lambda: loaders.single(loaders.validation_data(trainer), "the fit's validation data"))
-        elif isinstance(source, LightningDataModule):
+        elif isinstance(source, either(LightningDataModule)):
             with set_up(source, trainer, "validate"):
                 yield ranks.agreed(lambda: loaders.single(source.val_dataloader(), "reference.val_dataloader()"))
         else:

@@ -7,17 +7,23 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, callbacks
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import FreezeState, readable
+from lightning_rnf.packages import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    MultiProcessingLauncher,
+    Trainer,
+    TrainerFn,
+    callbacks,
+    either,
+    rank_zero_warn,
+    sized_len,
+    strategies,
+)
 from lightning_rnf.runtime import Ranks, sharding
 
 # WeightAveraging is there from Lightning 2.6 on.
@@ -30,25 +36,12 @@ TaskOption = Callable[[Trainer, LightningModule], str] | str | None
 """A task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``."""
 
 
-_REFUSED = {
-    DeepSpeedStrategy: "DeepSpeed keeps parameters in partitions and updates them in an engine of its own, past the "
-    "hooks that hold frozen rows",
-    FSDPStrategy: "FSDP flattens the parameters of several layers into one, whose pieces are no rows of any layer",
+_REFUSED: dict[type[strategies.Strategy], str] = {
+    strategies.DeepSpeedStrategy: "DeepSpeed keeps parameters in partitions and updates them in an engine of its own, "
+    "past the hooks that hold frozen rows",
+    strategies.FSDPStrategy: "FSDP flattens the parameters of several layers into one, whose pieces are no rows of any "
+    "layer",
 }
-
-
-def refuse_other_package(*things: object) -> None:
-    """Check that a Trainer, a module and a data module are of the package ``lightning``.
-
-    Raises:
-        TypeError: if one is of the package ``pytorch_lightning``, whose classes are others of the same names.
-    """
-    for thing in things:
-        if any(kind.__module__.partition(".")[0] == "pytorch_lightning" for kind in type(thing).__mro__):
-            raise TypeError(
-                f"{type(thing).__name__} is a class of the package pytorch_lightning, which lightning_rnf does not "
-                "work with: import Trainer, LightningModule and LightningDataModule from lightning.pytorch instead"
-            )
 
 
 def check_trainer(trainer: Trainer, callback: Callback, kind: type[Callback]) -> None:
@@ -90,17 +83,19 @@ def refuse_strategies(trainer: Trainer) -> None:
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     for refused, why in _REFUSED.items():
-        if isinstance(strategy, refused):
+        if isinstance(strategy, either(refused)):
             raise ValueError(
                 f"RelevanceFreezing can't work under {name}: {why}; use Trainer(strategy='ddp'), or "
                 "ModelParallelStrategy with fully_shard if the model is too large to be trained whole"
             )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if isinstance(strategy.launcher, either(MultiProcessingLauncher)):
         raise ValueError(
             f"RelevanceFreezing can't work under {name} as it is set up here: spawned and forked processes take the "
             "finished tasks with them; use Trainer(strategy='ddp')"
         )
-    if trainer.world_size > 1 and not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+    if trainer.world_size > 1 and not isinstance(
+        strategy, either(strategies.DDPStrategy, strategies.ModelParallelStrategy)
+    ):
         raise ValueError(
             f"RelevanceFreezing does not know how {name} spreads a model over {trainer.world_size} processes: "
             "use Trainer(strategy='ddp')"
@@ -119,7 +114,7 @@ def check_sharding(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         ValueError: if not, naming what to use.
     """
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if isinstance(trainer.strategy, either(strategies.ModelParallelStrategy)):
         tensor_parallel = trainer.strategy.device_mesh["tensor_parallel"].size()
         if tensor_parallel > 1:
             raise ValueError(
@@ -142,7 +137,7 @@ def scores_of_before(trainer: Trainer) -> dict[Callback, float]:
 def warn_of_unearned_stop(trainer: Trainer, task: str, before: Mapping[Callback, float]) -> None:
     """Warn where an ``EarlyStopping`` has ended a task's fit by what it had seen in an earlier one: see `before`."""
     for stopping, best in before.items():
-        assert isinstance(stopping, callbacks.EarlyStopping)
+        assert isinstance(stopping, either(callbacks.EarlyStopping))
         has_stopped = stopping.wait_count >= stopping.patience and float(stopping.best_score) == best
         if has_stopped and trainer.max_epochs is not None and trainer.current_epoch < trainer.max_epochs:
             rank_zero_warn(
@@ -180,7 +175,7 @@ def check_active_head(module: nn.Module, name: str) -> None:
 def _warn_of_averages(trainer: Trainer, callback: Callback) -> None:
     order: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for later in order[order.index(callback) + 1 :]:
-        if isinstance(later, _AVERAGING):
+        if isinstance(later, either(*_AVERAGING)):
             name = type(later).__name__
             rank_zero_warn(
                 f"{name} writes its averaged weights after RelevanceFreezing has recorded the task: put {name} before "
@@ -230,7 +225,7 @@ def data_module(trainer: Trainer) -> LightningDataModule | None:
     """The data module of the run that is under way; None if it was given loaders."""
     # trainer.datamodule is still the last run's if this one was given loaders, but the loops' sources are this one's.
     source = trainer.fit_loop._data_source.instance
-    return source if isinstance(source, LightningDataModule) else None
+    return source if isinstance(source, either(LightningDataModule)) else None
 
 
 def given_name(task: TaskOption, trainer: Trainer, module: LightningModule) -> str | None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
-
 from lightning_rnf.memory import FreezeState
+from lightning_rnf.packages import LightningModule, Trainer, callbacks
 from lightning_rnf.tasks.finished import FinishedTasks
 
 
-class UnitSummary(ModelSummary):
+class UnitSummary(callbacks.ModelSummary):
     """``ModelSummary`` with units and free capacity of every module, from the second task on.
 
     Example::
@@ -44,5 +42,5 @@ class UnitSummary(ModelSummary):
         super().summarize(summary_data, *numbers, **options)
 
 
-class RichUnitSummary(UnitSummary, RichModelSummary):
+class RichUnitSummary(UnitSummary, callbacks.RichModelSummary):
     """The same as a table of rich."""
