@@ -12,7 +12,8 @@ from lightning_rnf.tasks import UnitSummary as Summary
 
 __all__ = ["RelevanceFreezing", "RichUnitSummary", "TaskDataModule", "UnitSummary", "permute_pixels", "split_by_class"]
 
-# Both packages' bases, so that each takes it for its own; their methods do the same.
+# A Trainer calls hooks by their names. But its command line, `callbacks=rnf` without a list, its choice of a summary
+# and what it asks of a data module want its own classes. Both packages' are bases; their methods do the same.
 
 
 class RelevanceFreezing(callback.RelevanceFreezing, pl.Callback):  # type: ignore[misc]
