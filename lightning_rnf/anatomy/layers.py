@@ -165,71 +165,25 @@ def layer_calls(trace: Trace) -> Iterator[Call]:
             yield call
 
 
-def select(trace: Trace, head: str, globs: Sequence[str] | None) -> list[str]:
-    """Names of the unit layers, in execution order.
-
-    Args:
-        trace: of the model.
-        head: name of the module that is none of them.
-        globs: of their names; None: all.
-
-    Raises:
-        ValueError: naming a glob that matches none, or saying why no layer of the model is made of rows.
-    """
-    candidates = [
-        name
-        for name in dict.fromkeys(call.name for call in layer_calls(trace))
-        if not inside(name, head) and _has_rows(trace, name)
-    ]
-    coupled = {name: found for name in candidates if (found := coupling(trace, name))}
-    names = [name for name in candidates if name not in coupled]
-    for glob in globs or ():
-        if not any(fnmatchcase(name, glob) for name in names):
-            found = "matches no unit layer"
-            if glob in trace.modules:
-                kind = type(trace.modules[glob]).__name__
-                found = f"names a {kind}, whose parameters can't be assigned to units"
-            for name in (name for name in coupled if fnmatchcase(name, glob)):
-                found = f"names {name!r}, and {_not_rows(trace, name, coupled[name])}: it is frozen whole"
-            if inside(glob, head):
-                found = f"names the head {head!r}, which is never made of units"
-            raise ValueError(f"units={glob!r} {found}; this model's unit layers are {_listed(names)}")
-    if coupled and not names:
-        found = "; ".join(f"{name!r}: {_not_rows(trace, name, coupled[name])}" for name in list(coupled)[:3])
-        raise ValueError(
-            f"no unit layers: {found}; a network needs a layer each of whose outputs depends on its own row alone, "
-            "such as torch's, or one with a scale for each row in place of one for all"
-        )
-    return [name for name in names if globs is None or matches(name, globs)]
+def why_whole(trace: Trace, name: str) -> str | None:
+    """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
+    calls = [call for call in trace.calls if call.name == name]
+    if is_parametrized(trace.modules[name]):
+        return "is parametrized, and rows are not followed through what its weight is computed from"
+    found = None
+    if len(calls) > 1:
+        found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
+    for key, parameter in trace.own_parameters(name).items():
+        if others := trace.sharers(key, parameter):
+            found = f"shares {key!r} with {others}"
+        elif len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
+            found = f"has its {key!r} used a second time outside the layer"
+    return found
 
 
 def unit_layer(trace: Trace, name: str) -> UnitLayer:
-    """The layer of that name, with the norm and the slopes that are its units' own.
-
-    Raises:
-        ValueError: if it is used in a way that units can't follow.
-    """
-    module = trace.modules[name]
-    calls = [call for call in trace.calls if call.name == name]
-    found = None
-    instead = "give it a weight of its own"
-    if is_parametrized(module):
-        found = "is parametrized, and rows are not followed through what its weight is computed from"
-        instead = "bake it in (torch.nn.utils.parametrize.remove_parametrizations)"
-    elif len(calls) > 1:
-        found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
-        instead = "build a layer for each run"
-    for key, parameter in trace.own_parameters(name).items():
-        if len(trace.owners[parameter]) > 1:
-            found = f"shares {key!r} with {sorted(set(trace.owners[parameter]) - {key})}"
-        elif len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
-            found = f"has its {key!r} used a second time outside the layer"
-    if found:
-        raise ValueError(
-            f"layer {name!r} {found}; leave it out of units= (globs of the others) and it is frozen whole after the "
-            f"first task, or {instead} before the first fit"
-        )
-    (call,) = calls
+    """The layer of that name, with the norm and the slopes that are its units' own; see `why_whole`."""
+    (call,) = (call for call in trace.calls if call.name == name)
     layer = _layer(trace, name)
     norm = _follower(trace, call, layer, _is_per_channel_norm)
     slopes = _follower(trace, norm or call, layer, _is_prelu)
@@ -244,13 +198,23 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     )
 
 
-def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer]) -> str:
-    """Why a parameter that took part in the forward belongs to no unit and no head, in few words."""
-    name = parameter.rpartition(".")[0]
+def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole: Mapping[str, str]) -> str:
+    """Why a parameter that took part in the forward belongs to no unit and no head, in few words.
+
+    Args:
+        trace: of the model.
+        parameter: its full name.
+        layers: the unit layers.
+        whole: layers that nobody left out and that units can't follow, as from `why_whole`.
+    """
+    name, parametrized, _ = parameter.partition(".parametrizations.")
+    name = name if parametrized else parameter.rpartition(".")[0]
     module = trace.modules[name]
-    kind = type(module).__name__
+    kind = _kind(module)
+    if parametrized and isinstance(module, tuple(OUTPUT_AXIS)):
+        return f"{kind} {whole[name]}" if name in whole else "left out by units="
     calls = [call for call in trace.calls if call.name == name]
-    others = [other for other in trace.owners[trace.own_parameters(name)[parameter]] if other != parameter]
+    others = trace.sharers(parameter, trace.own_parameters(parameter.rpartition(".")[0])[parameter])
     if others:
         return f"tied to {', '.join(others)}"
     if not calls:
@@ -258,10 +222,12 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer]) -> str
     if all(call.output is not None and not trace.reached(call) for call in calls):
         return f"{kind} ran detached from the logits, or unseen (no_grad, reentrant checkpointing)"
     if isinstance(module, tuple(OUTPUT_AXIS)):
-        if not _has_rows(trace, name):
+        if name in whole:
+            return f"{kind} {whole[name]}"
+        if not has_rows(trace, name):
             return f"{kind} has more to it than one row for each output"
         found = coupling(trace, name)
-        return "left out by units=" if found is None else _not_rows(trace, name, found)
+        return "left out by units=" if found is None else not_rows(trace, name, found)
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return "PReLU with one slope for all channels"
     if _is_per_channel_norm(module) or _is_prelu(module):
@@ -281,7 +247,7 @@ def inside(name: str, ancestor: str) -> bool:
     return name == ancestor or name.startswith(f"{ancestor}.")
 
 
-def _has_rows(trace: Trace, name: str) -> bool:
+def has_rows(trace: Trace, name: str) -> bool:
     """Whether the layer's parameters are its rows alone; an adapter's, say, compute something else and are shared."""
     keys = {key.rpartition(".")[2] for key in trace.own_parameters(name)}
     return is_parametrized(trace.modules[name]) or (
@@ -313,8 +279,15 @@ def _tried(trace: Trace, layer: UnitLayer, *, hears: bool) -> str | None:
     return trace.coupled[layer.name]
 
 
-def _not_rows(trace: Trace, name: str, found: str) -> str:
+def not_rows(trace: Trace, name: str, found: str) -> str:
+    """That in words, of what `coupling` has found."""
     return f"{type(trace.modules[name]).__name__} is not made of rows, {found}"
+
+
+def _kind(module: nn.Module) -> str:
+    """Torch gives a parametrized module a class of its own."""
+    kind = type(module).__mro__[1] if is_parametrized(module) else type(module)
+    return kind.__name__
 
 
 def _is_per_channel_norm(module: nn.Module) -> bool:
@@ -340,8 +313,10 @@ def _follower(trace: Trace, call: Call, layer: UnitLayer, is_kind: Callable[[nn.
     for other in trace.calls:
         if other.source is not call.node or trace.runs[other.name] != 1 or not trace.reached(other):
             continue
-        own = trace.own_parameters(other.name).values()
-        is_units_own = all(parameter.shape == (layer.units,) and len(trace.owners[parameter]) == 1 for parameter in own)
+        own = trace.own_parameters(other.name).items()
+        is_units_own = all(
+            parameter.shape == (layer.units,) and not trace.sharers(key, parameter) for key, parameter in own
+        )
         if is_kind(trace.modules[other.name]) and is_units_own and _keeps_channels(trace, other, layer):
             return other
     return None
@@ -373,7 +348,3 @@ def _why_not_a_unit_s(trace: Trace, calls: Sequence[Call], layers: Iterable[Unit
     if trace.edges[call.source] > 1:
         return "is not alone in reading the layer before it"
     return "does not go along the units of the layer before it"
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -45,7 +45,8 @@ class Trace:
         logits: of the batch.
         edges: how many edges lead to each node of the logits' autograd graph.
         leaves: the node of each leaf that the graph reaches.
-        owners: all names of each parameter.
+        owners: names of each parameter, one for each module that has it.
+        names: the parameter of each name: a module that stands in several places has several.
         given: what each suspect was given when it ran first, by name.
         elsewhere: parameters of layers that reach the logits past their layer, where autograd does not see it.
         coupled: what was found of suspects, by name; see `layers.coupling`.
@@ -66,8 +67,11 @@ class Trace:
         self.logits = logits
         self.edges, self.leaves = _walk_graph(logits)
         self.owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+        self.names: dict[str, nn.Parameter] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            self.owners[parameter].append(name)
+            self.names[name] = parameter
+            if name.rpartition(".")[0] in self.modules:
+                self.owners[parameter].append(name)
         self.given = given
         self.elsewhere: set[nn.Parameter] = set()
         self.coupled: dict[str, str | None] = {}
@@ -125,6 +129,10 @@ class Trace:
         """Parameters of this module alone, by full name."""
         prefix = f"{name}." if name else ""
         return {prefix + key: value for key, value in self.modules[name].named_parameters(recurse=False)}
+
+    def sharers(self, name: str, parameter: nn.Parameter) -> list[str]:
+        """Other modules' names for a parameter."""
+        return sorted(set(self.owners[parameter]) - {name})
 
     def used(self, parameter: nn.Parameter) -> bool:
         """Whether the logits depend on it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_rnf.anatomy.choosing import choose
 from lightning_rnf.anatomy.layers import (
     OUTPUT_AXIS,
     UnitLayer,
@@ -16,7 +17,6 @@ from lightning_rnf.anatomy.layers import (
     is_suspect,
     layer_calls,
     matches,
-    select,
     unit_layer,
     why_shared,
 )
@@ -43,6 +43,8 @@ class UnitMap:
         ran: names of the modules that ran.
         forms: dtype and shape of every parameter, by each of its names; see `form`.
         by_rows: why it can't be followed what a layer reads of units, by its name: it is frozen by whole rows.
+        whole: how a layer is used that nobody left out, but whose units can't be followed, by its name: it is frozen
+            whole, as if it had been left out.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -56,6 +58,7 @@ class UnitMap:
     ran: tuple[str, ...] = field(default=(), repr=False)
     forms: Mapping[str, str] = field(default_factory=dict, repr=False)
     by_rows: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    whole: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -72,22 +75,19 @@ class UnitMap:
             module: the model, with the task's head active.
             example_batch: on the module's device.
             predict: how to get logits of a batch.
-            units: globs of module names; None: every layer of `OUTPUT_AXIS` outside the head.
+            units: globs of module names, those behind a ``!`` of what is left out; None: every layer of `OUTPUT_AXIS`
+                outside the head. What units can't follow (it runs twice, shares its weight, is parametrized) is frozen
+                whole, see ``whole``.
             heads: globs of module names; None: the module whose output is the logits. If it stands in a ``ModuleDict``
                 or ``ModuleList`` whose other entries did not run, the whole entry is the head.
 
         Raises:
-            ValueError: if no head or no unit layer is found, if a unit layer is used in a way that units can't follow
-                (it runs twice, shares its weight, is parametrized), or if ``units`` or ``heads`` match nothing usable.
+            ValueError: if no head or no unit layer is found, or if ``units`` or ``heads`` match nothing usable.
         """
         trace = Trace.of(module, example_batch, predict, tuple(OUTPUT_AXIS), is_suspect)
         head = _find_head(trace, _globs(heads))
-        layers = tuple(unit_layer(trace, name) for name in select(trace, head, _globs(units)))
-        if not layers:
-            raise ValueError(
-                f"no unit layers: no Linear or convolution ran before the head {head!r}, or units={units!r} excludes "
-                "all of them; a network needs a hidden layer for units to freeze"
-            )
+        chosen = choose(trace, head, _globs(units))
+        layers = tuple(unit_layer(trace, name) for name in chosen.names)
         of_head, shared, idle = _assign(trace, layers, head)
         return cls(
             layers,
@@ -96,11 +96,12 @@ class UnitMap:
             shared,
             idle,
             _buffers(trace),
-            reasons={name: why_shared(trace, name, layers) for name in shared},
+            reasons={name: why_shared(trace, name, layers, chosen.whole) for name in shared},
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
             ran=tuple(name for name in trace.modules if trace.runs[name]),
-            forms={name: form(parameter) for parameter, names in trace.owners.items() for name in names},
+            forms={name: form(parameter) for name, parameter in trace.names.items()},
             by_rows=Wiring.of(module, layers).reasons,
+            whole=chosen.whole,
         )
 
     def __str__(self) -> str:

@@ -58,10 +58,12 @@ def unheld_modules(module: nn.Module, held: AbstractSet[str], heads: Iterable[st
     """
     containers = [f"{one}." for one in (head.rpartition(".")[0] for head in heads) if one]
     found = []
+    # By identity: a module may stand in two places, and a parameter belong to two modules.
+    ids = {id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False) if name in held}
     for name, part in module.named_modules(remove_duplicate=False):
-        own = [f"{name}.{parameter}" for parameter, _ in part.named_parameters(recurse=False)]
+        own = [id(parameter) for parameter in part.parameters(recurse=False)]
         is_leaf = bool(name and own) and not any(True for _ in part.children())
-        if is_leaf and held.isdisjoint(own) and not any(name.startswith(one) for one in containers):
+        if is_leaf and ids.isdisjoint(own) and not any(name.startswith(one) for one in containers):
             found.append(name)
     return found
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -750,7 +751,7 @@ def tied_to_the_head() -> nn.Module:
     return net
 
 
-REFUSED = {
+WHOLE = {
     "runs twice": (
         lambda: two_layers(lambda net, x: net.head(net.second(net.second(net.first(x))))),
         "second",
@@ -767,32 +768,99 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_layer_that_units_cant_follow_is_refused_by_name(case):
-    build, name, reason = REFUSED[case]
-    other = {"runs twice": "a layer for each run", "parametrized": "remove_parametrizations"}.get(case, "of its own")
-    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units=.*, or .*{other}"):
-        units_of(build())
-
-
-@pytest.mark.parametrize("case", [case for case in REFUSED if case != "tied"])  # there no other layer is left
-def test_a_refused_layer_that_is_left_out_is_shared(case):
-    build, name, _ = REFUSED[case]
+@pytest.mark.parametrize("case", [case for case in WHOLE if case != "tied"])  # there no other layer is left
+def test_a_layer_that_units_cant_follow_is_shared_as_if_it_had_been_left_out(case):
+    build, name, reason = WHOLE[case]
     net = build()
 
-    units = units_of(net, units="first")
+    units = units_of(net)
 
     assert names(units) == ["first"]
+    assert list(units.whole) == [name]
+    assert re.match(reason, units.whole[name])
+    left_out = units_of(net, units=f"!{name}")
+    assert left_out.whole == {}
+    assert left_out == replace(units, reasons=left_out.reasons)
     assert everything(units) == parameters(net)
     assert {parameter for parameter in parameters(net) if parameter.startswith(f"{name}.")} <= set(units.shared)
+    why = {units.reasons[parameter] for parameter in units.shared if parameter.startswith(f"{name}.")}
+    assert all(reason.startswith("tied to head.weight") or units.whole[name] in reason for reason in why)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("wildcard", [False, True])
+def test_a_layer_that_units_cant_follow_is_refused_where_it_is_asked_for(case, wildcard):
+    build, name, reason = WHOLE[case]
+    glob = f"{name[:-1]}?" if wildcard else name
+    other = {"runs twice": "a layer for each run", "parametrized": "remove_parametrizations"}.get(case, "of its own")
+    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units=.*, or .*{other}"):
+        units_of(build(), units=glob)
+
+
+def test_where_no_layer_is_left_it_says_how_they_are_used():
+    with pytest.raises(ValueError, match=r"no unit layers: layer 'first' shares .*; layer 'second' shares"):
+        units_of(tied())
+
+
+def test_a_module_that_stands_in_two_places_is_one():
+    net = two_layers()
+    net.again, net.classifier = nn.ModuleList([net.second]), net.head
+    units = units_of(net)
+    assert (names(units), units.head, units.whole) == (["first", "second"], "head", {})
+    assert units.head_parameters == ("head.weight", "head.bias")
+    assert (units.shared, units.idle) == ((), ())
+    assert {"second.weight", "again.0.weight"} <= set(units.forms)
 
 
 @pytest.mark.parametrize(
-    "net", [nn.Sequential(nn.Linear(4, CLASSES)), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))]
+    ("net", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, CLASSES)), "before the head '0'; nothing else has parameters"),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES)), r"outside of it are those of BatchNorm1d '0' \(8\)"),
+        (
+            Built(
+                lambda net, x: net.head(net.table(x.argmax(1)) + net.own * net.norm(x) + net.small),
+                table=nn.Embedding(300, 4),
+                norm=nn.LayerNorm(4),
+                own=nn.Parameter(torch.ones(1, 4)),
+                small=nn.Parameter(torch.ones(4)),
+                head=nn.Linear(4, CLASSES),
+                unused=nn.Bilinear(9, 9, 9),
+            ),
+            r"Embedding 'table' \(1,200\), Bilinear 'unused' \(738\), Built '\(the model itself\)' \(8\)\. A",
+        ),
+    ],
+    ids=["only a head", "norm", "others"],
 )
-def test_a_network_without_unit_layers_is_refused(net):
-    with pytest.raises(ValueError, match="no unit layers"):
-        units_of(net)
+def test_a_network_without_unit_layers_is_refused_naming_what_has_the_parameters(net, message):
+    with pytest.raises(ValueError, match=f"no unit layers: no Linear or convolution ran .*{message}"):
+        UnitMap.of(net, labelled(4, 4), heads="head" if isinstance(net, Built) else None)
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        ("!second", ["first"]),
+        (["*", "!second"], ["first"]),
+        (["!first", "sec*"], ["second"]),
+        (["first", "!second"], ["first"]),
+        ("!f*", ["second"]),
+    ],
+)
+def test_globs_can_exclude(globs, expected):
+    net = two_layers()
+    units = units_of(net, units=globs)
+    assert names(units) == expected
+    (left,) = {"first", "second"} - set(expected)
+    assert units.shared == (f"{left}.weight", f"{left}.bias")
+    assert set(units.reasons.values()) == {"left out by units="}
+
+
+def test_excluding_all_of_them_leaves_nothing():
+    with pytest.raises(
+        ValueError, match=r"no unit layers: units=\['!\*'\] leaves all of them out; .*Linear 'first' \(20\)"
+    ):
+        units_of(two_layers(), units="!*")
 
 
 @pytest.mark.parametrize(
@@ -802,6 +870,9 @@ def test_a_network_without_unit_layers_is_refused(net):
         ("norm", "units='norm' names a LayerNorm.*first, second"),
         ("head", "units='head' names the head 'head'.*first, second"),
         (["first", "nothing"], "units='nothing' matches no unit layer"),
+        ("!nothing.*", r"units='!nothing\.\*' matches no unit layer.*first, second"),
+        (["first", "!norm"], "units='!norm' names a LayerNorm"),
+        ("!head", "units='!head' names the head 'head'"),
     ],
 )
 def test_units_that_match_no_unit_layer_are_refused(glob, message):
