@@ -482,22 +482,120 @@ def scaled(net: nn.Module, x: Tensor) -> Tensor:
     return net.head(net.second(net.first(x).relu()).relu()) / 0.5
 
 
-@pytest.mark.parametrize(
-    "net",
-    [
-        two_layers(scaled),
-        two_layers(lambda net, x: linear(net.second(net.first(x)), net.head.weight)),
-        two_layers(lambda net, x: net.head(net.second(net.first(x))).log_softmax(1)),
+def of_tokens(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Three tokens of four numbers, and a function of the head's output (N, 3, classes)."""
+    return two_layers(lambda net, x: function(net.head(net.second(net.first(x).relu()).relu())))
+
+
+def written_to(x: Tensor) -> Tensor:
+    x[:, :, 0] = 0
+    return x.amax(1)
+
+
+FUNCTIONS: dict[str, tuple[nn.Module, str]] = {
+    "scaled": (two_layers(scaled), "head"),
+    "scaled inside": (Built(lambda net, x: net.net(x), net=two_layers(scaled)), "net.head"),
+    "log-softmax": (two_layers(lambda net, x: net.head(net.second(net.first(x))).log_softmax(1)), "head"),
+    "module": (nn.Sequential(*mlp(), nn.LogSoftmax(1)), "4"),
+    "module inside": (Built(lambda net, x: net.net(x), net=nn.Sequential(*mlp(), nn.LogSoftmax(1))), "net.4"),
+    "beside what is not trained": (
         two_layers(lambda net, x: torch.cat([net.head(net.second(net.first(x)))[:, :1], x[:, :2]], 1)),
-        Built(lambda net, x: net.net(x), net=two_layers(scaled)),
-        nn.Sequential(*mlp(), nn.LogSoftmax(1)),
-        Built(lambda net, x: net.net(x), net=nn.Sequential(*mlp(), nn.LogSoftmax(1))),
+        "head",
+    ),
+    "dropout behind it": (nn.Sequential(*mlp(), nn.Dropout(0.5), nn.Identity(), nn.Softmax(1)), "4"),
+    "in a dict": (
+        heads_of(nn.ModuleDict({"a": deep(), "b": deep()}), lambda heads, h: heads["a"](h).tanh()),
+        "heads.a",
+    ),
+}
+OF_TOKENS: dict[str, tuple[nn.Module, str]] = {
+    "last token": (of_tokens(lambda x: x[:, -1]), "head"),
+    "first token": (of_tokens(lambda x: x.select(1, 0)), "head"),
+    "the token that each sample wants": (of_tokens(lambda x: x[torch.arange(4), torch.tensor([0, 1, 2, 0])]), "head"),
+    "mean over tokens": (of_tokens(lambda x: x.mean(1).double()), "head"),
+    "masked mean": (of_tokens(lambda x: (x * torch.ones(4, 3, 1)).sum(1) / 3), "head"),
+    "permuted and squeezed": (of_tokens(lambda x: x.permute(0, 2, 1)[..., None].mean((2, 3))), "head"),
+    "reshaped": (
+        of_tokens(lambda x: x.transpose(1, 2).reshape(4, 9).log_softmax(1).unflatten(1, (3, 3))[:, :, 0]),
+        "head",
+    ),
+    "slice": (of_tokens(lambda x: x[:, 0, :3].clone().clamp(-30, 30)), "head"),
+    "written to": (of_tokens(written_to), "head"),
+}
+
+
+@pytest.mark.parametrize("case", [*FUNCTIONS, *OF_TOKENS])
+def test_the_head_is_found_behind_functions_of_its_output(case):
+    net, head = {**FUNCTIONS, **OF_TOKENS}[case]
+    units = units_of(net, *((3, 4) if case in OF_TOKENS else ROWS))
+    assert units.head == head
+    assert set(units.head_parameters) == {name for name in parameters(net) if name.startswith(f"{head}.")}
+    assert not set(names(units)) & {head}
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (
+            two_layers(lambda net, x: linear(net.second(net.first(x)), net.head.weight)),
+            "heads='heads.*'; the last modules before the logits are 'second'",
+        ),
+        (
+            two_layers(
+                lambda net, x: net.head(net.second(x)) + net.side.b(net.first(x)), side=nn.ModuleDict({"b": output()})
+            ),
+            r"heads='side\.\*'; the last modules before the logits are 'head', 'side.b'",
+        ),
+        (
+            two_layers(
+                lambda net, x: net.head(net.second(net.first(x))) * net.scale, scale=nn.Parameter(torch.ones(3))
+            ),
+            "'head'",
+        ),
+        (two_layers(lambda net, x: -torch.cdist(net.second(net.first(x)), torch.eye(4))[:, :3]), "'second'"),
+        (two_layers(lambda net, x: net.second(net.first(x)) @ torch.ones(4, 3)), "'second'"),
+        (Built(lambda net, x: x[:, :3] * net.scale, scale=nn.Parameter(torch.ones(3))), "heads='heads.*'$"),
     ],
-    ids=["scaled", "functional", "log-softmax", "concatenated", "scaled inside", "module", "module inside"],
+    ids=["functional", "sum", "trained scale", "distances", "product", "own"],
 )
-def test_logits_that_a_function_makes_are_refused_naming_heads(net):
-    with pytest.raises(ValueError, match="heads="):
+def test_logits_that_more_than_a_function_makes_are_refused_naming_candidates(net, message):
+    with pytest.raises(ValueError, match=f"head not found: .*{message}"):
         units_of(net)
+
+
+def test_a_multi_head_that_ran_is_the_head_whatever_comes_behind_it():
+    heads = MultiHead(4, {"a": CLASSES, "b": CLASSES})
+    net = heads_of(heads, lambda heads, h: heads(h) @ torch.ones(3, 3) * (heads(h).sum() > 0))
+    heads.activate("b")
+    units = units_of(net)
+    assert (units.head, names(units)) == ("heads.tasks.b", ["body"])
+    assert units.idle == ("heads.tasks.a.weight", "heads.tasks.a.bias")
+
+
+def test_a_multi_head_that_has_no_say_or_holds_whole_networks_is_none():
+    net = two_layers(side=MultiHead(4, {"a": CLASSES}))
+    net.compute = lambda net, x: (net.side(x), net.head(net.second(net.first(x))))[1]
+    assert units_of(net).head == "head"
+    net = Built(lambda net, x: net.heads(x).log_softmax(1), heads=MultiHead(4, {"a": deep(), "b": deep()}))
+    assert (units_of(net).head, names(units_of(net))) == ("heads.tasks.a.2", ["heads.tasks.a.0"])
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    states: tuple[Tensor, ...]
+
+
+def test_the_head_of_a_forward_that_returns_several_things_is_found():
+    net = two_layers(lambda net, x: Output(net.head(h := net.second(net.first(x).relu()).relu()), (h,)))
+
+    def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return module(batch[0]).logits.log_softmax(1), batch[1]
+
+    outer = Built(lambda net, x: net.inner(x), inner=net)
+    for model, head in ((net, "head"), (outer, "inner.head")):
+        units = UnitMap.of(model, labelled(4, 4), predict)
+        assert (units.head, len(units.layers)) == (head, 2)
 
 
 # -- every parameter, exactly once ------------------------------------------------------------------------------------
