@@ -119,7 +119,8 @@ def _nothing(trace: Trace, head: str, reasons: Sequence[str], globs: Sequence[st
     holders = f"the most parameters outside of it are those of {largest}" if largest else "nothing else has parameters"
     return (
         f"no unit layers: {found}; {holders}. A network needs a hidden layer each of whose outputs depends on its own "
-        "row alone, such as torch's Linear or convolutions"
+        "row alone, such as torch's Linear or convolutions; if those are such layers, "
+        "lightning_rnf.register_layer(Kind, axis) says so"
     )
 
 

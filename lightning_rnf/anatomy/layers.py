@@ -10,20 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy.coupling import why_coupled
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, class_name, is_layer, kind_of
 from lightning_rnf.anatomy.trace import Call, Trace
 
-OUTPUT_AXIS: dict[type[nn.Module], int] = {
-    nn.Linear: -1,
-    nn.Conv1d: -2,
-    nn.Conv2d: -3,
-    nn.Conv3d: -4,
-    nn.ConvTranspose1d: -2,
-    nn.ConvTranspose2d: -3,
-    nn.ConvTranspose3d: -4,
-}
-"""Unit layers and the axis of their output that counts units, from the end."""
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """Norms that treat each channel by itself, as a `nn.GroupNorm` of one channel per group does."""
@@ -38,10 +27,10 @@ class UnitLayer:
         units: how many.
         axis: of the output that counts units, negative: -1 for linear, -3 for two-dimensional convolution.
         parameters: names of the parameters that belong to the units: weight, bias, those of the norm, slopes. Each has
-            units along its first dimension, but for the weight of a transposed convolution: see `spread`.
+            units along its first dimension, but for a transposed weight: see `spread`.
         norm: name of the norm that directly follows, or None.
         slopes: name of the ``PReLU`` with a slope per unit that directly follows the layer or its norm, or None.
-        transposed: of a transposed convolution its number of groups, and of inputs per group; else None.
+        transposed: where the weight has units behind inputs, its number of groups, and of inputs per group; else None.
     """
 
     name: str
@@ -61,7 +50,8 @@ class UnitLayer:
         """The dimensions of one of its parameters that tell units apart: ``(units,)``, in general.
 
         The weight of a transposed convolution is ``(groups · inputs, units / groups, …)``, and unit
-        ``group · units / groups + j`` owns the column ``j`` of its group's inputs.
+        ``group · units / groups + j`` owns the column ``j`` of its group's inputs. Other layers with a transposed
+        weight have one group.
         """
         if self.transposed is None or parameter != f"{self.name}.weight":
             return (self.units,)
@@ -120,12 +110,13 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
         ValueError: naming the one that is not.
     """
     module = modules.get(layer.name)
-    axis = next((axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind)), None)
-    if axis != layer.axis or isinstance(module, TRANSPOSED) != (layer.transposed is not None):
-        kind = "transposed convolution" if layer.transposed else "layer"
+    kind = None if module is None else kind_of(module)
+    if kind is None or kind.axis != layer.axis or kind.transposed != (layer.transposed is not None):
+        was = "layer with a transposed weight" if layer.transposed else "layer"
+        advice = "" if module is None or kind else "; if its class was registered then, call register_layer here, too"
         raise ValueError(
-            f"layer {layer.name!r} was a {kind} with its units along dimension {layer.axis} when a task ended, in this "
-            f"model it is {_described(module)}"
+            f"layer {layer.name!r} was a {was} with its units along dimension {layer.axis} when a task ended, in this "
+            f"model it is {_described(module)}{advice}"
         )
     for role, name, is_kind in (("norm", layer.norm, _is_per_channel_norm), ("slopes", layer.slopes, _is_prelu)):
         if name is not None and (name not in modules or not is_kind(modules[name])):
@@ -146,7 +137,8 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 def is_suspect(module: nn.Module) -> bool:
     """Whether a layer, a norm or slopes may do something else than torch's class: their rows have to be tried."""
-    if not isinstance(module, (*OUTPUT_AXIS, *CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)) or is_parametrized(module):
+    is_kind = is_layer(module) or isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU))
+    if not is_kind or is_parametrized(module):
         return False
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
     own = {"forward", "_conv_forward"}.intersection(vars(module))
@@ -161,7 +153,7 @@ def coupling(trace: Trace, name: str) -> str | None:
 def layer_calls(trace: Trace) -> Iterator[Call]:
     """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
     for call in trace.calls:
-        if isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)) and (call.node is None or trace.reached(call)):
+        if is_layer(trace.modules[call.name]) and (call.node is None or trace.reached(call)):
             yield call
 
 
@@ -210,8 +202,8 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole:
     name, parametrized, _ = parameter.partition(".parametrizations.")
     name = name if parametrized else parameter.rpartition(".")[0]
     module = trace.modules[name]
-    kind = _kind(module)
-    if parametrized and isinstance(module, tuple(OUTPUT_AXIS)):
+    kind = class_name(module)
+    if parametrized and is_layer(module):
         return f"{kind} {whole[name]}" if name in whole else "left out by units="
     calls = [call for call in trace.calls if call.name == name]
     others = trace.sharers(parameter, trace.own_parameters(parameter.rpartition(".")[0])[parameter])
@@ -221,7 +213,7 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole:
         return "used functionally, the module itself did not run"
     if all(call.output is not None and not trace.reached(call) for call in calls):
         return f"{kind} ran detached from the logits, or unseen (no_grad, reentrant checkpointing)"
-    if isinstance(module, tuple(OUTPUT_AXIS)):
+    if is_layer(module):
         if name in whole:
             return f"{kind} {whole[name]}"
         if not has_rows(trace, name):
@@ -249,21 +241,33 @@ def inside(name: str, ancestor: str) -> bool:
 
 def has_rows(trace: Trace, name: str) -> bool:
     """Whether the layer's parameters are its rows alone; an adapter's, say, compute something else and are shared."""
-    keys = {key.rpartition(".")[2] for key in trace.own_parameters(name)}
-    return is_parametrized(trace.modules[name]) or (
-        {"weight"} <= keys <= {"weight", "bias"} and not any(trace.modules[name].children())
-    )
+    module, own = trace.modules[name], trace.own_parameters(name)
+    keys = {key.rpartition(".")[2] for key in own}
+    if is_parametrized(module):
+        return True
+    if "weight" not in keys or any(module.children()):
+        return False
+    if isinstance(module, tuple(OUTPUT_AXIS)):
+        return keys <= {"weight", "bias"}
+    return _is_by_unit(_layer(trace, name), own)
+
+
+def _is_by_unit(layer: UnitLayer, own: Mapping[str, nn.Parameter]) -> bool:
+    """Whether each parameter has units where a layer of a kind that is not torch's has to have them."""
+    leading = {name: layer.leading_shape(name) for name in own}
+    return all(parameter.shape[: len(leading[name])] == leading[name] for name, parameter in own.items())
 
 
 def _layer(trace: Trace, name: str) -> UnitLayer:
     """The layer by itself, without what follows it."""
     module, own = trace.modules[name], trace.own_parameters(name)
-    weight = own[f"{name}.weight"]
-    axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
-    if isinstance(module, TRANSPOSED):
-        of_groups = module.groups, len(weight) // module.groups
-        return UnitLayer(name, module.groups * weight.shape[1], axis, tuple(own), transposed=of_groups)
-    return UnitLayer(name, len(weight), axis, tuple(own))
+    kind, weight = kind_of(module), own[f"{name}.weight"]
+    assert kind is not None
+    if kind.transposed and weight.ndim > 1:
+        groups = int(getattr(module, "groups", 1)) if isinstance(module, TRANSPOSED) else 1
+        of_groups = groups, len(weight) // groups
+        return UnitLayer(name, groups * weight.shape[1], kind.axis, tuple(own), transposed=of_groups)
+    return UnitLayer(name, len(weight), kind.axis, tuple(own))
 
 
 def _tried(trace: Trace, layer: UnitLayer, *, hears: bool) -> str | None:
@@ -282,12 +286,6 @@ def _tried(trace: Trace, layer: UnitLayer, *, hears: bool) -> str | None:
 def not_rows(trace: Trace, name: str, found: str) -> str:
     """That in words, of what `coupling` has found."""
     return f"{type(trace.modules[name]).__name__} is not made of rows, {found}"
-
-
-def _kind(module: nn.Module) -> str:
-    """Torch gives a parametrized module a class of its own."""
-    kind = type(module).__mro__[1] if is_parametrized(module) else type(module)
-    return kind.__name__
 
 
 def _is_per_channel_norm(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.anatomy.coupling import Given, reaches_past
@@ -82,7 +83,7 @@ class Trace:
         module: nn.Module,
         batch: Any,
         predict: Predict,
-        layers: tuple[type[nn.Module], ...] = (),
+        is_layer: Callable[[nn.Module], bool] = lambda module: False,
         is_suspect: Callable[[nn.Module], bool] = lambda module: False,
     ) -> Trace:
         """Run ``module`` on a batch and leave it as it was.
@@ -91,12 +92,19 @@ class Trace:
             module: the model.
             batch: on its device.
             predict: how to get logits of a batch.
-            layers: kinds of modules that should be the only ones to read their parameters.
+            is_layer: whether a module should be the only one to read its parameters.
             is_suspect: whether a module may do something else than its class says.
 
         Raises:
+            ValueError: if a parameter has no shape yet.
             TypeError, ValueError: as `anatomy.predict_checked`.
         """
+        for name, parameter in module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"parameter {name!r} has no shape yet: it gets one when the model first runs. Run one batch "
+                    "through it before the first fit: with torch.no_grad(): model(x)"
+                )
         calls: list[Call] = []
         given: dict[str, Given] = {}
         reads = _Reads()
@@ -107,7 +115,7 @@ class Trace:
             forget_gradient_hooks(module)
             suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
-                if isinstance(submodule, layers):
+                if is_layer(submodule):
                     submodule.register_forward_pre_hook(reads.enter, prepend=True)
                     submodule.register_forward_hook(reads.leave, always_call=True)
                 if name in suspects:
@@ -121,7 +129,7 @@ class Trace:
                 owner = trace.modules[call.name]
                 for parameter in trace.own_parameters(call.name).values():
                     hidden = id(parameter) in reads.outside and not trace.uses_outside(parameter, call)
-                    if isinstance(owner, layers) and hidden and reaches_past(module, owner, parameter, batch, predict):
+                    if is_layer(owner) and hidden and reaches_past(module, owner, parameter, batch, predict):
                         trace.elsewhere.add(parameter)
         return trace
 

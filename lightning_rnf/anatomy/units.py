@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from lightning_rnf.anatomy.choosing import choose
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, is_layer
 from lightning_rnf.anatomy.layers import (
-    OUTPUT_AXIS,
     UnitLayer,
     inside,
     is_suspect,
@@ -74,15 +74,15 @@ class UnitMap:
             module: the model, with the task's head active.
             example_batch: on the module's device.
             predict: how to get logits of a batch.
-            units: globs of module names, those behind a ``!`` of what is left out; None: every layer of `OUTPUT_AXIS`
-                outside the head. What units can't follow (it runs twice, shares its weight, is parametrized) is frozen
-                whole, see ``whole``.
+            units: globs of module names, those behind a ``!`` of what is left out; None: every linear layer and
+                convolution outside the head, and every layer of a kind that is registered. What units can't follow (it
+                runs twice, shares its weight, is parametrized) is frozen whole, see ``whole``.
             heads: globs of module names; None: the module that made the logits, see `logits.find_head`.
 
         Raises:
             ValueError: if no head or no unit layer is found, or if ``units`` or ``heads`` match nothing usable.
         """
-        trace = Trace.of(module, example_batch, predict, tuple(OUTPUT_AXIS), is_suspect)
+        trace = Trace.of(module, example_batch, predict, is_layer, is_suspect)
         head = find_head(trace, _globs(heads))
         chosen = choose(trace, head, _globs(units))
         layers = tuple(unit_layer(trace, name) for name in chosen.names)

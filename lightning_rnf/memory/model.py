@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, form
+from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, form, is_layer
 from lightning_rnf.memory.plain import COUNTS, get, get_name, get_names, get_texts
 
 _FORM = re.compile(r"\w+ \((\d{1,16},( \d{1,16})?(, \d{1,16})*)?\)")
@@ -77,7 +77,7 @@ def unknown_layer(module: nn.Module, forms: Mapping[str, str], heads: Iterable[s
     modules = dict(module.named_modules(remove_duplicate=False))
     beside = {head.rpartition(".")[0] for head in heads}
     for name in unknown_modules(module, forms):
-        if isinstance(modules[name], tuple(OUTPUT_AXIS)):
+        if is_layer(modules[name]):
             outer = (one for one in _from_outside(name) if not any(_inside(known, one) for known in forms))
             new = next(outer, None)
             if new is None or new.rpartition(".")[0] not in beside:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from zennit.types import BatchNorm
 
-from lightning_rnf.anatomy import UnitLayer, computes_itself
+from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, computes_itself
 from lightning_rnf.runtime import Ranks
 
 INPUT = "<input>"
@@ -171,11 +171,12 @@ class Journal:
             start = end
         self._cuts = (*cuts, INPUT)
         self._unruled = _grouped(cause for cause in reversed(found) if cause.kind != BIAS)
-        # For a linear layer it is the epsilon rule, of the weight that it computes: as it should be.
+        # For a linear layer it is the epsilon rule, of the weight that it computes: as it should be. What a kind that
+        # is not torch's does is told by its functions.
         self._own = _grouped(
             _Cause(0, type(call.module).__name__, call.name)
             for call in self._calls
-            if computes_itself(call.module) and (call.ruled or not isinstance(call.module, nn.Linear))
+            if computes_itself(call.module) and (call.ruled or _is_convolution(call.module))
         )
         self._calls = None  # nodes hold tensors
 
@@ -215,6 +216,10 @@ def is_of_torch(module: nn.Module) -> bool:
     """Whether it computes what a class of torch does, so that its own class names it. Containers compute nothing."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")]
     return bool({kind.__module__ for kind in kinds} - {"torch.nn.modules.module", "torch.nn.modules.container"})
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, tuple(OUTPUT_AXIS)) and not isinstance(module, nn.Linear)
 
 
 class _Graph:
