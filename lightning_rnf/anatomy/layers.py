@@ -46,6 +46,15 @@ class UnitLayer:
         """Name of the module whose output is what the units say to the rest of the network."""
         return self.slopes or self.norm or self.name
 
+    @property
+    def weight(self) -> str:
+        """Name of the parameter that says what each unit does with what it reads.
+
+        Of a parametrized layer it is the last of those that its weight is computed from.
+        """
+        before = f"{self.name}.parametrizations.weight."
+        return next((name for name in reversed(self.parameters) if name.startswith(before)), f"{self.name}.weight")
+
     def leading_shape(self, parameter: str) -> tuple[int, ...]:
         """The dimensions of one of its parameters that tell units apart: ``(units,)``, in general.
 
@@ -138,8 +147,10 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 def is_suspect(module: nn.Module) -> bool:
     """Whether a layer, a norm or slopes may do something else than torch's class: their rows have to be tried."""
     is_kind = is_layer(module) or isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU))
-    if not is_kind or is_parametrized(module):
+    if not is_kind:
         return False
+    if is_parametrized(module):
+        return True
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
     own = {"forward", "_conv_forward"}.intersection(vars(module))
     return not of_torch or bool(own or module._forward_pre_hooks) or has_foreign_hooks(module)
@@ -161,7 +172,10 @@ def why_whole(trace: Trace, name: str) -> str | None:
     """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
     calls = [call for call in trace.calls if call.name == name]
     if is_parametrized(trace.modules[name]):
-        return "is parametrized, and rows are not followed through what its weight is computed from"
+        if not calls or not _is_by_unit(_layer(trace, name), trace.own_parameters(name)):
+            return "is parametrized, and what its weight is computed from has no rows for its units"
+        if len(calls) == 1 and (coupled := coupling(trace, name)):
+            return f"is parametrized, and is not made of rows, {coupled}"
     found = None
     if len(calls) > 1:
         found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
@@ -261,8 +275,13 @@ def _is_by_unit(layer: UnitLayer, own: Mapping[str, nn.Parameter]) -> bool:
 def _layer(trace: Trace, name: str) -> UnitLayer:
     """The layer by itself, without what follows it."""
     module, own = trace.modules[name], trace.own_parameters(name)
-    kind, weight = kind_of(module), own[f"{name}.weight"]
+    kind = kind_of(module)
     assert kind is not None
+    if is_parametrized(module):
+        said = next((call.output for call in trace.calls if call.name == name), None)
+        units = 0 if said is None or said.ndim < -kind.axis else said.shape[kind.axis]
+        return UnitLayer(name, units, kind.axis, tuple(own))
+    weight = own[f"{name}.weight"]
     if kind.transposed and weight.ndim > 1:
         groups = int(getattr(module, "groups", 1)) if isinstance(module, TRANSPOSED) else 1
         of_groups = groups, len(weight) // groups

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.anatomy.coupling import Given, reaches_past
@@ -134,9 +135,13 @@ class Trace:
         return trace
 
     def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters of this module alone, by full name."""
-        prefix = f"{name}." if name else ""
-        return {prefix + key: value for key, value in self.modules[name].named_parameters(recurse=False)}
+        """Parameters of this module alone, by full name; of a parametrized one, what they are computed from, too."""
+        prefix, module = f"{name}." if name else "", self.modules[name]
+        own = {prefix + key: value for key, value in module.named_parameters(recurse=False)}
+        if is_parametrized(module):
+            before = f"{prefix}parametrizations."
+            own |= {key: value for key, value in self.names.items() if key.startswith(before)}
+        return own
 
     def sharers(self, name: str, parameter: nn.Parameter) -> list[str]:
         """Other modules' names for a parameter."""
@@ -209,7 +214,7 @@ class _Reads(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, (Tensor, tuple, list)) and not _reads_form(function):
             of_values = args[:1] if function in _LIKE_ANOTHER else (*args, *(kwargs or {}).values())
-            own = {id(parameter) for module in self._running for parameter in module._parameters.values()}
+            own = {id(parameter) for module in self._running for parameter in module.parameters()}
             read = {id(parameter) for parameter in of_values if isinstance(parameter, nn.Parameter)}
             self.outside.update(read - own)
         return result

@@ -142,13 +142,18 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
     )
     if layer.axis not in OUTPUT_AXIS.values():
         raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
-    owners = {parameter.rpartition(".")[0] for parameter in layer.parameters}
-    if f"{layer.name}.weight" not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
+    owners = {_owner(parameter, layer.name) for parameter in layer.parameters}
+    if layer.weight not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
         raise ValueError(
             f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
             f"its slopes, they are {layer.parameters!r:.80}"
         )
     return layer
+
+
+def _owner(parameter: str, layer: str) -> str:
+    """The module that a parameter is of; what a layer's own are computed from counts as its own."""
+    return layer if parameter.startswith(f"{layer}.parametrizations.") else parameter.rpartition(".")[0]
 
 
 def _from_outside(name: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
@@ -17,6 +18,7 @@ from lightning_rnf.anatomy import (
     Predict,
     UnitLayer,
     computes_itself,
+    is_layer,
     predict_checked,
     supervised,
     torch_class,
@@ -121,6 +123,7 @@ def attribute(
         return logits, target
 
     def prepare(module: nn.Module) -> None:
+        _bake(module)
         if composite is None:
             _merge_norms(module, layers)
 
@@ -156,6 +159,34 @@ def _applicable(given: Composite | None) -> Composite:
 
 def _is_layer(module: nn.Module) -> bool:
     return is_of_torch(module) and not any(module.children())
+
+
+@torch.no_grad()
+def _bake(module: nn.Module) -> None:
+    """For a borrowed module: parametrized layers become plain ones, with the weights that they have now.
+
+    Rules change a layer's parameters for as long as they need others, and there are none where weights are computed.
+    """
+    plain: dict[nn.Module, nn.Module] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and is_parametrized(child) and is_layer(child):
+                if child not in plain:
+                    plain[child] = _plain(child)
+                parent._modules[name] = plain[child]
+
+
+def _plain(layer: Any) -> nn.Module:
+    kind = type(layer).__mro__[1]  # torch makes a class of its own for each that is parametrized
+    made: nn.Module = object.__new__(kind)
+    own = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+    parts = {name: part for name, part in layer._modules.items() if name != "parametrizations"}
+    parameters = {
+        **layer._parameters,
+        **{name: nn.Parameter(value, requires_grad=False) for name, value in own.items()},
+    }
+    vars(made).update(vars(layer) | {"_modules": parts, "_parameters": parameters})
+    return made
 
 
 def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:

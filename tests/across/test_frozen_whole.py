@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal, spectral_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from training import TASKS, Classifier, inputs, train
 
 from lightning_rnf import MultiHead, RelevanceFreezing
@@ -84,9 +84,15 @@ def parametrized(how: object) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), how(nn.Linear(40, 40)), nn.ReLU())  # type: ignore[operator]
 
 
+def of_inputs(layer: nn.Module) -> nn.Module:
+    """Its columns have a length each, not its rows."""
+    return weight_norm(layer, dim=1)
+
+
 BLOCK = "block.query, body.block.key, body.block.value, body.block.out, body.block.wide, body.block.narrow"
+COUPLED = "is parametrized, and is not made of rows, output"
 RUNS = "in one forward, so the relevance of its units is not defined"
-PARAMETRIZED = "is parametrized, and rows are not followed through what its weight is computed from"
+PARAMETRIZED = "is parametrized, and"
 NETS = {
     "siamese": (Siamese, 1, f"body.encoder runs 2 times {RUNS}", ["joined"]),
     "ALBERT": (Repeated, 6, f"body.{BLOCK} runs 3 times {RUNS}", ["embed", "pooler"]),
@@ -97,8 +103,9 @@ NETS = {
         "body.first shares 'body.first.weight' with ['body.second.weight']; body.second shares",
         ["last"],
     ),
-    "spectral norm": (lambda: parametrized(spectral_norm), 1, f"body.2 {PARAMETRIZED}", ["0"]),
-    "orthogonal": (lambda: parametrized(orthogonal), 1, f"body.2 {PARAMETRIZED}", ["0"]),
+    "spectral norm": (lambda: parametrized(spectral_norm), 1, f"body.2 {COUPLED}", ["0"]),
+    "orthogonal": (lambda: parametrized(orthogonal), 1, f"body.2 {COUPLED}", ["0"]),
+    "weight norm of inputs": (lambda: parametrized(of_inputs), 1, f"body.2 {PARAMETRIZED} what its weight", ["0"]),
 }
 
 
