@@ -1,6 +1,6 @@
 """A PyTorch Lightning callback that stops catastrophic forgetting: Relevance-based Neural Freezing."""
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap
+from lightning_rnf.anatomy import UnitLayer, UnitMap, register_layer
 from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.freezing import reduce_free_rows
 from lightning_rnf.heads import MultiHead
@@ -36,5 +36,6 @@ __all__ = [
     "heatmaps",
     "plot_retention",
     "reduce_free_rows",
+    "register_layer",
     "size_of",
 ]

@@ -8,15 +8,8 @@ from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, eff
 from lightning_rnf.anatomy.flow import Flow, Stop, described
 from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
-from lightning_rnf.anatomy.layers import (
-    BATCH_NORMS,
-    CHANNEL_NORMS,
-    OUTPUT_AXIS,
-    TRANSPOSED,
-    SilentHook,
-    UnitLayer,
-    check_kinds,
-)
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, is_layer, is_transposed, register_layer
+from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, check_kinds
 from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_checked, supervised, true_labels
 from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.trace import form
@@ -55,10 +48,13 @@ __all__ = [
     "effect_of_module",
     "folded",
     "form",
+    "is_layer",
+    "is_transposed",
     "joined",
     "layer_form",
     "measure",
     "predict_checked",
+    "register_layer",
     "silenced",
     "supervised",
     "tensor_copy",

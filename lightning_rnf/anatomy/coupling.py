@@ -124,7 +124,8 @@ class _Trial:
     hears: bool
 
     def found(self) -> str | None:
-        own = {key: value.detach() for key, value in self.module.named_parameters(recurse=False)}
+        # Without parts, but for what a parametrized weight is computed from.
+        own = {key: value.detach() for key, value in self.module.named_parameters()}
         generator = torch.Generator().manual_seed(0)
         drawn = {key: _drawn(value, generator) for key, value in own.items()}
         tensors = [value for value in self.given.args if isinstance(value, Tensor)]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_rnf.anatomy.calls import name_norms
-from lightning_rnf.anatomy.layers import BATCH_NORMS, OUTPUT_AXIS, UnitLayer, has_foreign_hooks
+from lightning_rnf.anatomy.kinds import is_layer
+from lightning_rnf.anatomy.layers import BATCH_NORMS, UnitLayer, has_foreign_hooks
 
 _SILENT_IN_EVAL = ("StochasticDepth", "DropPath")
 # Torchvision's and timm's: identities in eval mode, but they would tie the graph to their packages.
@@ -36,9 +37,8 @@ def silenced(output: Tensor, layer: str) -> Tensor:
 
 
 def computes_itself(module: nn.Module) -> bool:
-    """Whether a linear layer or convolution has a forward of its own; a parametrized one has torch's."""
-    is_layer = isinstance(module, tuple(OUTPUT_AXIS)) and not hasattr(module, "parametrizations")
-    return is_layer and torch_class(module) is nn.Module
+    """Whether a layer has a forward of its own; a parametrized one of torch's has torch's."""
+    return is_layer(module) and not hasattr(module, "parametrizations") and torch_class(module) is nn.Module
 
 
 @dataclass(frozen=True)

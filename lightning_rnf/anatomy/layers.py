@@ -10,20 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy.coupling import why_coupled
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, class_name, is_layer, kind_of
 from lightning_rnf.anatomy.trace import Call, Trace
 
-OUTPUT_AXIS: dict[type[nn.Module], int] = {
-    nn.Linear: -1,
-    nn.Conv1d: -2,
-    nn.Conv2d: -3,
-    nn.Conv3d: -4,
-    nn.ConvTranspose1d: -2,
-    nn.ConvTranspose2d: -3,
-    nn.ConvTranspose3d: -4,
-}
-"""Unit layers and the axis of their output that counts units, from the end."""
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """Norms that treat each channel by itself, as a `nn.GroupNorm` of one channel per group does."""
@@ -38,10 +27,10 @@ class UnitLayer:
         units: how many.
         axis: of the output that counts units, negative: -1 for linear, -3 for two-dimensional convolution.
         parameters: names of the parameters that belong to the units: weight, bias, those of the norm, slopes. Each has
-            units along its first dimension, but for the weight of a transposed convolution: see `spread`.
+            units along its first dimension, but for a transposed weight: see `spread`.
         norm: name of the norm that directly follows, or None.
         slopes: name of the ``PReLU`` with a slope per unit that directly follows the layer or its norm, or None.
-        transposed: of a transposed convolution its number of groups, and of inputs per group; else None.
+        transposed: where the weight has units behind inputs, its number of groups, and of inputs per group; else None.
     """
 
     name: str
@@ -57,11 +46,21 @@ class UnitLayer:
         """Name of the module whose output is what the units say to the rest of the network."""
         return self.slopes or self.norm or self.name
 
+    @property
+    def weight(self) -> str:
+        """Name of the parameter that says what each unit does with what it reads.
+
+        Of a parametrized layer it is the last of those that its weight is computed from.
+        """
+        before = f"{self.name}.parametrizations.weight."
+        return next((name for name in reversed(self.parameters) if name.startswith(before)), f"{self.name}.weight")
+
     def leading_shape(self, parameter: str) -> tuple[int, ...]:
         """The dimensions of one of its parameters that tell units apart: ``(units,)``, in general.
 
         The weight of a transposed convolution is ``(groups · inputs, units / groups, …)``, and unit
-        ``group · units / groups + j`` owns the column ``j`` of its group's inputs.
+        ``group · units / groups + j`` owns the column ``j`` of its group's inputs. Other layers with a transposed
+        weight have one group.
         """
         if self.transposed is None or parameter != f"{self.name}.weight":
             return (self.units,)
@@ -120,12 +119,13 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
         ValueError: naming the one that is not.
     """
     module = modules.get(layer.name)
-    axis = next((axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind)), None)
-    if axis != layer.axis or isinstance(module, TRANSPOSED) != (layer.transposed is not None):
-        kind = "transposed convolution" if layer.transposed else "layer"
+    kind = None if module is None else kind_of(module)
+    if kind is None or kind.axis != layer.axis or kind.transposed != (layer.transposed is not None):
+        was = "layer with a transposed weight" if layer.transposed else "layer"
+        advice = "" if module is None or kind else "; if its class was registered then, call register_layer here, too"
         raise ValueError(
-            f"layer {layer.name!r} was a {kind} with its units along dimension {layer.axis} when a task ended, in this "
-            f"model it is {_described(module)}"
+            f"layer {layer.name!r} was a {was} with its units along dimension {layer.axis} when a task ended, in this "
+            f"model it is {_described(module)}{advice}"
         )
     for role, name, is_kind in (("norm", layer.norm, _is_per_channel_norm), ("slopes", layer.slopes, _is_prelu)):
         if name is not None and (name not in modules or not is_kind(modules[name])):
@@ -146,8 +146,11 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 def is_suspect(module: nn.Module) -> bool:
     """Whether a layer, a norm or slopes may do something else than torch's class: their rows have to be tried."""
-    if not isinstance(module, (*OUTPUT_AXIS, *CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)) or is_parametrized(module):
+    is_kind = is_layer(module) or isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU))
+    if not is_kind:
         return False
+    if is_parametrized(module):
+        return True
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
     own = {"forward", "_conv_forward"}.intersection(vars(module))
     return not of_torch or bool(own or module._forward_pre_hooks) or has_foreign_hooks(module)
@@ -161,75 +164,32 @@ def coupling(trace: Trace, name: str) -> str | None:
 def layer_calls(trace: Trace) -> Iterator[Call]:
     """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
     for call in trace.calls:
-        if isinstance(trace.modules[call.name], tuple(OUTPUT_AXIS)) and (call.node is None or trace.reached(call)):
+        if is_layer(trace.modules[call.name]) and (call.node is None or trace.reached(call)):
             yield call
 
 
-def select(trace: Trace, head: str, globs: Sequence[str] | None) -> list[str]:
-    """Names of the unit layers, in execution order.
-
-    Args:
-        trace: of the model.
-        head: name of the module that is none of them.
-        globs: of their names; None: all.
-
-    Raises:
-        ValueError: naming a glob that matches none, or saying why no layer of the model is made of rows.
-    """
-    candidates = [
-        name
-        for name in dict.fromkeys(call.name for call in layer_calls(trace))
-        if not inside(name, head) and _has_rows(trace, name)
-    ]
-    coupled = {name: found for name in candidates if (found := coupling(trace, name))}
-    names = [name for name in candidates if name not in coupled]
-    for glob in globs or ():
-        if not any(fnmatchcase(name, glob) for name in names):
-            found = "matches no unit layer"
-            if glob in trace.modules:
-                kind = type(trace.modules[glob]).__name__
-                found = f"names a {kind}, whose parameters can't be assigned to units"
-            for name in (name for name in coupled if fnmatchcase(name, glob)):
-                found = f"names {name!r}, and {_not_rows(trace, name, coupled[name])}: it is frozen whole"
-            if inside(glob, head):
-                found = f"names the head {head!r}, which is never made of units"
-            raise ValueError(f"units={glob!r} {found}; this model's unit layers are {_listed(names)}")
-    if coupled and not names:
-        found = "; ".join(f"{name!r}: {_not_rows(trace, name, coupled[name])}" for name in list(coupled)[:3])
-        raise ValueError(
-            f"no unit layers: {found}; a network needs a layer each of whose outputs depends on its own row alone, "
-            "such as torch's, or one with a scale for each row in place of one for all"
-        )
-    return [name for name in names if globs is None or matches(name, globs)]
+def why_whole(trace: Trace, name: str) -> str | None:
+    """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
+    calls = [call for call in trace.calls if call.name == name]
+    if is_parametrized(trace.modules[name]):
+        if not calls or not _is_by_unit(_layer(trace, name), trace.own_parameters(name)):
+            return "is parametrized, and what its weight is computed from has no rows for its units"
+        if len(calls) == 1 and (coupled := coupling(trace, name)):
+            return f"is parametrized, and is not made of rows, {coupled}"
+    found = None
+    if len(calls) > 1:
+        found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
+    for key, parameter in trace.own_parameters(name).items():
+        if others := trace.sharers(key, parameter):
+            found = f"shares {key!r} with {others}"
+        elif len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
+            found = f"has its {key!r} used a second time outside the layer"
+    return found
 
 
 def unit_layer(trace: Trace, name: str) -> UnitLayer:
-    """The layer of that name, with the norm and the slopes that are its units' own.
-
-    Raises:
-        ValueError: if it is used in a way that units can't follow.
-    """
-    module = trace.modules[name]
-    calls = [call for call in trace.calls if call.name == name]
-    found = None
-    instead = "give it a weight of its own"
-    if is_parametrized(module):
-        found = "is parametrized, and rows are not followed through what its weight is computed from"
-        instead = "bake it in (torch.nn.utils.parametrize.remove_parametrizations)"
-    elif len(calls) > 1:
-        found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
-        instead = "build a layer for each run"
-    for key, parameter in trace.own_parameters(name).items():
-        if len(trace.owners[parameter]) > 1:
-            found = f"shares {key!r} with {sorted(set(trace.owners[parameter]) - {key})}"
-        elif len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
-            found = f"has its {key!r} used a second time outside the layer"
-    if found:
-        raise ValueError(
-            f"layer {name!r} {found}; leave it out of units= (globs of the others) and it is frozen whole after the "
-            f"first task, or {instead} before the first fit"
-        )
-    (call,) = calls
+    """The layer of that name, with the norm and the slopes that are its units' own; see `why_whole`."""
+    (call,) = (call for call in trace.calls if call.name == name)
     layer = _layer(trace, name)
     norm = _follower(trace, call, layer, _is_per_channel_norm)
     slopes = _follower(trace, norm or call, layer, _is_prelu)
@@ -244,24 +204,36 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     )
 
 
-def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer]) -> str:
-    """Why a parameter that took part in the forward belongs to no unit and no head, in few words."""
-    name = parameter.rpartition(".")[0]
+def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole: Mapping[str, str]) -> str:
+    """Why a parameter that took part in the forward belongs to no unit and no head, in few words.
+
+    Args:
+        trace: of the model.
+        parameter: its full name.
+        layers: the unit layers.
+        whole: layers that nobody left out and that units can't follow, as from `why_whole`.
+    """
+    name, parametrized, _ = parameter.partition(".parametrizations.")
+    name = name if parametrized else parameter.rpartition(".")[0]
     module = trace.modules[name]
-    kind = type(module).__name__
+    kind = class_name(module)
+    if parametrized and is_layer(module):
+        return f"{kind} {whole[name]}" if name in whole else "left out by units="
     calls = [call for call in trace.calls if call.name == name]
-    others = [other for other in trace.owners[trace.own_parameters(name)[parameter]] if other != parameter]
+    others = trace.sharers(parameter, trace.own_parameters(parameter.rpartition(".")[0])[parameter])
     if others:
         return f"tied to {', '.join(others)}"
     if not calls:
         return "used functionally, the module itself did not run"
     if all(call.output is not None and not trace.reached(call) for call in calls):
         return f"{kind} ran detached from the logits, or unseen (no_grad, reentrant checkpointing)"
-    if isinstance(module, tuple(OUTPUT_AXIS)):
-        if not _has_rows(trace, name):
+    if is_layer(module):
+        if name in whole:
+            return f"{kind} {whole[name]}"
+        if not has_rows(trace, name):
             return f"{kind} has more to it than one row for each output"
         found = coupling(trace, name)
-        return "left out by units=" if found is None else _not_rows(trace, name, found)
+        return "left out by units=" if found is None else not_rows(trace, name, found)
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return "PReLU with one slope for all channels"
     if _is_per_channel_norm(module) or _is_prelu(module):
@@ -281,23 +253,40 @@ def inside(name: str, ancestor: str) -> bool:
     return name == ancestor or name.startswith(f"{ancestor}.")
 
 
-def _has_rows(trace: Trace, name: str) -> bool:
+def has_rows(trace: Trace, name: str) -> bool:
     """Whether the layer's parameters are its rows alone; an adapter's, say, compute something else and are shared."""
-    keys = {key.rpartition(".")[2] for key in trace.own_parameters(name)}
-    return is_parametrized(trace.modules[name]) or (
-        {"weight"} <= keys <= {"weight", "bias"} and not any(trace.modules[name].children())
-    )
+    module, own = trace.modules[name], trace.own_parameters(name)
+    keys = {key.rpartition(".")[2] for key in own}
+    if is_parametrized(module):
+        return True
+    if "weight" not in keys or any(module.children()):
+        return False
+    if isinstance(module, tuple(OUTPUT_AXIS)):
+        return keys <= {"weight", "bias"}
+    return _is_by_unit(_layer(trace, name), own)
+
+
+def _is_by_unit(layer: UnitLayer, own: Mapping[str, nn.Parameter]) -> bool:
+    """Whether each parameter has units where a layer of a kind that is not torch's has to have them."""
+    leading = {name: layer.leading_shape(name) for name in own}
+    return all(parameter.shape[: len(leading[name])] == leading[name] for name, parameter in own.items())
 
 
 def _layer(trace: Trace, name: str) -> UnitLayer:
     """The layer by itself, without what follows it."""
     module, own = trace.modules[name], trace.own_parameters(name)
+    kind = kind_of(module)
+    assert kind is not None
+    if is_parametrized(module):
+        said = next((call.output for call in trace.calls if call.name == name), None)
+        units = 0 if said is None or said.ndim < -kind.axis else said.shape[kind.axis]
+        return UnitLayer(name, units, kind.axis, tuple(own))
     weight = own[f"{name}.weight"]
-    axis = next(axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind))
-    if isinstance(module, TRANSPOSED):
-        of_groups = module.groups, len(weight) // module.groups
-        return UnitLayer(name, module.groups * weight.shape[1], axis, tuple(own), transposed=of_groups)
-    return UnitLayer(name, len(weight), axis, tuple(own))
+    if kind.transposed and weight.ndim > 1:
+        groups = int(getattr(module, "groups", 1)) if isinstance(module, TRANSPOSED) else 1
+        of_groups = groups, len(weight) // groups
+        return UnitLayer(name, groups * weight.shape[1], kind.axis, tuple(own), transposed=of_groups)
+    return UnitLayer(name, len(weight), kind.axis, tuple(own))
 
 
 def _tried(trace: Trace, layer: UnitLayer, *, hears: bool) -> str | None:
@@ -313,7 +302,8 @@ def _tried(trace: Trace, layer: UnitLayer, *, hears: bool) -> str | None:
     return trace.coupled[layer.name]
 
 
-def _not_rows(trace: Trace, name: str, found: str) -> str:
+def not_rows(trace: Trace, name: str, found: str) -> str:
+    """That in words, of what `coupling` has found."""
     return f"{type(trace.modules[name]).__name__} is not made of rows, {found}"
 
 
@@ -340,8 +330,10 @@ def _follower(trace: Trace, call: Call, layer: UnitLayer, is_kind: Callable[[nn.
     for other in trace.calls:
         if other.source is not call.node or trace.runs[other.name] != 1 or not trace.reached(other):
             continue
-        own = trace.own_parameters(other.name).values()
-        is_units_own = all(parameter.shape == (layer.units,) and len(trace.owners[parameter]) == 1 for parameter in own)
+        own = trace.own_parameters(other.name).items()
+        is_units_own = all(
+            parameter.shape == (layer.units,) and not trace.sharers(key, parameter) for key, parameter in own
+        )
         if is_kind(trace.modules[other.name]) and is_units_own and _keeps_channels(trace, other, layer):
             return other
     return None
@@ -373,7 +365,3 @@ def _why_not_a_unit_s(trace: Trace, calls: Sequence[Call], layers: Iterable[Unit
     if trace.edges[call.source] > 1:
         return "is not alone in reading the layer before it"
     return "does not go along the units of the layer before it"
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -142,6 +142,7 @@ def _union(units: UnitMap, other: UnitMap) -> UnitMap:
         idle=tuple(name for name in units.idle if name in idle),
         buffers=tuple(dict.fromkeys((*units.buffers, *other.buffers))),
         reasons={**other.reasons, **units.reasons},
+        whole={**other.whole, **units.whole},
         ran=tuple(dict.fromkeys((*units.ran, *other.ran))),
     )
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.anatomy.coupling import Given, reaches_past
@@ -45,7 +47,8 @@ class Trace:
         logits: of the batch.
         edges: how many edges lead to each node of the logits' autograd graph.
         leaves: the node of each leaf that the graph reaches.
-        owners: all names of each parameter.
+        owners: names of each parameter, one for each module that has it.
+        names: the parameter of each name: a module that stands in several places has several.
         given: what each suspect was given when it ran first, by name.
         elsewhere: parameters of layers that reach the logits past their layer, where autograd does not see it.
         coupled: what was found of suspects, by name; see `layers.coupling`.
@@ -66,8 +69,11 @@ class Trace:
         self.logits = logits
         self.edges, self.leaves = _walk_graph(logits)
         self.owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+        self.names: dict[str, nn.Parameter] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            self.owners[parameter].append(name)
+            self.names[name] = parameter
+            if name.rpartition(".")[0] in self.modules:
+                self.owners[parameter].append(name)
         self.given = given
         self.elsewhere: set[nn.Parameter] = set()
         self.coupled: dict[str, str | None] = {}
@@ -78,7 +84,7 @@ class Trace:
         module: nn.Module,
         batch: Any,
         predict: Predict,
-        layers: tuple[type[nn.Module], ...] = (),
+        is_layer: Callable[[nn.Module], bool] = lambda module: False,
         is_suspect: Callable[[nn.Module], bool] = lambda module: False,
     ) -> Trace:
         """Run ``module`` on a batch and leave it as it was.
@@ -87,12 +93,19 @@ class Trace:
             module: the model.
             batch: on its device.
             predict: how to get logits of a batch.
-            layers: kinds of modules that should be the only ones to read their parameters.
+            is_layer: whether a module should be the only one to read its parameters.
             is_suspect: whether a module may do something else than its class says.
 
         Raises:
+            ValueError: if a parameter has no shape yet.
             TypeError, ValueError: as `anatomy.predict_checked`.
         """
+        for name, parameter in module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"parameter {name!r} has no shape yet: it gets one when the model first runs. Run one batch "
+                    "through it before the first fit: with torch.no_grad(): model(x)"
+                )
         calls: list[Call] = []
         given: dict[str, Given] = {}
         reads = _Reads()
@@ -103,7 +116,7 @@ class Trace:
             forget_gradient_hooks(module)
             suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
-                if isinstance(submodule, layers):
+                if is_layer(submodule):
                     submodule.register_forward_pre_hook(reads.enter, prepend=True)
                     submodule.register_forward_hook(reads.leave, always_call=True)
                 if name in suspects:
@@ -117,14 +130,22 @@ class Trace:
                 owner = trace.modules[call.name]
                 for parameter in trace.own_parameters(call.name).values():
                     hidden = id(parameter) in reads.outside and not trace.uses_outside(parameter, call)
-                    if isinstance(owner, layers) and hidden and reaches_past(module, owner, parameter, batch, predict):
+                    if is_layer(owner) and hidden and reaches_past(module, owner, parameter, batch, predict):
                         trace.elsewhere.add(parameter)
         return trace
 
     def own_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters of this module alone, by full name."""
-        prefix = f"{name}." if name else ""
-        return {prefix + key: value for key, value in self.modules[name].named_parameters(recurse=False)}
+        """Parameters of this module alone, by full name; of a parametrized one, what they are computed from, too."""
+        prefix, module = f"{name}." if name else "", self.modules[name]
+        own = {prefix + key: value for key, value in module.named_parameters(recurse=False)}
+        if is_parametrized(module):
+            before = f"{prefix}parametrizations."
+            own |= {key: value for key, value in self.names.items() if key.startswith(before)}
+        return own
+
+    def sharers(self, name: str, parameter: nn.Parameter) -> list[str]:
+        """Other modules' names for a parameter."""
+        return sorted(set(self.owners[parameter]) - {name})
 
     def used(self, parameter: nn.Parameter) -> bool:
         """Whether the logits depend on it."""
@@ -193,7 +214,7 @@ class _Reads(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, (Tensor, tuple, list)) and not _reads_form(function):
             of_values = args[:1] if function in _LIKE_ANOTHER else (*args, *(kwargs or {}).values())
-            own = {id(parameter) for module in self._running for parameter in module._parameters.values()}
+            own = {id(parameter) for module in self._running for parameter in module.parameters()}
             read = {id(parameter) for parameter in of_values if isinstance(parameter, nn.Parameter)}
             self.outside.update(read - own)
         return result

@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from lightning_rnf.anatomy.choosing import choose
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, is_layer
 from lightning_rnf.anatomy.layers import (
-    OUTPUT_AXIS,
     UnitLayer,
     inside,
     is_suspect,
-    layer_calls,
-    matches,
-    select,
     unit_layer,
     why_shared,
 )
+from lightning_rnf.anatomy.logits import find_head
 from lightning_rnf.anatomy.predict import Predict, supervised
 from lightning_rnf.anatomy.trace import Trace, form
 from lightning_rnf.anatomy.wiring import Wiring
@@ -43,6 +42,8 @@ class UnitMap:
         ran: names of the modules that ran.
         forms: dtype and shape of every parameter, by each of its names; see `form`.
         by_rows: why it can't be followed what a layer reads of units, by its name: it is frozen by whole rows.
+        whole: how a layer is used that nobody left out, but whose units can't be followed, by its name: it is frozen
+            whole, as if it had been left out.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -56,6 +57,7 @@ class UnitMap:
     ran: tuple[str, ...] = field(default=(), repr=False)
     forms: Mapping[str, str] = field(default_factory=dict, repr=False)
     by_rows: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    whole: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -72,22 +74,18 @@ class UnitMap:
             module: the model, with the task's head active.
             example_batch: on the module's device.
             predict: how to get logits of a batch.
-            units: globs of module names; None: every layer of `OUTPUT_AXIS` outside the head.
-            heads: globs of module names; None: the module whose output is the logits. If it stands in a ``ModuleDict``
-                or ``ModuleList`` whose other entries did not run, the whole entry is the head.
+            units: globs of module names, those behind a ``!`` of what is left out; None: every linear layer and
+                convolution outside the head, and every layer of a kind that is registered. What units can't follow (it
+                runs twice, shares its weight, is parametrized) is frozen whole, see ``whole``.
+            heads: globs of module names; None: the module that made the logits, see `logits.find_head`.
 
         Raises:
-            ValueError: if no head or no unit layer is found, if a unit layer is used in a way that units can't follow
-                (it runs twice, shares its weight, is parametrized), or if ``units`` or ``heads`` match nothing usable.
+            ValueError: if no head or no unit layer is found, or if ``units`` or ``heads`` match nothing usable.
         """
-        trace = Trace.of(module, example_batch, predict, tuple(OUTPUT_AXIS), is_suspect)
-        head = _find_head(trace, _globs(heads))
-        layers = tuple(unit_layer(trace, name) for name in select(trace, head, _globs(units)))
-        if not layers:
-            raise ValueError(
-                f"no unit layers: no Linear or convolution ran before the head {head!r}, or units={units!r} excludes "
-                "all of them; a network needs a hidden layer for units to freeze"
-            )
+        trace = Trace.of(module, example_batch, predict, is_layer, is_suspect)
+        head = find_head(trace, _globs(heads))
+        chosen = choose(trace, head, _globs(units))
+        layers = tuple(unit_layer(trace, name) for name in chosen.names)
         of_head, shared, idle = _assign(trace, layers, head)
         return cls(
             layers,
@@ -96,11 +94,12 @@ class UnitMap:
             shared,
             idle,
             _buffers(trace),
-            reasons={name: why_shared(trace, name, layers) for name in shared},
+            reasons={name: why_shared(trace, name, layers, chosen.whole) for name in shared},
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
             ran=tuple(name for name in trace.modules if trace.runs[name]),
-            forms={name: form(parameter) for parameter, names in trace.owners.items() for name in names},
+            forms={name: form(parameter) for name, parameter in trace.names.items()},
             by_rows=Wiring.of(module, layers).reasons,
+            whole=chosen.whole,
         )
 
     def __str__(self) -> str:
@@ -135,74 +134,6 @@ class UnitMap:
 
     def _kind(self, name: str) -> str:
         return self.kinds.get(name, "")
-
-
-def _find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
-    if globs is not None:
-        return _named_head(trace, globs)
-    before_cast = _uncast(trace.logits.grad_fn)
-    makers = [
-        call.name
-        for call in trace.calls
-        if call.output is not None
-        and call.output.numel() == trace.logits.numel()
-        and (
-            call.output.untyped_storage().data_ptr() == trace.logits.untyped_storage().data_ptr()
-            or (call.node is not None and call.node is before_cast)
-        )
-        and any(True for _ in trace.modules[call.name].parameters())
-    ]
-    if not makers or makers[0] == "" or _is_all(trace, makers[0]):
-        raise ValueError(
-            "head not found: no module's output is the logits (they are computed from it by a function, or by the "
-            "LightningModule itself); name the heads' modules with heads=, for example heads='heads.*'"
-        )
-    return _whole_entry(trace, makers[0]) or makers[0]
-
-
-def _uncast(node: Any) -> Any:
-    """What made the logits, before they were cast to another dtype."""
-    while node is not None and type(node).__name__ == "ToCopyBackward0":
-        ((node, _), *_) = node.next_functions
-    return node
-
-
-def _is_all(trace: Trace, name: str) -> bool:
-    """Whether a module with parts holds every layer: then it makes logits of its parts' by a function of its own."""
-    return any(trace.modules[name].children()) and all(inside(call.name, name) for call in layer_calls(trace))
-
-
-def _named_head(trace: Trace, globs: tuple[str, ...]) -> str:
-    matched = [name for name in trace.modules if name and matches(name, globs) and trace.runs[name]]
-    outermost = [name for name in matched if not any(inside(name, other) for other in matched if other != name)]
-    if len(outermost) != 1:
-        raise ValueError(
-            f"head not found: heads={list(globs)} matches {outermost or 'no module'} of those that ran, expected "
-            "exactly one, the active task's"
-        )
-    (found,) = outermost
-    # A glob may name the container of all heads: the head is the entry that ran last.
-    parts = [call.name for call in trace.calls if inside(call.name, found) and trace.own_parameters(call.name)]
-    entry = _whole_entry(trace, parts[-1]) if parts else None
-    return entry if entry is not None and inside(entry, found) else found
-
-
-def _whole_entry(trace: Trace, name: str) -> str | None:
-    """The outermost entry of a container of alternatives that ``name`` is in, if there is one."""
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        container = trace.modules[".".join(parts[:depth])]
-        entry = ".".join(parts[: depth + 1])
-        if not isinstance(container, (nn.ModuleDict, nn.ModuleList)):
-            continue
-        others = [f"{'.'.join(parts[:depth])}.{key}" for key, _ in container.named_children()]
-        others.remove(entry)
-        # One entry alone is an alternative in a dict of heads; in a list it may as well be the only block of a stack.
-        alternatives = bool(others) or isinstance(container, nn.ModuleDict)
-        leaves_units = any(call.name and not inside(call.name, entry) for call in layer_calls(trace))
-        if alternatives and leaves_units and not any(trace.runs[other] for other in others):
-            return entry
-    return None
 
 
 def _assign(trace: Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tuple[str, ...], ...]:

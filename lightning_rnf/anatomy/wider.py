@@ -19,7 +19,8 @@ from lightning_rnf.anatomy.channels import Effect
 from lightning_rnf.anatomy.flow import Flow, described
 from lightning_rnf.anatomy.graph import torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, layer_form
-from lightning_rnf.anatomy.layers import TRANSPOSED, UnitLayer
+from lightning_rnf.anatomy.kinds import TRANSPOSED
+from lightning_rnf.anatomy.layers import UnitLayer
 
 _MOST_ROUNDS = 1000
 _Segment = tuple[str, int]
@@ -366,4 +367,6 @@ def _why_unknown(name: str, walks: Iterable[_Walk]) -> str:
                 return why
             if node.op == "call_module" and name.startswith(f"{node.target}."):
                 return f"{described(node, walk.flow.traced)} is not taken apart"
+        if name in walk.flow.traced.called:
+            return "it has a forward of its own, so what grows with it is not known"
     return "it did not run when the forward was traced"

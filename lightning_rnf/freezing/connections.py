@@ -57,7 +57,7 @@ def frozen_connections(
     for layer in state.layers:
         if not any(layer.name in of_task for of_task in heard.values()):
             continue
-        shape = module.get_parameter(f"{layer.name}.weight").shape
+        shape = module.get_parameter(layer.weight).shape
         frozen = torch.zeros(shape[:2], dtype=torch.bool)
         for name, record in state.tasks.items():
             frozen |= layer.connections(record.relevant[layer.name], heard.get(name, {}).get(layer.name), shape)
@@ -90,7 +90,7 @@ def harmless(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[s
         relevant: bool ``(units,)`` by layer: those that will speak.
     """
     layers = () if sharding.is_sharded(module) else tuple(layers)
-    weights = {layer.name: module.get_parameter(f"{layer.name}.weight").detach() for layer in layers}
+    weights = {layer.name: module.get_parameter(layer.weight).detach() for layer in layers}
     wild = [layer for layer in layers if _is_wild(weights[layer.name])]
     read = Wiring.of(module, layers).heard(relevant) if wild else {}
     with ExitStack() as undo:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import TRANSPOSED, UnitMap
+from lightning_rnf.anatomy import UnitMap, is_transposed
 from lightning_rnf.freezing import rows as layer_rows
 from lightning_rnf.freezing.slices import LARGEST_BLOCK, AllBut, Block, Entries, Slice
 from lightning_rnf.memory import FreezeState
@@ -274,7 +274,7 @@ def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
         name: _Rows(
             parameters[name],
             factor,
-            is_transposed=isinstance(module.get_submodule(name.rpartition(".")[0]), TRANSPOSED),
+            is_transposed=is_transposed(module.get_submodule(name.rpartition(".")[0])),
         )
         for name, factor in factors.items()
         if (factor != 1).any()

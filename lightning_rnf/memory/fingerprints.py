@@ -189,7 +189,7 @@ def _chosen(
 def _kept(parameters: Mapping[str, Tensor], layer: UnitLayer, record: TaskRecord, heard: Heard) -> Tensor:
     """Which entries of a layer's weight a task needs: bool of its first two dimensions."""
     channels = heard.get(record.name, {}).get(layer.name) if layer.name in record.connections else None
-    return layer.connections(record.relevant[layer.name], channels, parameters[f"{layer.name}.weight"].shape)
+    return layer.connections(record.relevant[layer.name], channels, parameters[layer.weight].shape)
 
 
 def _digest_of(parameters: Mapping[str, Tensor], chosen: Mapping[str, Tensor], later: Sequence[Wider]) -> str:

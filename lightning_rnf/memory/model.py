@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, form
+from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, form, is_layer
 from lightning_rnf.memory.plain import COUNTS, get, get_name, get_names, get_texts
 
 _FORM = re.compile(r"\w+ \((\d{1,16},( \d{1,16})?(, \d{1,16})*)?\)")
@@ -58,10 +58,12 @@ def unheld_modules(module: nn.Module, held: AbstractSet[str], heads: Iterable[st
     """
     containers = [f"{one}." for one in (head.rpartition(".")[0] for head in heads) if one]
     found = []
+    # By identity: a module may stand in two places, and a parameter belong to two modules.
+    ids = {id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False) if name in held}
     for name, part in module.named_modules(remove_duplicate=False):
-        own = [f"{name}.{parameter}" for parameter, _ in part.named_parameters(recurse=False)]
+        own = [id(parameter) for parameter in part.parameters(recurse=False)]
         is_leaf = bool(name and own) and not any(True for _ in part.children())
-        if is_leaf and held.isdisjoint(own) and not any(name.startswith(one) for one in containers):
+        if is_leaf and ids.isdisjoint(own) and not any(name.startswith(one) for one in containers):
             found.append(name)
     return found
 
@@ -75,7 +77,7 @@ def unknown_layer(module: nn.Module, forms: Mapping[str, str], heads: Iterable[s
     modules = dict(module.named_modules(remove_duplicate=False))
     beside = {head.rpartition(".")[0] for head in heads}
     for name in unknown_modules(module, forms):
-        if isinstance(modules[name], tuple(OUTPUT_AXIS)):
+        if is_layer(modules[name]):
             outer = (one for one in _from_outside(name) if not any(_inside(known, one) for known in forms))
             new = next(outer, None)
             if new is None or new.rpartition(".")[0] not in beside:
@@ -140,13 +142,18 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
     )
     if layer.axis not in OUTPUT_AXIS.values():
         raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
-    owners = {parameter.rpartition(".")[0] for parameter in layer.parameters}
-    if f"{layer.name}.weight" not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
+    owners = {_owner(parameter, layer.name) for parameter in layer.parameters}
+    if layer.weight not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
         raise ValueError(
             f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
             f"its slopes, they are {layer.parameters!r:.80}"
         )
     return layer
+
+
+def _owner(parameter: str, layer: str) -> str:
+    """The module that a parameter is of; what a layer's own are computed from counts as its own."""
+    return layer if parameter.startswith(f"{layer}.parametrizations.") else parameter.rpartition(".")[0]
 
 
 def _from_outside(name: str) -> Iterator[str]:

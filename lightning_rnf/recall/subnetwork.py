@@ -38,7 +38,7 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
             if not irrelevant.any():
                 continue
             # The layer has a weight to tell the device by; a norm may have none.
-            device = module.get_parameter(f"{layer.name}.weight").device
+            device = module.get_parameter(layer.weight).device
             fill = _filler(irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device))
             for name in (layer.name, layer.norm, layer.slopes):
                 if name is not None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from zennit.composites import EpsilonPlus
 from zennit.core import Composite
+from zennit.rules import Pass
 
 from lightning_rnf.anatomy import (
     BATCH_NORMS,
     Predict,
     UnitLayer,
     computes_itself,
+    is_layer,
     predict_checked,
     supervised,
     torch_class,
@@ -24,7 +29,7 @@ from lightning_rnf.anatomy import (
 )
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
-from lightning_rnf.relevance.precision import SinglePrecision, UnreachableError
+from lightning_rnf.relevance.precision import RunsAgainError, SinglePrecision, UnreachableError
 from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
 
 OverSamples = Literal["absolute", "signed"]
@@ -72,8 +77,9 @@ def attribute(
         predict: how to get logits and labels of a batch.
         composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
             convolutions, on a network whose layers have the batch norms that directly follow merged into them. A
-            layer with a forward of its own is propagated through function by function, with the weight that it
-            computes; there is no z⁺ for that, so it is epsilon for convolutions, too, and a note says so.
+            layer with a forward of its own, or that runs several times (Zennit's rules know its last run only), is
+            propagated through function by function, with the weight that it computes; there is no z⁺ for that, so it
+            is epsilon for convolutions, too, and a note says so.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
         progress: called after each batch with the number of samples so far.
         ranks: whose sums are added up; they all get the same.
@@ -87,7 +93,9 @@ def attribute(
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
             precision, or as `anatomy.predict_checked`.
     """
-    rules = _applicable(composite)
+    repeated: set[str] = set()
+    runs: Counter[str] = Counter()
+    rules = _applicable(composite, repeated)
     journal = Journal(layers)
     functions = FunctionRules()
 
@@ -111,16 +119,27 @@ def attribute(
             left = {
                 name for name, submodule in module.named_modules() if composite is not None and _is_layer(submodule)
             }
-            with journal.recording(module, ruled), functions.attached(module, ruled | left):
+            runs.clear()
+            with ExitStack() as hooks:
+                for name in ruled if composite is None else ():
+                    if not isinstance(rules.module_map(context, name, module.get_submodule(name)), Pass):
+                        count = partial(_count, runs, name)
+                        hooks.callback(module.get_submodule(name).register_forward_pre_hook(count).remove)
+                hooks.enter_context(journal.recording(module, ruled, repeated))
+                hooks.enter_context(functions.attached(module, ruled | left))
                 yield
 
     def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         with functions:
             logits, target = predict(module, batch)
+        if again := {name for name, count in runs.items() if count > 1} - repeated:
+            repeated.update(again)
+            raise RunsAgainError
         journal.read(logits)
         return logits, target
 
     def prepare(module: nn.Module) -> None:
+        _bake(module)
         if composite is None:
             _merge_norms(module, layers)
 
@@ -138,7 +157,7 @@ def attribute(
     return Attribution(absolute if over_samples == "absolute" else signed, journal.conservation(signed))
 
 
-def _applicable(given: Composite | None) -> Composite:
+def _applicable(given: Composite | None, repeated: Container[str]) -> Composite:
     """The rules, without those for what they are not made for.
 
     For attention there are none: Zennit takes it for an activation, and fails on its three inputs. And none of our
@@ -147,15 +166,48 @@ def _applicable(given: Composite | None) -> Composite:
     composite = EpsilonPlus() if given is None else given
 
     def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
-        if isinstance(module, nn.MultiheadAttention) or (given is None and computes_itself(module)):
+        own = computes_itself(module) or name in repeated
+        if isinstance(module, nn.MultiheadAttention) or (given is None and own):
             return None
         return composite.module_map(context, name, module)
 
     return Composite(module_map, composite.canonizers)
 
 
+def _count(runs: Counter[str], name: str, *call: object) -> None:
+    runs[name] += 1
+
+
 def _is_layer(module: nn.Module) -> bool:
     return is_of_torch(module) and not any(module.children())
+
+
+@torch.no_grad()
+def _bake(module: nn.Module) -> None:
+    """For a borrowed module: parametrized layers become plain ones, with the weights that they have now.
+
+    Rules change a layer's parameters for as long as they need others, and there are none where weights are computed.
+    """
+    plain: dict[nn.Module, nn.Module] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and is_parametrized(child) and is_layer(child):
+                if child not in plain:
+                    plain[child] = _plain(child)
+                parent._modules[name] = plain[child]
+
+
+def _plain(layer: Any) -> nn.Module:
+    kind = type(layer).__mro__[1]  # torch makes a class of its own for each that is parametrized
+    made: nn.Module = object.__new__(kind)
+    own = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+    parts = {name: part for name, part in layer._modules.items() if name != "parametrizations"}
+    parameters = {
+        **layer._parameters,
+        **{name: nn.Parameter(value, requires_grad=False) for name, value in own.items()},
+    }
+    vars(made).update(vars(layer) | {"_modules": parts, "_parameters": parameters})
+    return made
 
 
 def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
@@ -233,17 +285,21 @@ def propagate(
                 submodule = module.get_submodule(layer.name)
                 hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
                 hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
-            for batch in batches:
+
+            def of_batch(batch: Any) -> int:
                 roots.clear()
-                # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
-                with rules(module):
-                    logits, target = predict_checked(single.predicting(predict), module, single.batch(batch))
-                    sent, ends = (
-                        start(logits.detach(), target),
-                        tuple(roots),
-                    )  # checkpointed layers run again, add to it
-                    arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
-                samples += len(target)
+                try:
+                    # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
+                    with rules(module):
+                        logits, target = predict_checked(single.predicting(predict), module, single.batch(batch))
+                        sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
+                        arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
+                    return len(target)
+                except RunsAgainError:
+                    return of_batch(batch)  # with other rules, and fewer each time
+
+            for batch in batches:
+                samples += of_batch(batch)
                 progress(samples)
         return samples, {name: total.of_share() for name, total in sums.items()}
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from zennit.types import BatchNorm
 
-from lightning_rnf.anatomy import UnitLayer, computes_itself
+from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, computes_itself
 from lightning_rnf.runtime import Ranks
 
 INPUT = "<input>"
@@ -75,7 +75,8 @@ class Conservation:
         size: sum of the absolute relevance of the logits over that of the signed, at least 1: how much they cancel.
         unruled: what had no rule, places by kind: ``{"LayerNorm": ("encoder.norm1",)}``.
         causes: by cut, what may take or make relevance between it and the one above: places by kind.
-        own: layers with a forward of their own where another rule stands in for the right one, places by kind.
+        own: layers with a forward of their own, or that run several times, where another rule stands in for the right
+            one, places by what it is.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class Conservation:
             f"no rule for {_described({kind: places})}: relevance is a plain gradient there"
             for kind, places in self.unruled.items()
         ) + tuple(
-            f"no rule is made for the own forward of {_described({kind: places})}: relevance is approximate there"
+            f"no rule is made for {_described({kind: places})}: relevance is approximate there"
             for kind, places in self.own.items()
         )
 
@@ -129,17 +130,20 @@ class Journal:
         self._sent = self._sent_absolute = self._arrived = 0.0
 
     @contextmanager
-    def recording(self, module: nn.Module, ruled: Container[str]) -> Iterator[None]:
+    def recording(self, module: nn.Module, ruled: Container[str], repeated: Container[str] = ()) -> Iterator[None]:
         """Note what modules run in the first forward. One is enough: the others run the same.
 
         Args:
             module: a borrowed one.
             ruled: names of its modules with rules of their own.
+            repeated: names of those that would have one if they did not run several times; functions' rules hold there.
         """
         running: list[_Call] = []
+        if self._calls is not None:
+            self._calls.clear()  # the forward may run again
 
         def enter(name: str, module: nn.Module, args: Any, options: Any) -> None:
-            running.append(_Call(name, module, name in ruled, _nodes((args, options))))
+            running.append(_Call(name, module, name in ruled, _nodes((args, options)), name in repeated))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             while running and running[-1].module is not module:
@@ -171,11 +175,12 @@ class Journal:
             start = end
         self._cuts = (*cuts, INPUT)
         self._unruled = _grouped(cause for cause in reversed(found) if cause.kind != BIAS)
-        # For a linear layer it is the epsilon rule, of the weight that it computes: as it should be.
+        # For a linear layer it is the epsilon rule, of the weight that it computes: as it should be. What a kind that
+        # is not torch's does is told by its functions.
         self._own = _grouped(
-            _Cause(0, type(call.module).__name__, call.name)
+            _Cause(0, f"{'several runs' if call.repeated else 'the own forward'} of {_class(call.module)}", call.name)
             for call in self._calls
-            if computes_itself(call.module) and (call.ruled or not isinstance(call.module, nn.Linear))
+            if (computes_itself(call.module) or call.repeated) and (call.ruled or _is_convolution(call.module))
         )
         self._calls = None  # nodes hold tensors
 
@@ -215,6 +220,14 @@ def is_of_torch(module: nn.Module) -> bool:
     """Whether it computes what a class of torch does, so that its own class names it. Containers compute nothing."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")]
     return bool({kind.__module__ for kind in kinds} - {"torch.nn.modules.module", "torch.nn.modules.container"})
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, tuple(OUTPUT_AXIS)) and not isinstance(module, nn.Linear)
 
 
 class _Graph:
@@ -260,6 +273,7 @@ class _Call:
     module: nn.Module
     ruled: bool
     before: list[Any]
+    repeated: bool = False
     after: list[Any] = field(default_factory=list)
 
     def inside(self) -> Iterator[Any]:
@@ -276,7 +290,7 @@ class _Call:
     def has_bias(self) -> bool:
         bias = getattr(self.module, "bias", None)
         # A batch norm's shift takes no relevance, since it lets relevance pass.
-        ruled = self.ruled or computes_itself(self.module)
+        ruled = self.ruled or self.repeated or computes_itself(self.module)
         return ruled and isinstance(bias, Tensor) and not isinstance(self.module, BatchNorm) and bool(bias.any())
 
 

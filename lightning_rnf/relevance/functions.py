@@ -31,6 +31,10 @@ _LINEAR = (
     "linear matmul mm bmm einsum __matmul__ __rmatmul__ conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d"
 )
+# Sums of a tensor and a product of two others.
+_AFFINE = "addmm addmv addbmm baddbmm"
+# Sums of entries that an index puts together, as in message passing.
+_GATHERED = "scatter_add index_add scatter_reduce index_reduce"
 # Element by element, as the modules that Zennit lets relevance pass; ReLU's gradient does the same without a rule.
 _ACTIVATIONS = (
     "sigmoid tanh silu gelu elu selu celu mish softplus softsign logsigmoid hardswish hardsigmoid hardtanh relu6 "
@@ -176,6 +180,17 @@ def _linear(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, An
     return _ByContribution, len(tensors)
 
 
+def _affine(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split:
+    """Linear in what is added and in either of the factors together, as long as only one of these is of the graph."""
+    factors = (*args[1:3], *(options.get(name) for name in ("mat1", "mat2", "mat", "vec", "batch1", "batch2")))
+    return _ByContribution, max(1, sum(isinstance(one, Tensor) and one.requires_grad for one in factors))
+
+
+def _gathered(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split | None:
+    reduce = options.get("reduce", next((one for one in args if isinstance(one, str)), "sum"))
+    return None if reduce == "prod" else (_ByContribution, 1)  # of a largest or smallest it is the whole
+
+
 def _activation(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split | None:
     elementwise = len(tensors) == 1 and tensors[0] is args[0] and not options.get("training")
     return (_Evenly, 1) if elementwise else None
@@ -190,6 +205,8 @@ def _rules() -> dict[Any, _Rule]:
         (_PRODUCTS, _product),
         (_QUOTIENTS, _quotient),
         (f"{_POOLING} {_LINEAR}", _linear),
+        (_AFFINE, _affine),
+        (_GATHERED, _gathered),
         (_ACTIVATIONS, _activation),
     ):
         for name in names.split():
@@ -225,6 +242,8 @@ def _apply(
     # What is written to in place gets a graph that leads here: with the tensor itself the graph would hold itself, and
     # nobody could free it.
     form = apply_to_collection((list(args), options), Tensor, lambda x: _Operand() if x.requires_grad else x)
+    if in_place and isinstance(form[0][0], Tensor):
+        form[0][0] = form[0][0].clone()  # a constant: in the backward it is no longer what it was
 
     def call(*given: Tensor) -> Tensor:
         following = iter(given)

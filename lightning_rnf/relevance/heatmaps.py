@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 from zennit.image import palette
 
-from lightning_rnf.anatomy import Predict, UnitLayer, layer_form, supervised
+from lightning_rnf.anatomy import LAYERS, Predict, UnitLayer, layer_form, supervised
 from lightning_rnf.memory import shortened
 from lightning_rnf.packages import Trainer
 from lightning_rnf.relevance.attribution import attribute
@@ -58,7 +58,11 @@ def heatmaps(
         found.extend(of_root.detach() for of_root in leaves.values() if of_root is not None)
 
     # Of a task that ended before the model was made wider, the recall has fewer units.
-    now = [replace(layer, units=layer_form(module.get_submodule(layer.name))[1]) for layer in layers]
+    parts = {layer.name: module.get_submodule(layer.name) for layer in layers}
+    now = [
+        replace(layer, units=layer_form(parts[layer.name])[1]) if isinstance(parts[layer.name], LAYERS) else layer
+        for layer in layers
+    ]
     attribute(module, now, [batch], predict, composite, arrived=keep)
     shape = images_of(batch).shape
     if any(one.numel() != shape.numel() for one in found):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import Predict, UnitLayer, true_labels
 from lightning_rnf.relevance.attribution import over_positions, propagate
-from lightning_rnf.runtime import ALONE, Ranks
+from lightning_rnf.runtime import ALONE, Ranks, evaluating
 
 ImportanceName = Literal["lrp", "gradient_x_activation", "taylor", "activation", "magnitude", "random"]
 Importance = Callable[[nn.Module, Sequence[UnitLayer], Iterable[Any], Predict], dict[str, Tensor]]
@@ -84,10 +84,11 @@ def magnitude(
     module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
 ) -> dict[str, Tensor]:
     """Sum of the absolute weights of each row or filter (Li et al. 2017); looks at no data."""
-    weights = {layer: (name := f"{layer.name}.weight", module.get_parameter(name).detach()) for layer in layers}
+    with torch.no_grad(), evaluating(module):  # a parametrized weight is computed now
+        weights: dict[UnitLayer, Any] = {layer: module.get_submodule(layer.name).weight for layer in layers}
     return {
-        layer.name: layer.by_unit(name, weight).abs().flatten(1).sum(dim=1).cpu().double()
-        for layer, (name, weight) in weights.items()
+        layer.name: layer.by_unit(f"{layer.name}.weight", weight.detach()).abs().flatten(1).sum(dim=1).cpu().double()
+        for layer, weight in weights.items()
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -34,7 +34,22 @@ class Sight:
 
 
 def of_units(units: UnitMap, module: nn.Module) -> None:
-    """Warn if the first task will leave later ones less than half of the parameters to learn with."""
+    """Warn of layers that can't be made of units, and if less than half of the parameters will be left to learn with.
+
+    Before the first task ends.
+    """
+    if units.whole:
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for name, found in units.whole.items():
+            by_reason[found].append(name)
+        described = "; ".join(f"{', '.join(names)} {found}" for found, names in by_reason.items())
+        rank_zero_warn(
+            f"{len(units.whole)} layer{'s' * (len(units.whole) > 1)} can't be made of units and will be frozen whole "
+            f"when this task has ended, so later tasks can only reuse what they know: {described}. If that is as it "
+            "should be, leave them out without a word (units='!name', or globs of the others); else build a layer for "
+            "each run, give each a weight of its own, or bake parametrizations in "
+            "(torch.nn.utils.parametrize.remove_parametrizations) before the first fit"
+        )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     shared = sum(parameters[name].numel() for name in units.shared)
     of_units = sum(parameters[name].numel() for layer in units.layers for name in layer.parameters)

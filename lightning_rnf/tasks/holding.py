@@ -198,7 +198,7 @@ class Holding:
         of_layers = {
             layer.name
             for layer in self.state.layers
-            if (factors[f"{layer.name}.weight"][layer.spread(f"{layer.name}.weight", frozen[layer.name])] != 0).any()
+            if (factors[layer.weight][layer.spread(layer.weight, frozen[layer.name])] != 0).any()
         }
         return of_layers | {name for name in self.state.shared if factors[name] != 0}
 

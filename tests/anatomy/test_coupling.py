@@ -354,7 +354,7 @@ def test_a_norm_with_a_forward_of_its_own_is_tried_too(norm):
 
 @pytest.mark.parametrize("how", ["as it is", "standardised by row (timm)"])
 @pytest.mark.parametrize("detached", [True, False])
-def test_a_weight_that_reaches_the_logits_past_its_layer_is_refused_with_what_is_true(how, detached):
+def test_a_weight_that_reaches_the_logits_past_its_layer_is_frozen_whole_with_what_is_true(how, detached):
     net = network("Linear", layer("Linear", INDEPENDENT[how]) if how != "as it is" else nn.Linear(4, 6))
     inner = net.compute
 
@@ -363,11 +363,13 @@ def test_a_weight_that_reaches_the_logits_past_its_layer_is_refused_with_what_is
         return inner(net, x) + F.linear(x, weight)[:, :CLASSES]
 
     net.compute = forward
-    with pytest.raises(ValueError, match=r"layer 'tried' has its 'tried.weight' used a second time outside the layer"):
-        UnitMap.of(net, labelled(4, 4), heads="heads.a")
+    units = UnitMap.of(net, labelled(4, 4), heads="heads.a")
+    assert names(units) == ["first"]
+    assert units.whole == {"tried": "has its 'tried.weight' used a second time outside the layer"}
+    assert {"tried.weight", "tried.bias"} <= set(units.shared)
 
 
-def test_a_weight_that_is_only_looked_at_is_not_refused():
+def test_a_weight_that_is_only_looked_at_is_made_of_units():
     net = network("Linear", nn.Linear(4, 6))
     inner = net.compute
 

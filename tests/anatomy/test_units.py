@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from networks import CLASSES, Built, labelled, mlp
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_rnf.anatomy.units import UnitLayer, UnitMap
@@ -481,22 +482,120 @@ def scaled(net: nn.Module, x: Tensor) -> Tensor:
     return net.head(net.second(net.first(x).relu()).relu()) / 0.5
 
 
-@pytest.mark.parametrize(
-    "net",
-    [
-        two_layers(scaled),
-        two_layers(lambda net, x: linear(net.second(net.first(x)), net.head.weight)),
-        two_layers(lambda net, x: net.head(net.second(net.first(x))).log_softmax(1)),
+def of_tokens(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Three tokens of four numbers, and a function of the head's output (N, 3, classes)."""
+    return two_layers(lambda net, x: function(net.head(net.second(net.first(x).relu()).relu())))
+
+
+def written_to(x: Tensor) -> Tensor:
+    x[:, :, 0] = 0
+    return x.amax(1)
+
+
+FUNCTIONS: dict[str, tuple[nn.Module, str]] = {
+    "scaled": (two_layers(scaled), "head"),
+    "scaled inside": (Built(lambda net, x: net.net(x), net=two_layers(scaled)), "net.head"),
+    "log-softmax": (two_layers(lambda net, x: net.head(net.second(net.first(x))).log_softmax(1)), "head"),
+    "module": (nn.Sequential(*mlp(), nn.LogSoftmax(1)), "4"),
+    "module inside": (Built(lambda net, x: net.net(x), net=nn.Sequential(*mlp(), nn.LogSoftmax(1))), "net.4"),
+    "beside what is not trained": (
         two_layers(lambda net, x: torch.cat([net.head(net.second(net.first(x)))[:, :1], x[:, :2]], 1)),
-        Built(lambda net, x: net.net(x), net=two_layers(scaled)),
-        nn.Sequential(*mlp(), nn.LogSoftmax(1)),
-        Built(lambda net, x: net.net(x), net=nn.Sequential(*mlp(), nn.LogSoftmax(1))),
+        "head",
+    ),
+    "dropout behind it": (nn.Sequential(*mlp(), nn.Dropout(0.5), nn.Identity(), nn.Softmax(1)), "4"),
+    "in a dict": (
+        heads_of(nn.ModuleDict({"a": deep(), "b": deep()}), lambda heads, h: heads["a"](h).tanh()),
+        "heads.a",
+    ),
+}
+OF_TOKENS: dict[str, tuple[nn.Module, str]] = {
+    "last token": (of_tokens(lambda x: x[:, -1]), "head"),
+    "first token": (of_tokens(lambda x: x.select(1, 0)), "head"),
+    "the token that each sample wants": (of_tokens(lambda x: x[torch.arange(4), torch.tensor([0, 1, 2, 0])]), "head"),
+    "mean over tokens": (of_tokens(lambda x: x.mean(1).double()), "head"),
+    "masked mean": (of_tokens(lambda x: (x * torch.ones(4, 3, 1)).sum(1) / 3), "head"),
+    "permuted and squeezed": (of_tokens(lambda x: x.permute(0, 2, 1)[..., None].mean((2, 3))), "head"),
+    "reshaped": (
+        of_tokens(lambda x: x.transpose(1, 2).reshape(4, 9).log_softmax(1).unflatten(1, (3, 3))[:, :, 0]),
+        "head",
+    ),
+    "slice": (of_tokens(lambda x: x[:, 0, :3].clone().clamp(-30, 30)), "head"),
+    "written to": (of_tokens(written_to), "head"),
+}
+
+
+@pytest.mark.parametrize("case", [*FUNCTIONS, *OF_TOKENS])
+def test_the_head_is_found_behind_functions_of_its_output(case):
+    net, head = {**FUNCTIONS, **OF_TOKENS}[case]
+    units = units_of(net, *((3, 4) if case in OF_TOKENS else ROWS))
+    assert units.head == head
+    assert set(units.head_parameters) == {name for name in parameters(net) if name.startswith(f"{head}.")}
+    assert not set(names(units)) & {head}
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (
+            two_layers(lambda net, x: linear(net.second(net.first(x)), net.head.weight)),
+            "heads='heads.*'; the last modules before the logits are 'second'",
+        ),
+        (
+            two_layers(
+                lambda net, x: net.head(net.second(x)) + net.side.b(net.first(x)), side=nn.ModuleDict({"b": output()})
+            ),
+            r"heads='side\.\*'; the last modules before the logits are 'head', 'side.b'",
+        ),
+        (
+            two_layers(
+                lambda net, x: net.head(net.second(net.first(x))) * net.scale, scale=nn.Parameter(torch.ones(3))
+            ),
+            "'head'",
+        ),
+        (two_layers(lambda net, x: -torch.cdist(net.second(net.first(x)), torch.eye(4))[:, :3]), "'second'"),
+        (two_layers(lambda net, x: net.second(net.first(x)) @ torch.ones(4, 3)), "'second'"),
+        (Built(lambda net, x: x[:, :3] * net.scale, scale=nn.Parameter(torch.ones(3))), "heads='heads.*'$"),
     ],
-    ids=["scaled", "functional", "log-softmax", "concatenated", "scaled inside", "module", "module inside"],
+    ids=["functional", "sum", "trained scale", "distances", "product", "own"],
 )
-def test_logits_that_a_function_makes_are_refused_naming_heads(net):
-    with pytest.raises(ValueError, match="heads="):
+def test_logits_that_more_than_a_function_makes_are_refused_naming_candidates(net, message):
+    with pytest.raises(ValueError, match=f"head not found: .*{message}"):
         units_of(net)
+
+
+def test_a_multi_head_that_ran_is_the_head_whatever_comes_behind_it():
+    heads = MultiHead(4, {"a": CLASSES, "b": CLASSES})
+    net = heads_of(heads, lambda heads, h: heads(h) @ torch.ones(3, 3) * (heads(h).sum() > 0))
+    heads.activate("b")
+    units = units_of(net)
+    assert (units.head, names(units)) == ("heads.tasks.b", ["body"])
+    assert units.idle == ("heads.tasks.a.weight", "heads.tasks.a.bias")
+
+
+def test_a_multi_head_that_has_no_say_or_holds_whole_networks_is_none():
+    net = two_layers(side=MultiHead(4, {"a": CLASSES}))
+    net.compute = lambda net, x: (net.side(x), net.head(net.second(net.first(x))))[1]
+    assert units_of(net).head == "head"
+    net = Built(lambda net, x: net.heads(x).log_softmax(1), heads=MultiHead(4, {"a": deep(), "b": deep()}))
+    assert (units_of(net).head, names(units_of(net))) == ("heads.tasks.a.2", ["heads.tasks.a.0"])
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    states: tuple[Tensor, ...]
+
+
+def test_the_head_of_a_forward_that_returns_several_things_is_found():
+    net = two_layers(lambda net, x: Output(net.head(h := net.second(net.first(x).relu()).relu()), (h,)))
+
+    def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return module(batch[0]).logits.log_softmax(1), batch[1]
+
+    outer = Built(lambda net, x: net.inner(x), inner=net)
+    for model, head in ((net, "head"), (outer, "inner.head")):
+        units = UnitMap.of(model, labelled(4, 4), predict)
+        assert (units.head, len(units.layers)) == (head, 2)
 
 
 # -- every parameter, exactly once ------------------------------------------------------------------------------------
@@ -750,7 +849,7 @@ def tied_to_the_head() -> nn.Module:
     return net
 
 
-REFUSED = {
+WHOLE = {
     "runs twice": (
         lambda: two_layers(lambda net, x: net.head(net.second(net.second(net.first(x))))),
         "second",
@@ -763,36 +862,107 @@ REFUSED = {
         "second",
         "has its 'second.weight' used a second time",
     ),
-    "parametrized": (lambda: two_layers(second=weight_norm(nn.Linear(4, 4))), "second", "is parametrized"),
+    "parametrized": (
+        lambda: two_layers(second=spectral_norm(nn.Linear(4, 4))),
+        "second",
+        "is parametrized, and is not made of rows, output",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_layer_that_units_cant_follow_is_refused_by_name(case):
-    build, name, reason = REFUSED[case]
-    other = {"runs twice": "a layer for each run", "parametrized": "remove_parametrizations"}.get(case, "of its own")
-    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units=.*, or .*{other}"):
-        units_of(build())
-
-
-@pytest.mark.parametrize("case", [case for case in REFUSED if case != "tied"])  # there no other layer is left
-def test_a_refused_layer_that_is_left_out_is_shared(case):
-    build, name, _ = REFUSED[case]
+@pytest.mark.parametrize("case", [case for case in WHOLE if case != "tied"])  # there no other layer is left
+def test_a_layer_that_units_cant_follow_is_shared_as_if_it_had_been_left_out(case):
+    build, name, reason = WHOLE[case]
     net = build()
 
-    units = units_of(net, units="first")
+    units = units_of(net)
 
     assert names(units) == ["first"]
+    assert list(units.whole) == [name]
+    assert re.match(reason, units.whole[name])
+    left_out = units_of(net, units=f"!{name}")
+    assert left_out.whole == {}
+    assert left_out == replace(units, reasons=left_out.reasons)
     assert everything(units) == parameters(net)
     assert {parameter for parameter in parameters(net) if parameter.startswith(f"{name}.")} <= set(units.shared)
+    why = {units.reasons[parameter] for parameter in units.shared if parameter.startswith(f"{name}.")}
+    assert all(reason.startswith("tied to head.weight") or units.whole[name] in reason for reason in why)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("wildcard", [False, True])
+def test_a_layer_that_units_cant_follow_is_refused_where_it_is_asked_for(case, wildcard):
+    build, name, reason = WHOLE[case]
+    glob = f"{name[:-1]}?" if wildcard else name
+    other = {"runs twice": "a layer for each run", "parametrized": "remove_parametrizations"}.get(case, "of its own")
+    with pytest.raises(ValueError, match=f"layer '{name}' {reason}.*leave it out of units=.*, or .*{other}"):
+        units_of(build(), units=glob)
+
+
+def test_where_no_layer_is_left_it_says_how_they_are_used():
+    with pytest.raises(ValueError, match=r"no unit layers: layer 'first' shares .*; layer 'second' shares"):
+        units_of(tied())
+
+
+def test_a_module_that_stands_in_two_places_is_one():
+    net = two_layers()
+    net.again, net.classifier = nn.ModuleList([net.second]), net.head
+    units = units_of(net)
+    assert (names(units), units.head, units.whole) == (["first", "second"], "head", {})
+    assert units.head_parameters == ("head.weight", "head.bias")
+    assert (units.shared, units.idle) == ((), ())
+    assert {"second.weight", "again.0.weight"} <= set(units.forms)
 
 
 @pytest.mark.parametrize(
-    "net", [nn.Sequential(nn.Linear(4, CLASSES)), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))]
+    ("net", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, CLASSES)), "before the head '0'; nothing else has parameters"),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES)), r"outside of it are those of BatchNorm1d '0' \(8\)"),
+        (
+            Built(
+                lambda net, x: net.head(net.table(x.argmax(1)) + net.own * net.norm(x) + net.small),
+                table=nn.Embedding(300, 4),
+                norm=nn.LayerNorm(4),
+                own=nn.Parameter(torch.ones(1, 4)),
+                small=nn.Parameter(torch.ones(4)),
+                head=nn.Linear(4, CLASSES),
+                unused=nn.Bilinear(9, 9, 9),
+            ),
+            r"Embedding 'table' \(1,200\), Bilinear 'unused' \(738\), Built '\(the model itself\)' \(8\)\. A",
+        ),
+    ],
+    ids=["only a head", "norm", "others"],
 )
-def test_a_network_without_unit_layers_is_refused(net):
-    with pytest.raises(ValueError, match="no unit layers"):
-        units_of(net)
+def test_a_network_without_unit_layers_is_refused_naming_what_has_the_parameters(net, message):
+    with pytest.raises(ValueError, match=f"no unit layers: no Linear or convolution ran .*{message}"):
+        UnitMap.of(net, labelled(4, 4), heads="head" if isinstance(net, Built) else None)
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        ("!second", ["first"]),
+        (["*", "!second"], ["first"]),
+        (["!first", "sec*"], ["second"]),
+        (["first", "!second"], ["first"]),
+        ("!f*", ["second"]),
+    ],
+)
+def test_globs_can_exclude(globs, expected):
+    net = two_layers()
+    units = units_of(net, units=globs)
+    assert names(units) == expected
+    (left,) = {"first", "second"} - set(expected)
+    assert units.shared == (f"{left}.weight", f"{left}.bias")
+    assert set(units.reasons.values()) == {"left out by units="}
+
+
+def test_excluding_all_of_them_leaves_nothing():
+    with pytest.raises(
+        ValueError, match=r"no unit layers: units=\['!\*'\] leaves all of them out; .*Linear 'first' \(20\)"
+    ):
+        units_of(two_layers(), units="!*")
 
 
 @pytest.mark.parametrize(
@@ -802,6 +972,9 @@ def test_a_network_without_unit_layers_is_refused(net):
         ("norm", "units='norm' names a LayerNorm.*first, second"),
         ("head", "units='head' names the head 'head'.*first, second"),
         (["first", "nothing"], "units='nothing' matches no unit layer"),
+        ("!nothing.*", r"units='!nothing\.\*' matches no unit layer.*first, second"),
+        (["first", "!norm"], "units='!norm' names a LayerNorm"),
+        ("!head", "units='!head' names the head 'head'"),
     ],
 )
 def test_units_that_match_no_unit_layer_are_refused(glob, message):

@@ -811,3 +811,41 @@ def test_a_layer_that_the_logits_do_not_depend_on_is_refused_by_name():
     with pytest.raises(ValueError, match="'detached'"):
         attribute(net, layers, [labelled(4, 4)])
     assert [layer.name for layer in UnitMap.of(net, labelled(4, 4)).layers] == ["used"]  # so none is made of it
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_layer_that_runs_several_times_has_the_relevance_of_as_many_layers(checkpointed):
+    # Zennit's rules know what a module read last: with that of one run the others' relevance would be split.
+    torch.manual_seed(0)
+    batches = [labelled(6, 4, seed=seed) for seed in range(2)]
+
+    def network(forward):
+        return Built(
+            forward, stem=nn.Linear(4, 6), again=nn.Linear(6, 6), last=nn.Linear(6, 5), head=nn.Linear(5, CLASSES)
+        )
+
+    def run(net, x):
+        x = net.stem(x).relu()
+        for _ in range(3):
+            x = checkpoint(net.again, x, use_reentrant=False) if checkpointed else net.again(x)
+            x = x.relu()
+        return net.head(net.last(x).relu())
+
+    def unrolled(net, x):
+        x = net.stem(x).relu()
+        for layer in (net.again, net.second, net.third):
+            x = layer(x).relu()
+        return net.head(net.last(x).relu())
+
+    net = network(run)
+    other = copy.deepcopy(net)
+    other.compute, other.second, other.third = unrolled, copy.deepcopy(net.again), copy.deepcopy(net.again)
+    units = UnitMap.of(net, batches[0])
+    assert ([layer.name for layer in units.layers], list(units.whole)) == (["stem", "last"], ["again"])
+    found = attribute(net, units.layers, batches)
+    expected = attribute(other, units.layers, batches)
+    for name, relevance in expected.relevance.items():
+        torch.testing.assert_close(found.relevance[name], relevance, rtol=1e-4, atol=1e-7)
+    assert found.conservation.ratios == pytest.approx(expected.conservation.ratios, rel=1e-4)
+    assert found.conservation.notes == ()
+    assert "again" in found.conservation.causes["stem"]["a bias"]

@@ -181,6 +181,60 @@ def test_a_functional_linear_layer_has_the_epsilon_rule():
     close(found, x * (relevance / z @ weight))
 
 
+AFFINE = {
+    "addmm": lambda x, y: torch.addmm(y.detach()[0], x, y.detach().T @ y.detach()),
+    "addmm, scaled": lambda x, y: x.addmm(x, y.detach().T @ y.detach(), beta=0.5, alpha=2.0),
+    "addmm, of a factor": lambda x, y: torch.addmm(y[:, :5], y.detach(), x.T),
+    "baddbmm": lambda x, y: torch.baddbmm(y[None, :, :5], x[None], y.detach().T[None]),
+    "addmv": lambda x, y: torch.addmv(y.detach()[:, 0], x, y.detach()[0]),
+    "in place": lambda x, y: y.detach().clone()[:, :5].addmm_(x, y.detach().T),
+}
+
+
+@pytest.mark.parametrize("how", AFFINE)
+def test_a_sum_with_a_product_has_the_epsilon_rule(how):
+    x, y = leaves(5, 7)
+    with FunctionRules():
+        output = AFFINE[how](x, y)
+    relevance = torch.rand_like(output)
+    found = torch.autograd.grad(output, [x, y], relevance, allow_unused=True)
+    # By hand: each contribution over what they come to, constants included.
+    plain_x, plain_y = (one.detach().clone().requires_grad_() for one in (x, y))
+    total = AFFINE[how](plain_x, plain_y)
+    share = relevance / total.detach()
+    by_hand = torch.autograd.grad(total, [plain_x, plain_y], share, allow_unused=True)
+    for one, gradient, leaf in zip(found, by_hand, (plain_x, plain_y), strict=True):
+        assert (one is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(one, leaf.detach() * gradient, rtol=1e-4, atol=1e-4)
+
+
+INDEX = torch.tensor([0, 2, 0, 1, 2])
+GATHERED = {
+    "scatter_add": lambda x: torch.zeros(3, 7, dtype=x.dtype).scatter_add_(0, INDEX[:, None].expand(5, 7), x),
+    "scatter_add, function": lambda x: torch.scatter_add(torch.zeros(3, 7).double(), 0, INDEX[:, None].expand(5, 7), x),
+    "index_add": lambda x: torch.zeros(3, 7, dtype=x.dtype).index_add_(0, INDEX, x),
+    "mean": lambda x: torch.zeros(3, 7).double().scatter_reduce_(0, INDEX[:, None].expand(5, 7), x, reduce="mean"),
+    "largest": lambda x: torch.zeros(3, 7).double().scatter_reduce(0, INDEX[:, None].expand(5, 7), x, "amax"),
+}
+
+
+@pytest.mark.parametrize("how", GATHERED)
+def test_messages_that_are_put_together_split_by_contribution(how):
+    x = leaves(5, 7)[0]
+    with FunctionRules():
+        output = GATHERED[how](x)
+    relevance = torch.rand(3, 7, dtype=torch.float64)
+    (found,) = torch.autograd.grad(output, x, relevance)
+    if how == "largest":
+        of_group = torch.stack([x[group == INDEX].amax(0).clamp(min=0) for group in range(3)])
+        expected = torch.where((x == of_group[INDEX]) & (x > 0), relevance[INDEX], 0.0)
+    else:
+        totals = torch.stack([x[group == INDEX].sum(0) for group in range(3)])
+        expected = (x / totals[INDEX] * relevance[INDEX]).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 POOLINGS = {
     "mean": (lambda x: x.mean((2, 3)), (2, 3)),
     "sum": (lambda x: torch.sum(x, dim=(2, 3)), (2, 3)),

@@ -1,0 +1,128 @@
+"""Which of a model's layers are made of units: all that can be, those that the user has named, or all but some."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_rnf.anatomy.layers import coupling, has_rows, inside, layer_calls, matches, not_rows, why_whole
+from lightning_rnf.anatomy.trace import Trace
+
+EXCLUDES = "!"
+"""Before a glob: what it matches is left out."""
+
+MOST_NAMED = 3
+"""So many modules are named where there are no unit layers: those with the most parameters."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Layers, by name.
+
+    Attributes:
+        names: of the unit layers, in execution order.
+        whole: layers that nobody left out, but that units can't follow, and why; see `layers.why_whole`.
+    """
+
+    names: tuple[str, ...]
+    whole: Mapping[str, str]
+
+
+def choose(trace: Trace, head: str, globs: Sequence[str] | None) -> Chosen:
+    """Choose the unit layers.
+
+    Args:
+        trace: of the model.
+        head: name of the module that is none of them.
+        globs: of their names, and behind a ``!`` of those that are left out; None: all.
+
+    Raises:
+        ValueError: naming a glob that matches none or asks by name for one that can't be, or saying why there are none.
+    """
+    candidates = [
+        name
+        for name in dict.fromkeys(call.name for call in layer_calls(trace))
+        if not inside(name, head) and has_rows(trace, name)
+    ]
+    whole = {name: found for name in candidates if (found := why_whole(trace, name))}
+    coupled = {name: found for name in candidates if name not in whole and (found := coupling(trace, name))}
+    names = [name for name in candidates if name not in whole and name not in coupled]
+    excluding = [glob[len(EXCLUDES) :] for glob in globs or () if glob.startswith(EXCLUDES)]
+    wanted = [glob for glob in globs or () if not glob.startswith(EXCLUDES)]
+
+    def is_chosen(name: str) -> bool:
+        return (not wanted or matches(name, wanted)) and not matches(name, excluding)
+
+    for glob in wanted:
+        if not any(matches(name, [glob]) for name in names):
+            for name in whole:
+                if matches(name, [glob]):
+                    raise ValueError(_cannot(name, whole[name]))
+            of_coupled = {name: found for name, found in coupled.items() if matches(name, [glob])}
+            raise ValueError(_no_match(trace, glob, head, names, of_coupled))
+    for glob in excluding:
+        if not any(matches(name, [glob]) for name in candidates):
+            raise ValueError(_no_match(trace, glob, head, names, {}, EXCLUDES))
+    chosen = tuple(name for name in names if is_chosen(name))
+    left = {name: found for name, found in whole.items() if is_chosen(name)}
+    if not chosen:
+        reasons = [f"layer {name!r} {found}" for name, found in left.items()]
+        reasons += [f"{name!r}: {not_rows(trace, name, coupled[name])}" for name in coupled if is_chosen(name)]
+        raise ValueError(_nothing(trace, head, reasons, globs if names else None))
+    return Chosen(chosen, left)
+
+
+def _cannot(name: str, found: str) -> str:
+    instead = "give it a weight of its own"
+    if found.startswith("is parametrized"):
+        instead = "bake it in (torch.nn.utils.parametrize.remove_parametrizations)"
+    elif found.startswith("runs"):
+        instead = "build a layer for each run"
+    return (
+        f"layer {name!r} {found}; leave it out of units= (globs of the others, or {EXCLUDES + name!r}) and it is "
+        f"frozen whole after the first task, or {instead} before the first fit"
+    )
+
+
+def _no_match(
+    trace: Trace, glob: str, head: str, names: Sequence[str], coupled: Mapping[str, str], before: str = ""
+) -> str:
+    found = "matches no unit layer"
+    if glob in trace.modules:
+        kind = type(trace.modules[glob]).__name__
+        found = f"names a {kind}, whose parameters can't be assigned to units"
+    for name in coupled:
+        found = f"names {name!r}, and {not_rows(trace, name, coupled[name])}: it is frozen whole"
+    if inside(glob, head):
+        found = f"names the head {head!r}, which is never made of units"
+    return f"units={before + glob!r} {found}; this model's unit layers are {_listed(names)}"
+
+
+def _nothing(trace: Trace, head: str, reasons: Sequence[str], globs: Sequence[str] | None) -> str:
+    """That there is no unit layer, why, where the parameters are, and what to do."""
+    found = "; ".join(reasons[:MOST_NAMED]) or f"no Linear or convolution ran before the head {head!r}"
+    if globs is not None:
+        found = f"units={list(globs)} leaves all of them out"
+    sizes = Counter(
+        {
+            name: sum(parameter.numel() for parameter in trace.own_parameters(name).values())
+            for name in trace.modules
+            if not inside(name, head)
+        }
+    )
+    largest = ", ".join(
+        f"{type(trace.modules[name]).__name__} {name or '(the model itself)'!r} ({size:,})"
+        for name, size in sizes.most_common(MOST_NAMED)
+        if size
+    )
+    holders = f"the most parameters outside of it are those of {largest}" if largest else "nothing else has parameters"
+    return (
+        f"no unit layers: {found}; {holders}. A network needs a hidden layer each of whose outputs depends on its own "
+        "row alone, such as torch's Linear or convolutions; if those are such layers, "
+        "lightning_rnf.register_layer(Kind, axis) says so"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
