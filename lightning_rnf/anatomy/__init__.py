@@ -17,8 +17,9 @@ from lightning_rnf.anatomy.layers import (
     UnitLayer,
     check_kinds,
 )
-from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_checked, supervised, true_labels
+from lightning_rnf.anatomy.predict import Flat, Predict, answers, measure, predict_checked, supervised, true_labels
 from lightning_rnf.anatomy.routing import Routes, joined
+from lightning_rnf.anatomy.targets import Layout, ignored_by, in_front, is_numbers
 from lightning_rnf.anatomy.trace import form
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.anatomy.wider import Places, Wider, content, widened
@@ -31,8 +32,10 @@ __all__ = [
     "OUTPUT_AXIS",
     "TRANSPOSED",
     "Channels",
+    "Flat",
     "Flow",
     "Known",
+    "Layout",
     "LiteralArgument",
     "Places",
     "Predict",
@@ -55,6 +58,9 @@ __all__ = [
     "effect_of_module",
     "folded",
     "form",
+    "ignored_by",
+    "in_front",
+    "is_numbers",
     "joined",
     "layer_form",
     "measure",

@@ -21,6 +21,7 @@ from lightning_rnf.anatomy.layers import (
     why_shared,
 )
 from lightning_rnf.anatomy.predict import Predict, supervised
+from lightning_rnf.anatomy.targets import Layout
 from lightning_rnf.anatomy.trace import Trace, form
 from lightning_rnf.anatomy.wiring import Wiring
 
@@ -43,6 +44,7 @@ class UnitMap:
         ran: names of the modules that ran.
         forms: dtype and shape of every parameter, by each of its names; see `form`.
         by_rows: why it can't be followed what a layer reads of units, by its name: it is frozen by whole rows.
+        layout: what the batch has shown of the task's targets.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -56,6 +58,7 @@ class UnitMap:
     ran: tuple[str, ...] = field(default=(), repr=False)
     forms: Mapping[str, str] = field(default_factory=dict, repr=False)
     by_rows: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    layout: Layout = field(default=Layout(), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -80,7 +83,7 @@ class UnitMap:
             ValueError: if no head or no unit layer is found, if a unit layer is used in a way that units can't follow
                 (it runs twice, shares its weight, is parametrized), or if ``units`` or ``heads`` match nothing usable.
         """
-        trace = Trace.of(module, example_batch, predict, tuple(OUTPUT_AXIS), is_suspect)
+        trace = Trace.of(module, example_batch, predict, OUTPUT_AXIS, is_suspect)
         head = _find_head(trace, _globs(heads))
         layers = tuple(unit_layer(trace, name) for name in select(trace, head, _globs(units)))
         if not layers:
@@ -101,6 +104,7 @@ class UnitMap:
             ran=tuple(name for name in trace.modules if trace.runs[name]),
             forms={name: form(parameter) for parameter, names in trace.owners.items() for name in names},
             by_rows=Wiring.of(module, layers).reasons,
+            layout=trace.layout,
         )
 
     def __str__(self) -> str:
