@@ -5,6 +5,7 @@ are read by whom. All that is learned about a network is learned here, and every
 """
 
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
+from lightning_rnf.anatomy.explained import Explained
 from lightning_rnf.anatomy.flow import Flow, Stop, described
 from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
@@ -32,6 +33,7 @@ __all__ = [
     "OUTPUT_AXIS",
     "TRANSPOSED",
     "Channels",
+    "Explained",
     "Flat",
     "Flow",
     "Known",

@@ -133,7 +133,10 @@ def _in_columns(wanted: Tensor, layout: Layout, *, may_be_labels: bool) -> Tenso
         return wanted.long()
     if not is_numbers(wanted) or layout.numbers is False:
         lowest, highest = wanted.min().item(), wanted.max().item()
-        raise ValueError(f"labels (N, classes) range from {lowest} to {highest}, expected 0 and 1 alone")
+        known = ", as in the task's first batch: numbers that all are 0 or 1 there look like labels" * is_numbers(
+            wanted
+        )
+        raise ValueError(f"labels (N, classes) range from {lowest} to {highest}, expected 0 and 1 alone{known}")
     return _numbers(wanted, layout)
 
 
@@ -156,7 +159,7 @@ def _of_positions(
         rows, labels = rows[~left_out], labels[~left_out]
     lowest, highest = (labels.min().item(), labels.max().item()) if labels.numel() else (0, 0)
     if not 0 <= lowest <= highest < columns:
-        binary = "; two classes of one logit are labels (N, 1)" if columns == 1 else ""
+        binary = "; two classes of one logit are labels (N, 1), numbers are floats" if columns == 1 else ""
         raise ValueError(
             f"labels range from {lowest} to {highest}, but the head has {columns} outputs: labels of a task "
             f"are 0 to {columns - 1}{binary}, and {IGNORED}, or the ignore_index of a loss in the module, for what "

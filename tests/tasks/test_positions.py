@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ from torchmetrics import MeanSquaredError
 from torchmetrics.text import Perplexity
 from training import trainer
 
-from lightning_rnf import MetricDrop, RelevanceFreezing, UnitMap
+from lightning_rnf import MetricDrop, RelevanceFreezing, UnitMap, heatmaps
 from lightning_rnf.relevance import attribute
 from lightning_rnf.relevance.importance import gradient_x_activation, taylor
+from lightning_rnf.runtime import Ranks
 from lightning_rnf.tasks import fitting
 from lightning_rnf.tasks.candidates import _noting
 from lightning_rnf.tasks.fitting import Fitting, Head, last_layer
@@ -173,6 +175,17 @@ def test_all_pixels_start_what_each_starts():
         assert torch.allclose(halves[0][name] + halves[1][name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_heatmaps_of_pixels_show_what_they_look_at():
+    model = built(UNet)
+    x, y = pixels("a").tensors
+    single = torch.full_like(y[:2], -100)
+    single[0, :4] = 1
+    maps = heatmaps(model, UnitMap.of(model, (x[:2], y[:2])).layers, (x[:2], single))
+    assert maps.shape == (2, 8, 8)
+    assert maps[0].any()
+    assert not maps[1].any()
+
+
 def test_relevance_of_numbers_starts_at_their_size():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False))
@@ -244,6 +257,39 @@ def test_a_head_of_numbers_is_never_scaled():
     trained = Head(torch.ones(1, 3), torch.ones(1))
     assert steep.as_flat_as(trained) is trained
     assert fitting.scale_of(torch.ones(4, 1), torch.zeros(4, 1)) == 1.0
+
+
+class Heard(Ranks):
+    """One of several ranks, by turns: what the others have said in the turn before is what they say in this one."""
+
+    def __init__(self, rank, said):
+        super().__init__(rank, len(said))
+        object.__setattr__(self, "said", said)
+        object.__setattr__(self, "turn", 0)
+
+    def gather(self, value):
+        mine, turn = self.said[self.rank], self.turn
+        object.__setattr__(self, "turn", turn + 1)
+        mine[turn:] = [value]
+        return [value if len(of_rank) <= turn else of_rank[turn] for of_rank in self.said]
+
+
+@pytest.mark.parametrize(("network", "make"), [(UNet, pixels), (Regressor, numbers)])
+def test_three_processes_fit_the_head_that_one_fits(network, make):
+    model = built(network)
+    x, y = make("a").tensors
+    batches = list(zip(x.split(7), y.split(7), strict=True))
+    layout = UnitMap.of(model, (x[:2], y[:2])).layout
+    name = "heads.tasks.a"
+    alone = Fitting(model, name, ReferenceData(batches, 99).laid_out(layout), scaled=True).fit(all_data=True)
+    said = [[], [], []]
+    for turn in range(24):  # until each has heard all that the others have to say
+        rank = turn % 3
+        shares = ReferenceData(batches[rank::3], 99, ranks=Heard(rank, said)).laid_out(layout)
+        with suppress(Exception):
+            found = Fitting(model, name, shares, scaled=True).fit(all_data=True)
+    assert torch.equal(found.weight, alone.weight)
+    assert torch.equal(found.bias, alone.bias)
 
 
 def test_of_many_pixels_some_are_fitted_and_kept(monkeypatch):
