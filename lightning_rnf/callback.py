@@ -118,8 +118,8 @@ class RelevanceFreezing(BetweenFits):
         units: globs of the names of layers to make units of; None: all linear layers and convolutions outside the head.
             What is left out is frozen whole after the first task.
         heads: globs of the names of heads; None: they are found by tracing which module makes the logits.
-        predict: ``(module, batch) -> (logits, target)``, the target class indices ``(N,)``, or 0 and 1 of
-            ``(N, classes)``; None: for batches ``(x, y)``.
+        predict: ``(module, batch) -> (logits, target)``: class indices of samples, pixels or tokens, 0 and 1 for each
+            label, or numbers (see `Predict`); None: for batches ``(x, y)``.
         task: the task's name, or ``(trainer, module) -> name``; None: ``datamodule.task``, else ``"task-<n>"``.
         seed: of the drawing of reference data.
         heatmaps: of so many samples of each task, up to 8, log what in the image is relevant to the true class, after

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
+from operator import add
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_rnf.anatomy import Predict, predict_checked, supervised
+from lightning_rnf.anatomy import Explained, Predict, is_numbers, predict_checked, supervised
 from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
@@ -252,7 +254,8 @@ def fit_stream(
 
     Returns:
         The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal. It is in the callback's report,
-        too.
+        too. Of tasks whose targets are numbers it has the share of their variance that is explained, which a report
+        has as ``metric="r_squared"``.
 
     Raises:
         ValueError: if the model has not exactly one `MultiHead` and ``activate`` is None.
@@ -260,6 +263,7 @@ def fit_stream(
     tasks: list[Any] = list(stream)
     activate = activate or _activate
     matrix = AccuracyMatrix(len(tasks))
+    shares = torch.full((len(tasks), len(tasks)), torch.nan)  # of numbers
     for trained, task in enumerate(tasks):
         activate(model, task)
         ours: list[Callback] = [callback] if callback is not None else []
@@ -277,16 +281,26 @@ def fit_stream(
             activate(model, seen)
             precision = trainer.precision_plugin
             with set_up(seen, trainer, "test"), _tested(model, seen.task, callback), torch.no_grad():
+                explained: list[Explained] = []
                 for batch in seen.test_dataloader():
                     converted = precision.convert_input(on_device(batch, trainer))
                     with precision.forward_context():
                         logits, target = predict_checked(predict, model, converted)
-                    matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
+                    if is_numbers(target):
+                        explained.append(Explained.of(logits, target))
+                    else:
+                        matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
+            if explained:
+                scored, score = "r_squared", reduce(add, explained).share
+                shares[trained, index] = score
+            else:
+                scored, score = "accuracy", float(matrix.correct[trained, index] / matrix.samples[trained, index])
             if callback is not None and task.task in callback.state.tasks:
-                accuracy = float(matrix.correct[trained, index] / matrix.samples[trained, index])
-                callback.state.task(task.task).tests[seen.task] = {"accuracy": accuracy}
+                callback.state.task(task.task).tests[seen.task] = {scored: score}
         model.cpu()
-    return matrix.compute().reshape(len(tasks), len(tasks))  # torchmetrics makes a number of a matrix of one entry
+    # torchmetrics makes a number of a matrix of one entry, and warns of one that was never updated
+    found = matrix.compute().reshape(len(tasks), len(tasks)) if matrix.samples.any() else shares
+    return torch.where(shares.isnan(), found, shares)
 
 
 def _tested(model: LightningModule, task: str, callback: RelevanceFreezing | None) -> AbstractContextManager[None]:

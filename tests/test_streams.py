@@ -5,8 +5,9 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from positions import Regressor, data, numbers
 from torch.utils.data import Dataset, TensorDataset
-from training import Classifier, task_data, trainer
+from training import Classifier, plain, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.streams import fit_stream, permute_pixels, split_by_class
@@ -139,6 +140,22 @@ def test_fit_stream_adds_heads_that_are_missing():
     model.heads.tasks.clear()
     fit_stream(model, [task_data("a")], None, lambda callbacks: trainer(*callbacks, max_epochs=1))
     assert list(model.heads.tasks) == ["a"]
+
+
+def test_fit_stream_says_how_much_of_numbers_is_explained():
+    torch.manual_seed(0)
+    model = Regressor()
+    tasks = [data(numbers, task) for task in ("a", "b")]
+    rnf = plain(criterion=0.3, fit_head="auto")
+    one_trainer = lambda callbacks: trainer(*callbacks, max_epochs=6)  # noqa: E731
+    matrix = fit_stream(model, tasks, rnf, one_trainer, activate=lambda model, task: model.heads.activate(task.task))
+    assert matrix.isnan().tolist() == [[False, True], [False, False]]
+    assert matrix[0, 0] == matrix[1, 0]  # recalled
+    with rnf.recall("a", model), torch.no_grad():
+        x, y = numbers("a", 2).tensors
+        share = 1 - (model(x) - y).square().sum(0) / (y - y.mean(0)).square().sum(0)
+    assert float(matrix[1, 0]) == pytest.approx(float(share.clamp(min=0).mean()), abs=1e-4)
+    assert rnf.report(model, metric="r_squared").matrix[1, 0] == matrix[1, 0]
 
 
 def test_fit_stream_asks_how_to_activate_when_it_cannot_know():

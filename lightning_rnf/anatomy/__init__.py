@@ -5,13 +5,15 @@ are read by whom. All that is learned about a network is learned here, and every
 """
 
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
+from lightning_rnf.anatomy.explained import Explained
 from lightning_rnf.anatomy.flow import Flow, Stop, described
 from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, is_layer, is_transposed, register_layer
 from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, check_kinds
-from lightning_rnf.anatomy.predict import Predict, answers, measure, predict_checked, supervised, true_labels
+from lightning_rnf.anatomy.predict import Flat, Predict, answers, measure, predict_checked, supervised, true_labels
 from lightning_rnf.anatomy.routing import Routes, joined
+from lightning_rnf.anatomy.targets import Layout, ignored_by, in_front, is_numbers
 from lightning_rnf.anatomy.trace import form
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.anatomy.wider import Places, Wider, content, widened
@@ -24,8 +26,11 @@ __all__ = [
     "OUTPUT_AXIS",
     "TRANSPOSED",
     "Channels",
+    "Explained",
+    "Flat",
     "Flow",
     "Known",
+    "Layout",
     "LiteralArgument",
     "Places",
     "Predict",
@@ -48,7 +53,10 @@ __all__ = [
     "effect_of_module",
     "folded",
     "form",
+    "ignored_by",
+    "in_front",
     "is_layer",
+    "is_numbers",
     "is_transposed",
     "joined",
     "layer_form",

@@ -15,7 +15,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.anatomy.coupling import Given, reaches_past
-from lightning_rnf.anatomy.predict import Predict, predict_checked
+from lightning_rnf.anatomy.kinds import LayerKind
+from lightning_rnf.anatomy.predict import Flat, Predict, check_finite
+from lightning_rnf.anatomy.targets import Layout, class_axes, is_numbers
 from lightning_rnf.runtime import borrowed, evaluating, forget_gradient_hooks
 
 
@@ -44,7 +46,8 @@ class Trace:
         calls: in the order in which they ended.
         runs: how often each module ran, by name.
         read: identities of the tensors that functions were given.
-        logits: of the batch.
+        logits: of the batch, as ``predict`` has returned them.
+        layout: what they and their targets have shown of the task's.
         edges: how many edges lead to each node of the logits' autograd graph.
         leaves: the node of each leaf that the graph reaches.
         owners: names of each parameter, one for each module that has it.
@@ -61,12 +64,14 @@ class Trace:
         read: set[int],
         logits: Tensor,
         given: Mapping[str, Given],
+        layout: Layout | None = None,
     ) -> None:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.calls = calls
         self.runs = Counter(call.name for call in calls)
         self.read = read
         self.logits = logits
+        self.layout = layout or Layout()
         self.edges, self.leaves = _walk_graph(logits)
         self.owners: dict[nn.Parameter, list[str]] = defaultdict(list)
         self.names: dict[str, nn.Parameter] = {}
@@ -84,7 +89,7 @@ class Trace:
         module: nn.Module,
         batch: Any,
         predict: Predict,
-        is_layer: Callable[[nn.Module], bool] = lambda module: False,
+        kind_of: Callable[[nn.Module], LayerKind | None] = lambda module: None,
         is_suspect: Callable[[nn.Module], bool] = lambda module: False,
     ) -> Trace:
         """Run ``module`` on a batch and leave it as it was.
@@ -93,7 +98,7 @@ class Trace:
             module: the model.
             batch: on its device.
             predict: how to get logits of a batch.
-            is_layer: whether a module should be the only one to read its parameters.
+            kind_of: what is known of a module that should be the only one to read its parameters; None: of others.
             is_suspect: whether a module may do something else than its class says.
 
         Raises:
@@ -116,21 +121,26 @@ class Trace:
             forget_gradient_hooks(module)
             suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
-                if is_layer(submodule):
+                if kind_of(submodule):
                     submodule.register_forward_pre_hook(reads.enter, prepend=True)
                     submodule.register_forward_hook(reads.leave, always_call=True)
                 if name in suspects:
                     submodule.register_forward_pre_hook(partial(_note, name, given), prepend=True, with_kwargs=True)
                 submodule.register_forward_hook(_recorder(name, calls))
+            returned: list[Any] = []
             with reads:
-                logits, _ = predict_checked(predict, module, batch)
-            trace = cls(module, calls, reads.tensors, logits, given)
+                rows, target = Flat.like(predict, partial(_raw, predict, returned))(module, batch)
+            check_finite(rows)
+            logits, wanted = returned
+            axes = class_axes(logits, wanted)
+            axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
+            trace = cls(module, calls, reads.tensors, logits, given, Layout(axis, is_numbers(target)))
         with evaluating(module):
             for call in calls:
                 owner = trace.modules[call.name]
                 for parameter in trace.own_parameters(call.name).values():
                     hidden = id(parameter) in reads.outside and not trace.uses_outside(parameter, call)
-                    if is_layer(owner) and hidden and reaches_past(module, owner, parameter, batch, predict):
+                    if kind_of(owner) and hidden and reaches_past(module, owner, parameter, batch, predict):
                         trace.elsewhere.add(parameter)
         return trace
 
@@ -171,6 +181,26 @@ class Trace:
         if call.name not in self.given:  # torch's own layers read their parameters once
             return self.edges[leaf] - 1
         return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]
+
+
+def _raw(predict: Predict, returned: list[Any], module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """What a predict returns, which is noted."""
+    inner = predict.predict if isinstance(predict, Flat) else predict
+    returned[:] = inner(module, batch)
+    return returned[0], returned[1]
+
+
+def _axis_of_maker(
+    module: nn.Module, calls: Sequence[Call], logits: Tensor, kind_of: Callable[[nn.Module], LayerKind | None]
+) -> int | None:
+    """By the layer whose output the logits are: which of their dimensions, 1 or -1, counts its units."""
+    for call in reversed(calls):
+        kind, made = kind_of(module.get_submodule(call.name)), call.output
+        if kind is None or made is None or made.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
+            continue
+        if made.ndim == logits.ndim:  # the logits may be another view of it: what is as far apart in memory is the same
+            return next((one for one in (-1, 1) if logits.stride(one) == made.stride(kind.axis)), None)
+    return None
 
 
 def form(tensor: Tensor) -> str:

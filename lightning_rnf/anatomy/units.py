@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_rnf.anatomy.choosing import choose
-from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, is_layer
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, kind_of
 from lightning_rnf.anatomy.layers import (
     UnitLayer,
     inside,
@@ -20,6 +20,7 @@ from lightning_rnf.anatomy.layers import (
 )
 from lightning_rnf.anatomy.logits import find_head
 from lightning_rnf.anatomy.predict import Predict, supervised
+from lightning_rnf.anatomy.targets import Layout
 from lightning_rnf.anatomy.trace import Trace, form
 from lightning_rnf.anatomy.wiring import Wiring
 
@@ -44,6 +45,7 @@ class UnitMap:
         by_rows: why it can't be followed what a layer reads of units, by its name: it is frozen by whole rows.
         whole: how a layer is used that nobody left out, but whose units can't be followed, by its name: it is frozen
             whole, as if it had been left out.
+        layout: what the batch has shown of the task's targets.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -58,6 +60,7 @@ class UnitMap:
     forms: Mapping[str, str] = field(default_factory=dict, repr=False)
     by_rows: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     whole: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    layout: Layout = field(default=Layout(), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -82,7 +85,7 @@ class UnitMap:
         Raises:
             ValueError: if no head or no unit layer is found, or if ``units`` or ``heads`` match nothing usable.
         """
-        trace = Trace.of(module, example_batch, predict, is_layer, is_suspect)
+        trace = Trace.of(module, example_batch, predict, kind_of, is_suspect)
         head = find_head(trace, _globs(heads))
         chosen = choose(trace, head, _globs(units))
         layers = tuple(unit_layer(trace, name) for name in chosen.names)
@@ -100,6 +103,7 @@ class UnitMap:
             forms={name: form(parameter) for name, parameter in trace.names.items()},
             by_rows=Wiring.of(module, layers).reasons,
             whole=chosen.whole,
+            layout=trace.layout,
         )
 
     def __str__(self) -> str:

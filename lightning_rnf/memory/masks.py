@@ -86,9 +86,11 @@ def claims_table(state: FreezeState) -> list[dict[str, Any]]:
 def tasks_table(state: FreezeState) -> list[dict[str, Any]]:
     """One row for each finished task: its relevant units, what they cost, and what the search did for it.
 
-    Accuracies and the free capacity after the task are shares, in [0, 1].
+    Accuracies and the free capacity after the task are shares, in [0, 1]. Where a task's targets are numbers, another
+    column says what its accuracies are.
     """
     frozen: dict[str, Any] = {}
+    is_mixed = any(record.scored for record in state.tasks.values())
     rows = []
     for record in state.tasks.values():
         claimed = sum(int((mask & ~frozen.get(layer, ~mask)).sum()) for layer, mask in record.relevant.items())
@@ -102,6 +104,7 @@ def tasks_table(state: FreezeState) -> list[dict[str, Any]]:
                 "cutoff": record.cutoff,
                 "accuracy": record.accuracy,
                 "of the sub-network": record.subnetwork_accuracy,
+                **({"scored by": record.scored or "accuracy"} if is_mixed else {}),
                 "accepted": record.accepted,
                 "samples": record.samples,
                 "evaluations": len(record.evaluations) + len(record.recovery),

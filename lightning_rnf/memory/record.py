@@ -39,6 +39,8 @@ class TaskRecord:
             task's end; recall brings them back.
         cutoff: how many of the least relevant units were pruned.
         accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned; by the better head.
+        scored: what it is, and all accuracies of the record: empty for the share of right answers; ``"R²"`` of targets
+            that are numbers: the share of their variance that is explained.
         whole: the same by its head, ``"trained"`` or ``"fitted"``; empty where heads were not fitted.
         ration: the share of each layer's free units that the task could claim; None: all.
         subnetwork_accuracy: of the sub-network at the task's end, by the same loop.
@@ -92,12 +94,13 @@ class TaskRecord:
     widenings: int = 0
     connections: tuple[str, ...] = ()
     free_weights: dict[str, float] = field(default_factory=dict)
+    scored: str = ""
 
 
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
     """Dicts, lists, built-in types and CPU tensors."""
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
-    for key in ("widenings", "whole", "ration", "connections", "free_weights"):
+    for key in ("widenings", "whole", "ration", "connections", "free_weights", "scored"):
         if not plain[key]:
             del plain[key]  # as files were before there were any
     if record.connections:
@@ -172,6 +175,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         widenings=get_count(plain, "widenings") if "widenings" in plain else 0,
         connections=_get_connections(plain, layers) if "connections" in plain else (),
         free_weights=_get_free(plain, layers) if "free_weights" in plain else {},
+        scored=get_name(plain, "scored") if "scored" in plain else "",
     )
 
 

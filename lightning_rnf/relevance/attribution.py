@@ -18,6 +18,7 @@ from zennit.rules import Pass
 
 from lightning_rnf.anatomy import (
     BATCH_NORMS,
+    Flat,
     Predict,
     UnitLayer,
     computes_itself,
@@ -64,7 +65,10 @@ def attribute(
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
-    A sample with several labels starts it from the logits of all of them, one without a label from none.
+    A sample with several labels starts it from the logits of all of them, one without a label from none. Of pixels and
+    tokens each that counts starts it from its own true class. Of numbers it starts at the size of each output, whose
+    reference value is 0 (Letzgus et al. 2022, "Toward Explainable AI for Regression Models"): what speaks for what was
+    said is positive, whether that is above 0 or below.
 
     Runs in eval mode, eagerly, in at least single precision, whatever the forward casts to. The module comes back as
     it was; hooks of the user's on the gradients of its submodules do not run.
@@ -148,7 +152,8 @@ def attribute(
         arrived(roots, at_roots)
 
     sums = propagate(
-        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, note, ranks
+        *(module, layers, batches, Flat.like(predict, conserving), true_class_logit, summed),
+        *(applied, progress, prepare, note, ranks),
     )
     journal.join(ranks)
     # Of a layer that did not run there is one zero a unit.
@@ -257,7 +262,7 @@ def propagate(
         layers: its unit layers.
         batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits and labels of a batch.
-        start: ``(logits, target)`` to what is sent back from the logits, ``(N, classes)``.
+        start: ``(logits, target)`` to what is sent back from the logits, ``(rows, classes)``.
         reduce: ``(layer, output, what arrives at it)`` to ``(units,)`` or ``(units, numbers)``; called while it flows.
         rules: entered around each batch: how it flows. None: as gradients do.
         progress: called after each batch with the number of samples so far.
@@ -291,7 +296,8 @@ def propagate(
                 try:
                     # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
                     with rules(module):
-                        logits, target = predict_checked(single.predicting(predict), module, single.batch(batch))
+                        single_predict = Flat.like(predict, single.predicting(predict))
+                        logits, target = predict_checked(single_predict, module, single.batch(batch))
                         sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
                         arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
                     return len(target)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import Predict, UnitLayer, true_labels
+from lightning_rnf.anatomy import Predict, UnitLayer, is_numbers, true_labels
 from lightning_rnf.relevance.attribution import over_positions, propagate
 from lightning_rnf.runtime import ALONE, Ranks, evaluating
 
@@ -26,7 +26,7 @@ class Summed:
     """An `Importance` that is a sum over samples, so that several ranks can each add up a share (``ranks=``).
 
     Attributes:
-        start: of logits and target, both ``(N, classes)`` or ``(N,)`` for the target: the gradient at the logits.
+        start: of logits and target, both ``(rows, classes)`` or ``(rows,)`` for the target: the gradient at the logits.
         share: of a layer, its output and the gradient there: what its units are given, ``(units,)``.
     """
 
@@ -46,7 +46,12 @@ class Summed:
 
 
 def _of_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy's gradient at the logits; binary cross entropy's, summed, if a sample may have several labels."""
+    """Cross entropy's gradient at the logits; binary cross entropy's, summed, if a sample may have several labels.
+
+    Of numbers that of half the squared error.
+    """
+    if is_numbers(target):
+        return logits - target
     probabilities = logits.softmax(dim=1) if target.ndim == 1 else logits.sigmoid()
     return probabilities - true_labels(logits, target)
 

@@ -218,7 +218,7 @@ def search(record: TaskRecord) -> Figure:
         axes.plot(*points, "D", color="tab:green", ms=6, label="after recovery")
     axes.axvline(record.cutoff, color="0.5", ls="--", lw=1, label=f"cutoff {record.cutoff}")
     axes.set_title(literal(shortened([record.name], most=40)[0]))
-    axes.set(xlabel="least relevant units silenced", ylabel="accuracy, %")
+    axes.set(xlabel="least relevant units silenced", ylabel=f"{record.scored or 'accuracy'}, %")
     axes.legend(fontsize=8, frameon=False)
     return figure
 

@@ -174,13 +174,14 @@ class RetentionReport:
                 "task",
                 "accuracy",
                 "of the sub-network",
+                "scored by",
                 "accepted",
                 "relevant units",
                 "of them new",
                 "free after it",
             )
             tested = {} if self.matrix is None else {"tested at its end": then[index], "tested now": now[index]}
-            rows.append({key: row[key] for key in kept} | tested)
+            rows.append({key: row[key] for key in kept if key in row} | tested)
         return rows
 
     def _searches(self) -> Rows:

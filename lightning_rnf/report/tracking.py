@@ -26,10 +26,11 @@ def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, ch
         chosen: ``"ration"`` or ``"recovery"``: what the user has set that falls short; else it has set itself.
     """
     units = sum(layer.units for layer in state.layers)
+    scored = f"{record.scored or 'accuracy'} {record.accuracy:.4f}"
     epochs = f", recovered for {record.recovery_epochs} epochs" if record.recovery else ""
     rank_zero_info(
         f"{record.name}: {sum(int(mask.sum()) for mask in record.relevant.values())} of {units} units are relevant "
-        f"(accuracy {record.accuracy:.4f}, of the sub-network {record.subnetwork_accuracy:.4f}{epochs}, "
+        f"({scored}, of the sub-network {record.subnetwork_accuracy:.4f}{epochs}, "
         f"{len(record.evaluations) + len(record.recovery)} evaluations on {record.samples} samples); "
         f"{masks.free_capacity_over_tasks(state)[-1]:.1%} free, "
         f"{masks.free_weights(state, masks.free_weights_of_layers(state)):.1%} of the weights"
@@ -49,8 +50,8 @@ def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, ch
                 "give the network more units: build it wider, or rnf.widen(model, 0.5) before a fit"
             )
         rank_zero_warn(
-            f"{record.name}: {cause} falls short of the criterion: accuracy {record.accuracy:.4f} of the whole "
-            f"network, {record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"
+            f"{record.name}: {cause} falls short of the criterion: {scored} of the whole network, "
+            f"{record.subnetwork_accuracy:.4f} of the sub-network; {way_out}"
         )
     before = replace(state, tasks={name: one for name, one in state.tasks.items() if name != record.name}).frozen()
     full = [name for name, frozen in state.frozen().items() if frozen.all() and not before[name].all()]
@@ -63,15 +64,19 @@ def announce(state: FreezeState, record: TaskRecord, *, trained: bool = True, ch
 
 
 def scalars(state: FreezeState, record: TaskRecord) -> dict[str, float]:
-    """Numbers of the task that has ended last, by name: free capacity in all and per layer, accuracies, seconds."""
+    """Numbers of the task that has ended last, by name: free capacity in all and per layer, accuracies, seconds.
+
+    Of a regression there is no ``accuracy``, but ``r_squared``.
+    """
+    scored = "r_squared" if record.scored else "accuracy"
     frozen, of_weights = state.frozen(), masks.free_weights_of_layers(state)
     found = {
         "free_capacity": masks.free_capacity_over_tasks(state)[-1],
         "free_weights": masks.free_weights(state, of_weights),
         "relevant_units": float(sum(int(mask.sum()) for mask in record.relevant.values())),
         "cutoff": float(record.cutoff),
-        "accuracy": record.accuracy,
-        "subnetwork_accuracy": record.subnetwork_accuracy,
+        scored: record.accuracy,
+        f"subnetwork_{scored}": record.subnetwork_accuracy,
         "accepted": float(record.accepted),
         "evaluations": float(len(record.evaluations) + len(record.recovery)),
     }

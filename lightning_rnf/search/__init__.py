@@ -5,6 +5,7 @@ Pure functions of tensors and callables: no model, no data, no Lightning. Algori
 """
 
 from lightning_rnf.search.criteria import (
+    EXPLAINED,
     AccuracyDrop,
     ComputeBudget,
     Criterion,
@@ -18,6 +19,7 @@ from lightning_rnf.search.cutoff import Evaluation, Method, SearchResult, about,
 from lightning_rnf.search.ranking import Candidates, Normalize, Ranking, rank
 
 __all__ = [
+    "EXPLAINED",
     "AccuracyDrop",
     "Candidates",
     "ComputeBudget",

@@ -13,14 +13,22 @@ from dataclasses import dataclass, field
 
 from torchmetrics import Metric
 
+EXPLAINED = "R²"
+"""What stands for accuracy where targets are numbers: the share of their variance that is explained, in [0, 1]."""
+
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found: accuracy in [0, 1], the values that the criterion asked for, and on how many targets."""
+    """What was found: accuracy in [0, 1], the values that the criterion asked for, and on how many targets.
+
+    Attributes:
+        scored: what ``accuracy`` is: empty for the share of right answers, `EXPLAINED` of numbers.
+    """
 
     accuracy: float
     values: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0
+    scored: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class SubnetworkScore:
 
     Attributes:
         cutoff: how many units are silenced.
-        accuracy: of the sub-network on the reference data, in [0, 1].
+        accuracy: of the sub-network on the reference data, in [0, 1]; where targets are numbers, the share of their
+            variance that is explained (R²).
         baseline: of the whole network, by the same loop on the same data.
         units: how many units the network has.
         relevant: how many of them the sub-network keeps.
@@ -151,6 +160,9 @@ class _Custom(Criterion):
 class AccuracyDrop(Criterion):
     """Accept while accuracy has fallen by at most ``tolerance`` (the paper's pruning threshold, 2 %).
 
+    Where targets are numbers it is of their variance that so much less may be explained: at 0.02 the squared error may
+    grow by 2 % of what the mean alone would leave.
+
     Attributes:
         tolerance: absolute, in [0, 1]: at 0.02 an accuracy of 0.95 may fall to 0.93. 0 means no loss at all.
 
@@ -219,8 +231,9 @@ class MetricDrop(Criterion):
     """Accept while a torchmetrics metric has worsened by at most ``tolerance``.
 
     Attributes:
-        metric: takes ``(logits, target)``, logits ``(N, classes)``, and computes one number; it is cloned, never
-            updated itself.
+        metric: takes ``(logits, target)``, a row for each target that counts, and computes one number; it is cloned,
+            never updated itself. Of pixels and tokens it sees ``(rows, classes)`` and ``(rows,)``, of numbers
+            ``(rows, columns)`` twice, of one column ``(rows,)``.
         tolerance: absolute, of at least 0, in the metric's own unit.
         higher_is_better: its direction; None: as the metric says itself.
         name: of its value in a score; None: the metric's class.
@@ -232,6 +245,7 @@ class MetricDrop(Criterion):
     Example::
 
         MetricDrop(MulticlassF1Score(num_classes=10), tolerance=0.01)
+        MetricDrop(MeanSquaredError(), tolerance=0.5)  # of numbers: it may grow by half of their unit, squared
     """
 
     metric: Metric

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_rnf.anatomy import UnitMap
+from lightning_rnf.anatomy import Flat, UnitMap
 from lightning_rnf.freezing import harmless
 from lightning_rnf.recall import NormStatistics, Prefix, SubnetworkFlops, norms, subnetwork
 from lightning_rnf.runtime import Show, borrowed, evaluating, joined, silent
 from lightning_rnf.search import Criterion, Measured, Ranking
-from lightning_rnf.tasks.fitting import Fitting, Head, scale_of
+from lightning_rnf.tasks.fitting import NOTED, Fitting, Head, scale_of, thinned
 from lightning_rnf.tasks.reference import ReferenceData
 from lightning_rnf.tasks.refitting import Refitting, Rows
 from lightning_rnf.tasks.survey import Survey
@@ -35,10 +35,13 @@ class Known:
     Attributes:
         measured: by cutoff.
         whole: accuracy of the whole network by its head, ``"trained"`` or ``"fitted"``; empty if heads are not fitted.
+        is_better_trained: whether by a metric the whole network is worth more with its trained head: least squares are
+            not what perplexity wants, say. Then its sub-networks are measured with both.
     """
 
     measured: dict[int, Measured] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
+    is_better_trained: bool = False
 
     def forget(self) -> None:
         """All but the whole network: of another ranking."""
@@ -129,7 +132,8 @@ class Subnetworks:
     def measure(self, cutoff: int) -> Measured:
         """Accuracy, and what else the criterion asks for, with so many candidates silenced, and a head fitted to them.
 
-        The whole network is measured with its trained head, too, and the better one counts.
+        The whole network is measured with its trained head, too, and the better one counts; and so is each of its
+        sub-networks if a metric asks for it.
         """
         if cutoff not in self.known.measured:
             self.known.measured[cutoff] = self._measured(cutoff)
@@ -139,20 +143,22 @@ class Subnetworks:
         if cutoff == 0:
             self.targets, self.limit = measured.samples, self.criterion.accuracy_limit(measured.accuracy)
         limit = "" if self.limit is None else f" (limit {self.limit:.3f})"
-        self.show("search", self.made, self.expected, f"cutoff {cutoff}, accuracy {measured.accuracy:.3f}{limit}")
+        scored = f"{measured.scored or 'accuracy'} {measured.accuracy:.3f}{limit}"
+        self.show("search", self.made, self.expected, f"cutoff {cutoff}, {scored}")
         return measured
 
     def _measured(self, cutoff: int) -> Measured:
         with self._speaking(cutoff):
-            if cutoff == 0 or self.fitting is None:
+            by_both = cutoff == 0 or self.known.is_better_trained
+            if by_both or self.fitting is None:
                 measured = self._measure(cutoff)
             if self.fitting is not None:
                 with self.fitting.wearing(self._fitted(all_data=False)):
-                    fitted = self._measure(cutoff, surveyed=cutoff > 0)
+                    fitted = self._measure(cutoff, surveyed=cutoff > 0 and not by_both)
                 if cutoff == 0:
                     self.known.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
-                    fitted = max(measured, fitted, key=self.worth)
-                measured = fitted
+                    self.known.is_better_trained = bool(self.metrics) and self.worth(measured) > self.worth(fitted)
+                measured = max(measured, fitted, key=self.worth) if by_both else fitted
         return replace(measured, values={**measured.values, **self._count(cutoff)})
 
     def take(self, cutoff: int, verdict: Callable[[Measured], bool], *, refits: bool = False) -> Taken:
@@ -190,7 +196,7 @@ class Subnetworks:
             with nullcontext() if head is None else fitting.wearing(head):
                 measured = self._measure(cutoff, surveyed=cutoff > 0 and not found, seen=seen)
             measured = replace(measured, values={**measured.values, **flops})
-            if head is not None:
+            if head is not None and not fitting.scaled:
                 every = joined(self.ranks.gather(seen))
                 logits, target = (torch.cat(parts) for parts in zip(*every, strict=True))
                 head = head.scaled(scale_of(logits, target))
@@ -213,7 +219,7 @@ class Subnetworks:
         watched = self.survey.of(self.reference, cutoff) if surveyed else nullcontext(self.reference)
         with self.prefix.spared("accuracy"), watched as reference:
             if seen is not None:
-                reference = _noting(reference, seen)
+                reference = _noting(reference, seen, sum(self.ranks.gather(len(self.reference.batches))))
             measured = reference.measure(
                 self.module, self.metrics, finite=cutoff == 0, lowest=lowest, expected=self.targets
             )
@@ -302,15 +308,16 @@ def subnetworks(
         )
 
 
-def _noting(reference: ReferenceData, seen: list[tuple[Tensor, Tensor]]) -> ReferenceData:
-    """The same data; logits and targets are kept on the CPU."""
+def _noting(reference: ReferenceData, seen: list[tuple[Tensor, Tensor]], batches: int) -> ReferenceData:
+    """The same data; logits and targets are kept on the CPU, of positions some; ``batches``: of all ranks."""
 
     def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        logits, target = reference.predict(module, batch)
-        seen.append((logits.detach().float().cpu(), target.detach().long().cpu()))
+        logits, target = Flat.like(reference.predict, reference.predict)(module, batch)
+        kept = thinned(logits.detach(), target.detach(), batch, NOTED // max(batches * logits.shape[1], 1))
+        seen.append((kept[0].float().cpu(), kept[1].cpu()))
         return logits, target
 
-    return replace(reference, predict=predict)
+    return replace(reference, predict=Flat.like(reference.predict, predict))
 
 
 def _flops_counter(module: nn.Module, units: UnitMap, reference: ReferenceData) -> SubnetworkFlops:

@@ -229,6 +229,7 @@ class Ending:
     ) -> tuple[UnitMap, int, frozenset[str]]:
         """The units, how many targets the batch has, and layers in which silent channels are not zero on it."""
         units = self.tracing.of_batch(module, state, batch.example)
+        batch = batch.laid_out(units.layout)
         targets = batch.targets(module)
         foresight.tried(lambda: taken(module, batch, nullcontext))
         if targets:  # predict may drop all of a batch and none of the next
@@ -321,12 +322,15 @@ class Ending:
         of_tasks = [name for record in state.tasks.values() for name in record.head_parameters]
         kept = [named[name] for name in (*of_tasks, *(state.shared if state.tasks else ())) if name in named]
         for offer in self.head_fit.offers(trainer, self.reference, reference):
+            measured = offer.reference.laid_out(units.layout)
             if offer.fitted_on is None:
-                yield None, offer.reference
+                yield None, measured
                 continue
-            fitting = Fitting.of(module, units.head, offer.fitted_on, balanced=self.criterion.by_metrics)
+            fitted_on = offer.fitted_on.laid_out(units.layout)
+            how = {"balanced": self.criterion.by_metrics, "scaled": bool(self.criterion.metrics)}
+            fitting = Fitting.of(module, units.head, fitted_on, **how)
             if fitting and not any(parameter is one for parameter in fitting.layer.parameters() for one in kept):
-                yield fitting, offer.reference
+                yield fitting, measured
 
     def _add(self, found: _Found, module: torch.nn.Module, reference: ReferenceData, state: FreezeState) -> TaskRecord:
         """Put the record into the state, with the head that was fitted and fingerprints of what is frozen."""

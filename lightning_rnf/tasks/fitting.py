@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_rnf.anatomy import predict_checked, true_labels
+from lightning_rnf.anatomy import Flat, ignored_by, in_front, is_numbers, predict_checked, true_labels
 from lightning_rnf.packages import Trainer, isolate_rng
 from lightning_rnf.runtime import arguments, borrowed, evaluating
 from lightning_rnf.tasks import leastsquares, loaders
-from lightning_rnf.tasks.leastsquares import Moments, scales
+from lightning_rnf.tasks.leastsquares import Moments, Sizes, rounded, scales, spread
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
 
 FitHead = Literal["auto", False]
@@ -45,6 +45,16 @@ features are small those of least squares are so large that a step would throw i
 
 WIDEST = 2048
 """A head that hears more features is not fitted: what has to be solved grows with the third power."""
+
+OUTPUTS = 4096
+"""Nor is one that says more: a vocabulary. What is added up grows with the square of it."""
+
+NOTED = 2**23
+"""Logits of positions that are kept at once, as floats: those of all pixels and tokens would not have room."""
+
+ROWS = 2**17
+"""Where `predict` has more targets than there are data (pixels, tokens), a head is fitted to so many of them at most:
+so many products add up exactly, see `leastsquares.BITS`, and as many have room."""
 
 
 class UnfitError(Exception):
@@ -141,21 +151,26 @@ class Head:
     Attributes:
         weight: in the layer's own shape, dtype and device.
         bias: None: it has none.
+        says_numbers: whether what it says is meant as it is, so that no multiple of it says the same.
     """
 
     weight: Tensor
     bias: Tensor | None
+    says_numbers: bool = False
 
     def as_flat_as(self, trained: Head) -> Head:
-        """The same answers by weights that are at most `STEEP` times as large as those of the trained head."""
+        """The same answers by weights that are at most `STEEP` times as large as those of the trained head.
+
+        Numbers are other ones then: the trained head.
+        """
         size, limit = (float(one.weight.double().norm()) for one in (self, trained))
         if not 0 < limit * STEEP < size:
             return self
-        return self.scaled(2.0 ** math.floor(math.log2(limit * STEEP / size)))
+        return trained if self.says_numbers else self.scaled(2.0 ** math.floor(math.log2(limit * STEEP / size)))
 
     def scaled(self, factor: float) -> Head:
         """With logits that are so many times as large."""
-        return Head(self.weight * factor, None if self.bias is None else self.bias * factor)
+        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
 
 
 class Fitting:
@@ -170,16 +185,25 @@ class Fitting:
         data: what it is fitted on; the first batches of them, ``data.attributed``, during the search.
         balanced: whether classes weigh the same, however many samples they have, by their share of the first batches.
             Accuracy is best served by samples that weigh the same, a metric that averages over classes is not.
+            Numbers always weigh the same.
+        scaled: whether fitted logits are to be as large as probabilities want them, by `scale_of` on the first batches:
+            for metrics that look at more than which is the largest, such as perplexity.
     """
 
-    def __init__(self, module: nn.Module, layer: str, data: ReferenceData, *, balanced: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, layer: str, data: ReferenceData, *, balanced: bool = False, scaled: bool = False
+    ) -> None:
         self.module = module
         self.layer: Any = module.get_submodule(layer)
         self.data = data
         self.balanced = balanced
+        self.scaled = scaled
+        self._is_of_numbers = self._is_of_labels = False  # until a batch shows it
 
     @classmethod
-    def of(cls, module: nn.Module, head: str, data: ReferenceData, *, balanced: bool = False) -> Fitting | None:
+    def of(
+        cls, module: nn.Module, head: str, data: ReferenceData, *, balanced: bool = False, scaled: bool = False
+    ) -> Fitting | None:
         """None: the head does not end in such a layer, it does not learn, or ``predict`` changes its output."""
         ranks = data.ranks
         with borrowed(module), evaluating(module):
@@ -189,7 +213,7 @@ class Fitting:
         refused = any(ranks.gather(bool(data.batches) and found is None))
         if len(names) != 1 or refused:
             return None
-        fitting = cls(module, names.pop(), data, balanced=balanced)
+        fitting = cls(module, names.pop(), data, balanced=balanced, scaled=scaled)
         return fitting if all(parameter.requires_grad for parameter in fitting.layer.parameters()) else None
 
     @property
@@ -199,7 +223,7 @@ class Fitting:
         return Head(self.layer.weight.detach().clone(), None if bias is None else bias.detach().clone())
 
     def fit(self, *, all_data: bool) -> Head:
-        """The head that is nearest to the labels, for the module as it speaks now; not all data: the first batches.
+        """The head that is nearest to the targets, for the module as it speaks now; not all data: the first batches.
 
         All ranks get the same, and the same as one process.
 
@@ -208,44 +232,70 @@ class Fitting:
         """
         own, ranks = self.layer.weight, self.data.ranks
         leading, rest = self.data.batches[: self.data.attributed], self.data.batches[self.data.attributed :]
+        most = ROWS // max(sum(ranks.gather(len(self.data.batches))), 1)
 
-        def seen() -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
-            found = [self._in_front(batch) for batch in leading]
+        def seen() -> tuple[list[tuple[Tensor, Tensor]], Sizes | None]:
+            found = [self._in_front(batch, most) for batch in leading]
             if not found:
                 return found, None
             features, wanted = (torch.cat(parts) for parts in zip(*found, strict=True))
-            largest = features.nan_to_num().abs().amax(dim=0).double().cpu()
-            return found, (largest, wanted.clamp(min=0).sum(dim=0).double().cpu())
+            return found, Sizes.of(features, wanted, of_numbers=self._is_of_numbers)
 
         try:
+            if len(own) > OUTPUTS:
+                raise ValueError(f"the head has {len(own)} outputs, more than the {OUTPUTS} that are fitted")
             first, share = ranks.agreed(seen)
-            of_ranks, counts = zip(*(one for one in ranks.gather(share) if one is not None), strict=True)
-            largest = torch.stack(of_ranks).amax(dim=0)
-            of_class = leastsquares.weights(torch.stack(counts).sum(dim=0)) if self.balanced else None
-            speaks = largest > 0  # what silent units leave at 0 is most of it, where few are kept
+            sizes = reduce(add, (one for one in ranks.gather(share) if one is not None))
+            wants_classes = self.balanced and not sizes.of_numbers
+            of_class = leastsquares.weights(sizes.counts) if wants_classes else None
+            speaks = sizes.largest > 0  # what silent units leave at 0 is most of it, where few are kept
             if speaks.sum() > WIDEST:
                 raise ValueError(f"the head hears {int(speaks.sum())} features, more than the {WIDEST} it is fitted to")
-            scale = scales(largest[speaks])
+            scale = scales(sizes.largest[speaks])
+            middle, reach = sizes.of_targets(around_zero=self.layer.bias is None)
+
+            def moments(features: Tensor, wanted: Tensor) -> Moments:
+                if sizes.of_numbers:
+                    wanted = rounded(wanted - middle.to(wanted), reach)
+                return self._moments(features, wanted, speaks, scale, of_class)
 
             def of_share() -> Moments | None:
                 found: list[Moments] = []
                 if first:
                     features, wanted = (torch.cat(parts) for parts in zip(*first, strict=True))
-                    found.append(self._moments(features, wanted, speaks, scale, of_class))
+                    found.append(moments(features, wanted))
                 for batch in rest if all_data else ():
-                    found.append(self._moments(*self._in_front(batch), speaks, scale, of_class))
+                    found.append(moments(*self._in_front(batch, most)))
                 return reduce(add, found).cpu() if found else None
 
             shares = [share for share in ranks.each(of_share) if share is not None]
             some, bias = ranks.decided(lambda: reduce(add, shares).solve(bias=self.layer.bias is not None))
+            if sizes.of_numbers:
+                some, bias = some * reach.unsqueeze(1), bias * reach + middle
+            weight = some.new_zeros(len(some), len(speaks))
+            weight[:, speaks] = some
+            head = Head(
+                weight.reshape(own.shape).to(own),
+                None if self.layer.bias is None else bias.to(self.layer.bias),
+                sizes.of_numbers,
+            )
+            if not self.scaled or sizes.of_numbers:
+                return head
+            few = NOTED // max(len(own) * sum(ranks.gather(len(leading))), 1)
+            return head.scaled(_least(reduce(add, ranks.each(lambda: self._surprise(head, first, few)))))
         except Exception as error:
             raise UnfitError(str(error)) from error
-        weight = some.new_zeros(len(some), len(speaks))
-        weight[:, speaks] = some
-        return Head(
-            weight.reshape(own.shape).to(own),
-            None if self.layer.bias is None else bias.to(self.layer.bias),
-        )
+
+    def _surprise(self, head: Head, batches: Sequence[tuple[Tensor, Tensor]], most: int) -> Tensor:
+        """Of a head's logits by each of `SCALES`, summed over batches; of positions over some."""
+        found = torch.zeros(len(SCALES), dtype=torch.float64)
+        for features, wanted in batches:
+            some = spread(len(wanted), max(most, 1), 0).to(wanted.device)
+            weight, bias = head.weight.flatten(1), head.bias
+            logits = nn.functional.linear(features[some].to(weight), weight, bias)
+            target = (wanted[some] > 0).long() if self._is_of_labels else wanted[some].argmax(dim=1)
+            found += len(some) * surprise(logits, target) if len(some) else 0
+        return found
 
     @contextmanager
     def wearing(self, head: Head) -> Iterator[None]:
@@ -277,13 +327,29 @@ class Fitting:
         if bias is not None:
             self.layer.bias.data = bias
 
-    def _in_front(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Features ``(N, features)``, and what the layer should say of them ``(N, outputs)``."""
-        outputs = len(self.layer.weight)
+    def _in_front(self, batch: Any, most: int = ROWS) -> tuple[Tensor, Tensor]:
+        """Features ``(rows, features)``, and what the layer should say of them ``(rows, outputs)``."""
         features, target = _in_front(self.module, self.layer, self.data, self.data.convert(batch))
-        labels = true_labels(features.new_zeros(len(features), outputs), target)
+        features, target = thinned(features, target, batch, most)
+        if is_numbers(target):
+            self._is_of_numbers = True
+            return features, target.cpu().double()
+        self._is_of_labels = target.ndim == 2
+        labels = true_labels(features.new_zeros(len(features), len(self.layer.weight)), target)
         # Of several labels each is a yes or a no, and a yes is above 0.
         return features, labels if target.ndim == 1 else 2 * labels - 1
+
+
+def thinned(values: Tensor, target: Tensor, batch: Any, most: int) -> tuple[Tensor, Tensor]:
+    """Rows of a batch, at most about so many where there are more than the batch has data: pixels, tokens.
+
+    Those are evenly far apart: by an odd number, so that they are not all of one column of the pictures.
+    """
+    given = loaders.rows_of(batch)
+    if given is None or not max(given, most) < len(target):
+        return values, target
+    places = spread(len(target), max(most - 1, 0) | 1, 0)
+    return values[places.to(values.device)], target[places.to(target.device)]
 
 
 def last_layer(module: nn.Module, head: str, data: ReferenceData) -> str | None:
@@ -328,13 +394,27 @@ def _tried(module: nn.Module, head: str, data: ReferenceData) -> str | None:
 def scale_of(logits: Tensor, target: Tensor) -> float:
     """The power of two by which logits have to be multiplied so that their softmax is least surprised by the labels.
 
+    Of numbers 1: they are meant as they are.
+
     Least squares give logits between 0 and 1, whose softmax is flat: a task that is trained on, or asked for
     probabilities, needs them as its loss would have made them. For several labels it is the sigmoid.
     """
-    logits = logits.double()
+    if is_numbers(target):
+        return 1.0
+    return _least(surprise(logits, target))
+
+
+def surprise(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean loss of logits by each of `SCALES`: float64 on the CPU."""
+    logits = logits.cpu().double()
     loss = nn.functional.cross_entropy if target.ndim == 1 else nn.functional.binary_cross_entropy_with_logits
-    wanted = target if target.ndim == 1 else target.double()
-    return min((2.0**power for power in SCALES), key=lambda factor: float(loss(factor * logits, wanted)))
+    wanted = target.cpu() if target.ndim == 1 else target.cpu().double()
+    return torch.stack([loss(2.0**power * logits, wanted) for power in SCALES])
+
+
+def _least(surprises: Tensor) -> float:
+    """The power of two of the least surprise; in doubt the least power."""
+    return min(zip(surprises.tolist(), (2.0**power for power in SCALES), strict=True))[1]
 
 
 def _is_linear(part: nn.Module) -> bool:
@@ -347,15 +427,18 @@ def _is_linear(part: nn.Module) -> bool:
     return type(part) is nn.Linear
 
 
-def _in_front(module: nn.Module, layer: nn.Module, data: ReferenceData, batch: Any) -> tuple[Tensor, Tensor]:
-    """What reaches a layer, ``(N, features)``, and the targets ``(N,)`` or ``(N, classes)``."""
+def _in_front(module: nn.Module, layer: Any, data: ReferenceData, batch: Any) -> tuple[Tensor, Tensor]:
+    """What reaches a layer, ``(rows, features)``, and the targets ``(rows,)`` or ``(rows, classes)``."""
+    known = Flat.like(data.predict, data.predict)
+    predict = known.predict.predict if isinstance(known.predict, Flat) else known.predict
     vars(layer)["forward"] = _handed_on
     try:
         with torch.no_grad(), data.forward_context():
-            features, target = data.predict(module, batch)
+            features, target = predict(module, batch)
     finally:
         del vars(layer)["forward"]
-    return features.detach(), target.detach().long()
+    given = (features.detach(), target.detach(), len(layer.weight), known.layout)
+    return in_front(*given, ignored_by(module))
 
 
 def _handed_on(input: Tensor) -> Tensor:

@@ -86,7 +86,19 @@ def of_record(
     units = sum(len(mask) for mask in record.relevant.values())
     free = units - sum(int(frozen.sum()) for frozen in frozen_before.values())
     found = None
-    if limit is not None and 0 < limit <= constant:  # below, the criterion is meant to say nothing
+    judged = (
+        "Where classes are unequal or a task was hardly learned, accuracy says little: judge it by MetricDrop with a "
+        "metric that weighs classes equally, MetricDrop(MulticlassAccuracy(num_classes=..., average='macro')) for "
+        "balanced accuracy; train longer, or choose another tolerance"
+    )
+    if record.scored:
+        judged = "Train longer, choose another tolerance, or judge it by MetricDrop(MeanSquaredError(), tolerance=...)"
+    if record.scored and limit is not None and limit <= 0:
+        found = (
+            f"the whole network explains {record.accuracy:.1%} of the variance of the targets, and the criterion lets "
+            "all of that go: it is met by a sub-network that knows nothing"
+        )
+    elif limit is not None and 0 < limit <= constant:  # below, the criterion is meant to say nothing
         chance = ", so the task is at chance" if record.accuracy <= constant else ""
         found = (
             f"an answer that is always the same has an accuracy of {constant:.4f}, and the criterion asks for "
@@ -101,12 +113,7 @@ def of_record(
             "of them"
         )
     if found is not None:
-        rank_zero_warn(
-            f"{record.name}: {found}. Where classes are unequal or a task was hardly learned, accuracy says little: "
-            "judge it by MetricDrop with a metric that weighs classes equally, "
-            "MetricDrop(MulticlassAccuracy(num_classes=..., average='macro')) for balanced accuracy; train longer, or "
-            "choose another tolerance"
-        )
+        rank_zero_warn(f"{record.name}: {found}. {judged}")
 
 
 def of_drift(name: str, seen: Sight, changed: Mapping[str, Sequence[str]]) -> None:

@@ -27,6 +27,17 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
     return torch.round(shares * 2**BITS).div(2**BITS)
 
 
+GOLDEN = 0.6180339887498949
+"""Places in one batch are shifted against those in the one before by this share of their distance."""
+
+
+def spread(every: int, most: int, turn: int) -> Tensor:
+    """At most so many places out of ``range(every)``, evenly far apart, in order: int64, other ones in each turn."""
+    some = min(every, most)
+    shifted = torch.arange(some, dtype=torch.float64) + (turn * GOLDEN) % 1.0
+    return (shifted / max(some, 1) * every).long().clamp(max=every - 1)
+
+
 LIGHT, HEAVY = 2.0**-4, 2.0**4
 """What a sample may weigh at least and at most, so that sums stay exact."""
 
@@ -133,6 +144,49 @@ class Moments:
         count = float(sums[-1, -1])
         means = sums[-1, :-1] / count if bias else torch.zeros_like(sums[-1, :-1])
         return sums, means, sums[:-1, :-1] - count * torch.outer(means, means)
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """How large features and targets come, in all shares together: it does not matter who has seen what.
+
+    Attributes:
+        largest: float64 ``(features,)``: sizes.
+        counts: float64 ``(outputs,)``: samples of each class.
+        low: float64 ``(outputs,)``: the least of the targets.
+        high: float64 ``(outputs,)``: the largest.
+        of_numbers: whether targets are numbers and no labels.
+    """
+
+    largest: Tensor
+    counts: Tensor
+    low: Tensor
+    high: Tensor
+    of_numbers: bool
+
+    @classmethod
+    def of(cls, features: Tensor, wanted: Tensor, *, of_numbers: bool = False) -> Sizes:
+        """Of a share, ``(rows, features)`` and ``(rows, outputs)``."""
+        wanted = wanted.cpu().double()
+        if not len(wanted):  # predict has dropped all that this share has
+            none = wanted.new_zeros(features.shape[1]), wanted.new_zeros(wanted.shape[1])
+            return cls(*none, none[1] + torch.inf, none[1] - torch.inf, of_numbers=of_numbers)
+        largest = features.nan_to_num().abs().amax(dim=0).double().cpu()
+        return cls(largest, wanted.clamp(min=0).sum(dim=0), wanted.amin(dim=0), wanted.amax(dim=0), of_numbers)
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(
+            torch.maximum(self.largest, other.largest),
+            self.counts + other.counts,
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+            self.of_numbers or other.of_numbers,
+        )
+
+    def of_targets(self, *, around_zero: bool) -> tuple[Tensor, Tensor]:
+        """What numbers lie around, and how far at most, rounded up to powers of two."""
+        middle = torch.zeros_like(self.low) if around_zero else (self.low + self.high) / 2
+        return middle, scales(torch.maximum(self.high - middle, middle - self.low))
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_rnf.anatomy import Predict, measure, predict_checked, supervised
+from lightning_rnf.anatomy import Flat, Layout, Predict, measure, predict_checked, supervised
 from lightning_rnf.packages import LightningDataModule, LightningModule, Trainer, either, rank_zero_warn
 from lightning_rnf.runtime import ALONE, Ranks, alone, arguments, borrowed, evaluating, joined, transferred
 from lightning_rnf.search import Measured
@@ -51,6 +51,11 @@ class ReferenceData:
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     convert: Callable[[Any], Any] = lambda batch: batch
     ranks: Ranks = ALONE
+
+    def laid_out(self, layout: Layout) -> ReferenceData:
+        """The same data, whose targets are read as the task's first batch has shown them; see `Layout`."""
+        predict = self.predict.predict if isinstance(self.predict, Flat) else self.predict
+        return replace(self, predict=Flat(predict, layout))
 
     @property
     def example(self) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.recall import norms
-from lightning_rnf.tasks.leastsquares import Moments, rounded, scales
+from lightning_rnf.tasks.leastsquares import Moments, rounded, scales, spread
 from lightning_rnf.tasks.reference import ReferenceData
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,6 @@ RIDGE = 0.01
 
 PLACES = 16
 """Of each sample a layer is seen at so many places at most: pixels of a feature map, or tokens."""
-
-GOLDEN = 0.6180339887498949
-"""Places of one batch are shifted against those of the one before by this share of their distance."""
-
 
 WIDEST = 2048
 """A row that hears more is not fitted: what has to be solved grows with the third power."""
@@ -153,9 +149,7 @@ class Refitting:
         return self._chosen(values[0].numel() // values.shape[axis])
 
     def _chosen(self, every: int) -> Tensor:
-        some = min(every, PLACES)
-        shifted = torch.arange(some, dtype=torch.float64) + (self._batch * GOLDEN) % 1.0
-        return (shifted / some * every).long().clamp(max=every - 1)
+        return spread(every, PLACES, self._batch)
 
     @torch.no_grad()
     def _fit(self, layer: UnitLayer, claimed: Tensor) -> list[Rows]:

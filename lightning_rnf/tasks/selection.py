@@ -224,6 +224,7 @@ class Selection:
             whole=known.whole,
             ration=share,
             subnetwork_accuracy=score.accuracy,
+            scored=known.measured[0].scored,
             accepted=accepted,
             samples=whole.samples,
             evaluations=found.evaluations,

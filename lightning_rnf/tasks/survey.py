@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import Routes, UnitMap
+from lightning_rnf.anatomy import Flat, Routes, UnitMap, is_numbers
 from lightning_rnf.runtime import Ranks
 from lightning_rnf.tasks.reference import ReferenceData
 
@@ -33,17 +33,21 @@ class Survey:
         is_first = not self.routes.missed
 
         def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-            logits, target = reference.predict(module, batch)
-            if isinstance(logits, Tensor) and isinstance(target, Tensor) and logits.ndim == 2:
+            logits, target = Flat.like(reference.predict, reference.predict)(module, batch)
+            if not is_numbers(target):  # the best that is always the same explains nothing
                 self._count(logits.shape[1], target)
             return logits, target
 
         batches: Any = self.routes.each(reference.batches, walk)
         with self.routes.watching():
-            yield replace(reference, batches=batches, predict=predict if is_first else reference.predict)
+            seen = Flat.like(reference.predict, predict)
+            yield replace(reference, batches=batches, predict=seen if is_first else reference.predict)
 
     def constant_accuracy(self, ranks: Ranks) -> float:
-        """Accuracy of the best answer that is always the same: of one class, or of one set of labels; in [0, 1]."""
+        """Accuracy of the best answer that is always the same: of one class, or of one set of labels; in [0, 1].
+
+        Of numbers 0: the mean of them explains nothing.
+        """
         found = ranks.gather((self._counts, self._targets))
         counts = [one for one, _ in found if one is not None]
         targets = sum(number for _, number in found)
@@ -56,12 +60,10 @@ class Survey:
 
     def _count(self, classes: int, target: Tensor) -> None:
         target = target.detach()
-        if target.ndim == 1 and not target.is_floating_point() and target.numel():
-            counts = target.long().clamp(0, classes - 1).bincount(minlength=classes).cpu().double()
-        elif target.ndim == 2:
+        if target.ndim == 1:
+            counts = target.bincount(minlength=classes).cpu().double()
+        else:
             there = target.bool().sum(dim=0).cpu().double()
             counts = torch.stack([there, len(target) - there], dim=1)
-        else:
-            return
         self._counts = counts if self._counts is None else self._counts + counts
         self._targets += len(target)

@@ -361,9 +361,9 @@ def test_data_of_the_user_s_own_are_fitted_on(monkeypatch):
     seen = []
     original = Fitting._in_front
 
-    def in_front(self, batch):
+    def in_front(self, batch, *most):
         seen.append(len(batch[0]))
-        return original(self, batch)
+        return original(self, batch, *most)
 
     monkeypatch.setattr(Fitting, "_in_front", in_front)
     _, rnf = ended(None, "a", fit_data=DataLoader(clusters("a", 90, 3), batch_size=45))

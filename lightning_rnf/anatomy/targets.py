@@ -1,0 +1,199 @@
+"""Targets of any form as rows: one for each sample, pixel, token or number that counts. All else sees only rows.
+
+Three kinds come out of it, and the form of a target tells them apart: class indices ``(rows,)`` of integers, several
+labels ``(rows, classes)`` of integers that are 0 or 1, and numbers ``(rows, columns)`` of floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+IGNORED = -100
+"""The label of what does not count: torch's losses leave it out by default."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the first batch has shown of a task's targets, where the form of another batch alone leaves it open.
+
+    Attributes:
+        axis: of the output, that counts classes: 1 (torch's convention) or -1; None: not known.
+        numbers: whether targets of floats are numbers, although in a batch they may all be 0 or 1; None: not known.
+    """
+
+    axis: int | None = None
+    numbers: bool | None = None
+
+
+def class_axes(output: Tensor, target: Tensor) -> tuple[int, ...]:
+    """Which dimension of an output may count classes or columns, beside this target: 1, -1, either, or none.
+
+    >>> class_axes(torch.zeros(2, 9, 5), torch.zeros(2, 5)), class_axes(torch.zeros(2, 5, 9), torch.zeros(2, 5))
+    ((1,), (-1,))
+    >>> class_axes(torch.zeros(2, 5, 5), torch.zeros(2, 5)), class_axes(torch.zeros(2, 5, 5), torch.zeros(3, 5))
+    ((1, -1), ())
+    """
+    shape, wanted = tuple(output.shape), tuple(target.shape)
+    if not shape:
+        return ()
+    if shape == wanted:
+        return (1, -1) if len(shape) > 2 else (1,)
+    second, last = shape[:1] + shape[2:] == wanted, shape[:-1] == wanted
+    return (1,) * (second and len(shape) > 1) + (-1,) * (last and len(shape) > 2)
+
+
+def in_rows(values: Tensor, axis: int) -> Tensor:
+    """Values whose classes, or columns, are counted by a dimension: ``(rows, columns)``."""
+    if values.ndim < 3:
+        return values if values.ndim == 2 else values.unsqueeze(1)
+    return values.movedim(axis, -1).flatten(0, -2)
+
+
+def flattened(
+    output: object, target: object, layout: Layout | None = None, ignored: Collection[int] = (IGNORED,)
+) -> tuple[Tensor, Tensor]:
+    """What ``predict`` has returned, as rows; what does not count is left out. What is in rows already stays as it is.
+
+    Args:
+        output: floats ``(N, classes)``, ``(N, classes, …)`` or ``(N, …, classes)``; of numbers also ``(N,)``.
+        target: class indices, integers ``(N,)`` or ``(N, …)``: those in ``ignored`` do not count, and of positions
+            (pixels, tokens) none that is below 0. Or 0 and 1 alone, in the form of the output, for several labels. Or
+            numbers: floats in the form of the output, which may have a dimension of 1 more.
+        layout: what is known of the task's other batches; None: nothing. Where classes could be counted by two
+            dimensions, it is the second.
+        ignored: labels of what does not count.
+
+    Returns:
+        ``(rows, classes)``, and ``(rows,)`` or ``(rows, classes)``: see above.
+
+    Raises:
+        TypeError: if they are no tensors of floats and of labels or numbers.
+        ValueError: if their forms disagree, or a label lies outside the head.
+    """
+    layout = layout or Layout()
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise TypeError(f"logits are {_described(output)}, expected a floating point tensor (N, classes){_way(output)}")
+    if not isinstance(target, Tensor) or target.is_complex():
+        raise TypeError(f"labels are {_described(target)}, expected an integer tensor (N,) of class indices")
+    axes = class_axes(output, target)
+    if not axes or (output.ndim == 1 and not target.is_floating_point()):
+        raise ValueError(
+            f"logits of shape {tuple(output.shape)} and labels of shape {tuple(target.shape)}, expected (N, classes) "
+            "and (N,) of class indices, or (N, classes) of 0 and 1 for several labels a sample; of pixels "
+            "(N, classes, …) and (N, …), of tokens (N, T, classes) and (N, T), of numbers floats of one shape"
+        )
+    axis = layout.axis if layout.axis in axes else axes[0]
+    rows = in_rows(output, axis)
+    if target.shape == output.shape:
+        return rows, _in_columns(in_rows(target, axis), layout, may_be_labels=target.ndim > 1)
+    return _of_positions(rows, target, rows.shape[1], layout, ignored)
+
+
+def in_front(
+    features: Tensor, target: Tensor, outputs: int, layout: Layout | None = None, ignored: Collection[int] = (IGNORED,)
+) -> tuple[Tensor, Tensor]:
+    """As `flattened`, where in the place of the output is what the layer that makes it was given.
+
+    Args:
+        features: in the form of the output, with as many features in the place of the classes as the layer hears.
+        target: as it came with them.
+        outputs: how many outputs the layer has.
+        layout: as for `flattened`.
+        ignored: as for `flattened`.
+    """
+    layout = layout or Layout()
+    axis = layout.axis or (class_axes(features, target) or (1,))[0]
+    rows = in_rows(features, axis)
+    if target.ndim == features.ndim:
+        return rows, _in_columns(in_rows(target, axis), layout, may_be_labels=True)
+    return _of_positions(rows, target, outputs, layout, ignored)
+
+
+def is_numbers(target: Tensor) -> bool:
+    """Whether rows are of numbers."""
+    return target.is_floating_point()
+
+
+def ignored_by(module: nn.Module) -> frozenset[int]:
+    """Labels of what does not count: torch's, and the ``ignore_index`` of every loss that is a part of the module."""
+    stated = (getattr(part, "ignore_index", None) for part in module.modules() if isinstance(part, _Loss))
+    return frozenset({IGNORED, *(label for label in stated if isinstance(label, int))})
+
+
+def _in_columns(wanted: Tensor, layout: Layout, *, may_be_labels: bool) -> Tensor:
+    """Targets with a column for each of the output's: several labels, or numbers."""
+    is_open = may_be_labels and not (layout.numbers and is_numbers(wanted))
+    if is_open and bool(((wanted == 0) | (wanted == 1)).all()):
+        return wanted.long()
+    if not is_numbers(wanted) or layout.numbers is False:
+        lowest, highest = wanted.min().item(), wanted.max().item()
+        known = ", as in the task's first batch: numbers that all are 0 or 1 there look like labels" * is_numbers(
+            wanted
+        )
+        raise ValueError(f"labels (N, classes) range from {lowest} to {highest}, expected 0 and 1 alone{known}")
+    return _numbers(wanted, layout)
+
+
+def _of_positions(
+    rows: Tensor, target: Tensor, columns: int, layout: Layout, ignored: Collection[int]
+) -> tuple[Tensor, Tensor]:
+    """Targets with one value for each row: class indices, or numbers of one column."""
+    if is_numbers(target):
+        if columns > 1:
+            raise TypeError(
+                f"labels are {_described(target)}, expected an integer tensor {tuple(target.shape)} of class indices, "
+                f"since the head has {columns} outputs; numbers have as many columns as the output"
+            )
+        return rows, _numbers(target.reshape(-1, 1), layout)
+    labels = target.reshape(-1).long()
+    left_out = labels < 0 if target.ndim > 1 else torch.zeros_like(labels, dtype=torch.bool)
+    for label in ignored:
+        left_out = left_out | (labels == label)
+    if bool(left_out.any()):
+        rows, labels = rows[~left_out], labels[~left_out]
+    lowest, highest = (labels.min().item(), labels.max().item()) if labels.numel() else (0, 0)
+    if not 0 <= lowest <= highest < columns:
+        binary = "; two classes of one logit are labels (N, 1), numbers are floats" if columns == 1 else ""
+        raise ValueError(
+            f"labels range from {lowest} to {highest}, but the head has {columns} outputs: labels of a task "
+            f"are 0 to {columns - 1}{binary}, and {IGNORED}, or the ignore_index of a loss in the module, for what "
+            f"does not count (let predict return target.masked_fill(target == 255, {IGNORED}), say)"
+        )
+    return rows, labels
+
+
+def _numbers(target: Tensor, layout: Layout) -> Tensor:
+    if not bool(target.isfinite().all()):
+        raise ValueError("targets are not finite (NaN or infinity): let predict leave out what has no value")
+    are_shares = target.shape[1] > 1 and bool((target >= 0).all() & ((target.sum(dim=1) - 1).abs() < 1e-3).all())
+    if are_shares and not layout.numbers:
+        raise ValueError(
+            f"targets (N, {target.shape[1]}) are at least 0 and sum to 1: probabilities of classes, as soft labels or "
+            "mixed samples have them, are neither class indices nor numbers; let predict return target.argmax(1), or "
+            "of shares that are meant as numbers all columns but the last"
+        )
+    return target
+
+
+def _way(output: object) -> str:
+    """What to do about an output that is no tensor."""
+    several: Any = output
+    if isinstance(output, (list, tuple)) and len(several) and isinstance(several[0], dict):
+        return (
+            ". A detector's boxes are no answers that could be counted: let predict return the class logits of its "
+            "anchors or queries with their labels (-100 for those without), or keep its backbone by hand, by "
+            "requires_grad_(False) and eval()"
+        )
+    if isinstance(output, dict):
+        return f": let predict return one of {list(output)}; several heads at once can't be counted together"
+    return ""
+
+
+def _described(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
