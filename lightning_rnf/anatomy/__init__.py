@@ -5,8 +5,17 @@ are read by whom. All that is learned about a network is learned here, and every
 """
 
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
+from lightning_rnf.anatomy.exported import Inputs, followed
 from lightning_rnf.anatomy.flow import Flow, Stop, described
-from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
+from lightning_rnf.anatomy.graph import (
+    NotFollowedError,
+    Traced,
+    bare,
+    computes_itself,
+    silenced,
+    tensor_copy,
+    torch_class,
+)
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.anatomy.layers import (
     BATCH_NORMS,
@@ -32,8 +41,10 @@ __all__ = [
     "TRANSPOSED",
     "Channels",
     "Flow",
+    "Inputs",
     "Known",
     "LiteralArgument",
+    "NotFollowedError",
     "Places",
     "Predict",
     "Routes",
@@ -54,6 +65,7 @@ __all__ = [
     "effect_of_function",
     "effect_of_module",
     "folded",
+    "followed",
     "form",
     "joined",
     "layer_form",
