@@ -180,19 +180,19 @@ def _exported(flat: _Flat, tensors: list[Tensor]) -> Any:
         of_samples if tensor.is_floating_point() else dict.fromkeys(range(tensor.ndim), auto)
         for tensor, of_samples in zip(tensors, samples, strict=True)
     )
-    errors = []
-    for shapes in (samples, None) if every == samples else (every, samples, None):
+    errors: list[Exception] = []
+    for shapes in (samples,) if every == samples else (every, samples):
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # of how torch's own modules keep their weights
-                program: Any = torch.export.export(
-                    flat, tuple(tensors), dynamic_shapes=None if shapes is None else (shapes,), strict=False
-                )
+                program: Any = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:  # whatever a forward of the user's makes of it
             errors.append(error)
             continue
-        if shapes is None or all(_is_range(guard.expr) for guard in _shape_environment(program).guards):
+        asked = [guard.expr for guard in _shape_environment(program).guards if not _is_range(guard.expr)]
+        if not asked:
             return program
+        errors.append(ValueError(f"the forward asks of sizes whether {asked[0]}"))
     said = " ".join(str(errors[-1]).split())
     raise NotFollowedError(f"torch.export: {said[:300]}") from errors[-1]
 
@@ -265,15 +265,13 @@ def _parameters(
 ) -> list[fx.Node]:
     """The forward's parameters, the tensors in them, and checks that they are what was taken for granted."""
     named = [*zip(_names(module, len(inputs.args)), inputs.args, strict=True), *inputs.kwargs.items()]
-    by_position = {name for name, _ in named[: len(inputs.args)]}
-    parameters = {
-        name: graph.placeholder(name)
-        for name, value in named
-        if name in by_position or any(isinstance(leaf, Tensor) for _, leaf in _leaves(value))
-    }
+    without = [name for name, value in inputs.kwargs.items() if not Inputs((value,), {}).tensors()]
+    parameters = {name: graph.placeholder(name) for name, _ in named if name not in without}
+    # What is given by name and no tensor may be left out.
+    parameters.update((name, graph.placeholder(name, default_value=inputs.kwargs[name])) for name in without)
     found, said = [], []
     for name, value in named:
-        for path, leaf in _leaves(value) if name in parameters else ():
+        for path, leaf in _leaves(value):
             node = parameters[name]
             for key in path:
                 node = graph.call_function(operator.getitem, (node, key))

@@ -117,7 +117,7 @@ def export(
             traced = followed(module, layers, example)
         except NotFollowedError as error:
             if not asked:
-                raise
+                raise ValueError(f"{error}. Or give example=, inputs of the forward, for torch.export to follow") from error
             why = str(error)
         else:
             _check_head(traced.called, record)
@@ -127,7 +127,9 @@ def export(
         before = sum(parameter.numel() for parameter in module.parameters())
     if asked:
         expected = _of_recall(module, *given, widenings, masked, asked[0])
-        if small is None or (why := expected.differs(small)):
+        if small is not None and (differs := expected.differs(small)):
+            small, why = None, f"what torch.export has followed is not what recall runs: {differs}"
+        if small is None:
             small, kept = _whole(module, *given, widenings, masked, why)
             if differs := expected.differs(small):
                 raise ValueError(
