@@ -219,7 +219,8 @@ def _rebuilt(program: Any, flat: _Flat, inputs: Inputs, module: nn.Module) -> tu
     source = program.module()
     graph, constants = fx.Graph(), dict[str, Any]()
     values = [node for node in program.graph.nodes if node.op == "placeholder"][-len(inputs.tensors()) :]
-    given = iter(_parameters(graph, inputs, module, [node.meta["val"] for node in values], program.range_constraints))
+    tensors = _parameters(graph, inputs, module, [node.meta["val"] for node in values], program.range_constraints)
+    given = iter(tensors)
     nodes: dict[fx.Node, Any] = {}
     for node in source.graph.nodes:
         if node.op == "placeholder":
@@ -234,16 +235,34 @@ def _rebuilt(program: Any, flat: _Flat, inputs: Inputs, module: nn.Module) -> tu
             continue  # checks of what goes in, for which there are our own
         elif function_name(node) == "dropout" and node_argument(node, 2, "train") is False:
             nodes[node] = nodes[node.args[0]]
+        elif function_name(node) == "sym_size":
+            nodes[node] = graph.call_method("size", (nodes[node.args[0]], node.args[1]))
         else:
             nodes[node] = copied = graph.node_copy(node, lambda one: nodes[one])
             if node.target is _marker():
                 copied.target = silenced
             value, stack = node.meta.get("val"), node.meta.get("nn_module_stack") or {}
-            inside = [path for path, _ in stack.values() if path == _ROOT or path.startswith(f"{_ROOT}.")]
-            copied.meta = {"nn_module_stack": {path.removeprefix(_ROOT).strip("."): None for path in inside or [""]}}
+            inside = {path.removeprefix(_ROOT).strip("."): kind for path, kind in stack.values() if _is_in_model(path)}
+            copied.meta = {"nn_module_stack": {path: (path, kind) for path, kind in (inside or {"": ""}).items()}}
             if isinstance(value, Tensor):
                 copied.meta["ndim"] = value.ndim
+                _make_of(copied, tensors[0], value)
     return graph, constants
+
+
+def _make_of(node: fx.Node, tensor: fx.Node, made: Tensor) -> None:
+    """Let a tensor that is made of nothing be made where an input is: then it follows the module to other devices.
+
+    And it can be stored: to load a graph torch runs it on stand-ins for sizes, which a list of sizes alone can't hold.
+    """
+    name = function_name(node)
+    if _is_aten(node) and name in {"zeros", "ones", "empty", "full"}:
+        node.target = getattr(torch.ops.aten, f"new_{name}").default
+        node.args, node.kwargs = (tensor, *node.args), {"dtype": made.dtype}
+
+
+def _is_in_model(path: str) -> bool:
+    return f"{path}.".startswith(f"{_ROOT}.")
 
 
 def _attribute(graph: fx.Graph, node: fx.Node, source: nn.Module, module: nn.Module, constants: dict[str, Any]) -> Any:

@@ -196,7 +196,7 @@ class _Walk:
             return False
         if name == "getitem" and (source in self.known.sizes or _is_shape(source)):
             return self._count(node, self.known.sizes.get(source), node.args[1])
-        if name in {"size", "sym_size"} and node_argument(node, 1, "dim") is not None:
+        if name == "size" and node_argument(node, 1, "dim") is not None:
             return self._count(node, self.known.channels.get(source), node_argument(node, 1, "dim"))
         if _is_shape(node):
             if source in self.known.channels:

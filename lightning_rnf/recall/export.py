@@ -117,7 +117,9 @@ def export(
             traced = followed(module, layers, example)
         except NotFollowedError as error:
             if not asked:
-                raise ValueError(f"{error}. Or give example=, inputs of the forward, for torch.export to follow") from error
+                raise ValueError(
+                    f"{error}. Or give example=, inputs of the forward, for torch.export to follow"
+                ) from error
             why = str(error)
         else:
             _check_head(traced.called, record)

@@ -6,19 +6,22 @@ import copy
 import math
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from networks import CLASSES, Built, mlp
 from records import bare_record
+from snapshot import changes, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, everybody's name for it
+from training import Classifier, inputs, train
 
-from lightning_rnf.anatomy import Inputs, followed
+from lightning_rnf import RelevanceFreezing
+from lightning_rnf.anatomy import Inputs
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.recall.export import export
 from lightning_rnf.recall.sizes import SubnetworkFlops, size_of
@@ -97,7 +100,9 @@ class UNet(nn.Module):
     def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.down1 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.down2 = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True))
+        self.down2 = nn.Sequential(
+            nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True)
+        )
         self.deep = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.ReLU())
         self.up2 = nn.ConvTranspose2d(16, 12, 2, stride=2) if transposed else nn.Conv2d(16, 12, 1)
         self.join2 = nn.Sequential(nn.Conv2d(24, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU())
@@ -136,7 +141,7 @@ class Recurrent(nn.Module):
         if x.dim() != 3 or x.size(0) == 0:
             raise ValueError(f"{x.shape}")
         output, (last, _) = self.lstm(self.words(x), state)
-        return self.head(F.relu(self.fc(torch.cat([last[-2], last[-1]], dim=1) + output.mean(dim=1))))
+        return self.head(self.fc(torch.cat([last[-2], last[-1]], dim=1) + output.mean(dim=1)).tanh())
 
 
 def tokens(samples: int = 6, length: int = 7) -> dict[str, Tensor]:
@@ -206,7 +211,7 @@ class Task:
 
 def logits_of(inputs: Inputs, net: nn.Module) -> Tensor:
     output = net(*inputs.args, **inputs.kwargs)
-    logits = output.logits if isinstance(output, Answer) else output
+    logits = output if isinstance(output, Tensor) else output.logits
     return logits.mean((2, 3)) if logits.ndim == 4 else logits
 
 
@@ -214,6 +219,13 @@ def task_of(name: str, relevant: dict[str, Tensor] | None = None, *, double: boo
     torch.manual_seed(0)
     make, example = NETS[name]
     return Task(make(), example(), relevant, double=double)
+
+
+@cache
+def exported(name: str) -> tuple[Task, nn.Module]:
+    """Of a random half of the units; nobody changes them."""
+    task = task_of(name, double=False)
+    return task, task.exported()
 
 
 def first(count: int, units: int) -> Tensor:
@@ -229,13 +241,11 @@ def test_fx_can_not_trace_it(name):
 
 @each_net
 def test_logits_are_those_of_recall(name):
-    for double in (True, False):
-        task = task_of(name, double=double)
-        small = task.exported()
-        task.check(small)
-        assert isinstance(small, torch.fx.GraphModule)
-        assert small.kept["parameters"] == parameters(small) < parameters(task.net)
-        assert not any("lightning" in str(node.target) for node in small.graph.nodes)
+    task, small = exported(name)
+    task.check(small)
+    assert isinstance(small, torch.fx.GraphModule)
+    assert small.kept["parameters"] == parameters(small) < parameters(task.net)
+    assert not any("lightning" in str(node.target) for node in small.graph.nodes)
 
 
 def parameters(module: nn.Module) -> int:
@@ -293,11 +303,10 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def test_operations_are_counted_without_building_it():
-    for name in NETS:
-        task = task_of(name)
-        example = task.inputs.kwargs or task.inputs.args
-        foretold = SubnetworkFlops(task.net, task.layers, example)(task.relevant)
-        assert foretold == size_of(task.exported(), example).flops < size_of(task.net, example).flops
+    task, small = exported("encoder")
+    example = task.inputs.kwargs
+    foretold = SubnetworkFlops(task.net, task.layers, example)(task.relevant)
+    assert foretold == size_of(small, example).flops < size_of(task.net, example).flops
 
 
 # -- what the example has fixed ---------------------------------------------------------------------------------------
@@ -305,16 +314,19 @@ def test_operations_are_counted_without_building_it():
 
 @each_net
 def test_any_number_of_samples_and_any_length_of_words(name):
-    task = task_of(name)
-    small = task.exported()
+    task, small = exported(name)
     for samples in (1, 2, 9):
         inputs = task.inputs.each(lambda tensor, samples=samples: tensor.repeat(2, *[1] * (tensor.ndim - 1))[:samples])
         expected = task.recalled(inputs)
         for path, value in inputs.run(small).items():
-            torch.testing.assert_close(value.detach(), expected[path], rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                value.detach(), expected[path], rtol=0, atol=1e-5 * float(expected[path].abs().max())
+            )
     if name == "encoder":
         for length in (2, 5, 16):
-            task.check(small, Inputs.of(tokens(3, length) if length > 2 else {**tokens(3, 2), "attention_mask": ones(3)}))
+            task.check(
+                small, Inputs.of(tokens(3, length) if length > 2 else {**tokens(3, 2), "attention_mask": ones(3)})
+            )
 
 
 def ones(samples: int) -> Tensor:
@@ -322,7 +334,7 @@ def ones(samples: int) -> Tensor:
 
 
 def test_other_inputs_than_those_it_was_exported_for_are_refused():
-    small = task_of("encoder").exported()
+    small = exported("encoder")[1]
     both = tokens()
     with pytest.raises(AssertionError, match=r"exported for input_ids\.size\(1\) <= 16"):
         small(**tokens(2, 17))
@@ -332,7 +344,7 @@ def test_other_inputs_than_those_it_was_exported_for_are_refused():
         small(both["input_ids"], both["attention_mask"][:, :-1])
     with pytest.raises(TypeError):
         small(both["input_ids"])
-    small = task_of("u-net").exported()
+    small = exported("u-net")[1]
     with pytest.raises(AssertionError, match=r"exported for args_0\.size\(2\) = 10|exported for x\.size\(2\) = 10"):
         small(*images(4, 12))
 
@@ -398,8 +410,7 @@ def test_an_example_of_one_sample_is_enough():
 def test_it_is_stored_and_loaded_without_this_package_and_the_model_s_class(tmp_path):
     expected = {}
     for name in NETS:
-        task = task_of(name)
-        small = task.exported()
+        task, small = exported(name)
         (_, logits), *_ = task.recalled().items()
         expected[name] = (task.inputs.args, dict(task.inputs.kwargs), logits)
         torch.save(small, tmp_path / f"{name}.pt")
@@ -418,7 +429,7 @@ for name, (args, kwargs, logits) in torch.load(folder / "expected.pt").items():
     small = torch.load(folder / f"{{name}}.pt", weights_only=False)
     found = small(*args, **kwargs)
     found = found["logits"] if isinstance(found, dict) else found
-    torch.testing.assert_close(found.detach(), logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.detach(), logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
     assert not small.training
     assert small.kept["layers"]
 """
@@ -434,8 +445,7 @@ def test_onnx_gives_the_logits_of_recall(name, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
-    task = task_of(name, double=False)
-    small, path = task.exported(), tmp_path / "small.onnx"
+    (task, small), path = exported(name), tmp_path / "small.onnx"
     inputs = task.inputs.tensors()
     free = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     torch.onnx.export(small, tuple(inputs), path, dynamo=True, dynamic_shapes=free)
@@ -446,3 +456,127 @@ def test_onnx_gives_the_logits_of_recall(name, tmp_path):
         found, *_ = session.run(None, {one.name: value.numpy() for one, value in named})
         expected, *_ = task.recalled(given).values()
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+# -- what can't be followed at all ------------------------------------------------------------------------------------
+
+
+class Deciding(nn.Module):
+    """By values, and with a norm that has a shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(4, 10), nn.BatchNorm1d(10), nn.Linear(10, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.one(x)).relu()
+        return self.head(self.two(x if float(x.sum()) > 1e9 else 2 * x).relu())
+
+
+def test_what_decides_by_values_is_a_copy_with_zeros_and_a_warning_says_why():
+    torch.manual_seed(0)
+    net = Deciding()
+    nn.init.normal_(net.norm.bias)
+    task = Task(net, (torch.randn(6, 4),))
+    before = {name: value.clone() for name, value in task.net.state_dict().items()}
+    with pytest.warns(
+        UserWarning, match=r"100% of the parameters of its silent units .*torch\.fx.*nor can torch\.export"
+    ):
+        small = task.exported()
+    task.check(small)
+    assert type(small) is Deciding and not small.training
+    assert all(torch.equal(value, before[name]) for name, value in task.net.state_dict().items())
+    silent = ~task.relevant["one"]
+    assert silent.any()
+    assert not small.one.weight[silent].any() and not small.one.bias[silent].any() and not small.norm.bias[silent].any()
+    assert small.kept["layers"]["one"] == {"units": 10, "silent": int(silent.sum()), "kept": 10}
+    assert small.kept["parameters"] == parameters(small) == parameters(task.net)
+    own = {tensor.data_ptr() for tensor in task.net.state_dict().values()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in small.state_dict().values())
+
+
+def test_a_copy_that_is_not_recall_s_network_is_refused():
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if float(x.sum()) > 1e9 else 2 * x) + 1  # of a silent unit, too
+
+    torch.manual_seed(0)
+    task = Task(nn.Sequential(Shifted(4, 8), nn.ReLU(), nn.Linear(8, CLASSES)), (torch.randn(6, 4),))
+    with pytest.raises(ValueError, match="nor is a copy with zeros for silent units what recall runs: it is off by"):
+        task.exported()
+
+
+def test_without_inputs_the_sentence_names_them():
+    with pytest.raises(ValueError, match=r"can't be traced by torch.fx .*Or give example=, inputs of the forward"):
+        export(*(lambda task: (task.net, task.layers, task.record))(task_of("recurrent")))
+
+
+# -- with the callback ------------------------------------------------------------------------------------------------
+
+
+class Sized(Classifier):
+    """It looks at its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(0) == 0:
+            raise ValueError("nothing")
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:no free units")
+def test_the_samples_that_are_kept_set_themselves():
+    torch.manual_seed(0)
+    model, rnf = Sized(), RelevanceFreezing()
+    train(model, rnf, "a", "b")
+    for task in ("a", "b"):
+        with torch.no_grad(), rnf.recall(task):
+            expected = model(inputs())
+        before = snapshot(model)
+        small = rnf.export(model, task)
+        assert changes(before, snapshot(model)) == []
+        assert isinstance(small, torch.fx.GraphModule)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(small(inputs()).detach(), expected, rtol=0, atol=1e-5 * scale)
+        relevant = rnf.state.tasks[task].relevant["body.0"]
+        assert len(small.get_parameter("body.0.weight")) == max(1, int(relevant.sum())) < len(relevant)
+
+
+@pytest.mark.filterwarnings("ignore:no free units")
+def test_in_another_program_inputs_are_given_or_the_model_s_own_example():
+    torch.manual_seed(0)
+    model, first_one, rnf = Sized(), RelevanceFreezing(), RelevanceFreezing()
+    train(model, first_one, "a")
+    rnf.load_state_dict(first_one.state_dict())
+    with pytest.raises(ValueError, match="give example="):
+        rnf.export(model, "a")
+    expected = first_one.export(model, "a").state_dict()
+    for small in (rnf.export(model, "a", example=inputs()), rnf.export(model, "a", example={"x": inputs()})):
+        assert all(torch.equal(value, expected[name]) for name, value in small.state_dict().items())
+    model.example_input_array = inputs()[:1]
+    assert rnf.export(model, "a").state_dict().keys() == expected.keys()
+
+
+# -- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Bert", "ViT"])
+def test_hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    if name == "Bert":
+        config = transformers.BertConfig(vocab_size=20, max_position_embeddings=16, num_labels=CLASSES, **sizes)
+        net: nn.Module = transformers.BertForSequenceClassification(config)
+        example: Any = tokens()
+        hidden = "bert.encoder.layer.0.intermediate.dense"
+    else:
+        config = transformers.ViTConfig(image_size=12, patch_size=4, num_labels=CLASSES, **sizes)
+        net, example = transformers.ViTForImageClassification(config), {"pixel_values": images(4, 12)[0]}
+        hidden = next(key for key, part in net.named_modules() if getattr(part, "out_features", 0) == 64)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    task = Task(net, example, double=False)
+    small = task.exported()
+    task.check(small)
+    assert len(small.get_parameter(f"{hidden}.weight")) == int(task.relevant[hidden].sum()) < 64
