@@ -5,7 +5,7 @@ are read by whom. All that is learned about a network is learned here, and every
 """
 
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
-from lightning_rnf.anatomy.exported import Inputs, followed
+from lightning_rnf.anatomy.exported import followed
 from lightning_rnf.anatomy.flow import Flow, Stop, described
 from lightning_rnf.anatomy.graph import (
     NotFollowedError,
@@ -17,6 +17,7 @@ from lightning_rnf.anatomy.graph import (
     torch_class,
 )
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
+from lightning_rnf.anatomy.inputs import Inputs
 from lightning_rnf.anatomy.layers import (
     BATCH_NORMS,
     CHANNEL_NORMS,

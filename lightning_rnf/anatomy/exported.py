@@ -11,77 +11,22 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from lightning_rnf.anatomy.calls import function_name, node_argument
 from lightning_rnf.anatomy.graph import NotFollowedError, Traced, silenced, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS
+from lightning_rnf.anatomy.inputs import Inputs, leaves_of, plain
 from lightning_rnf.anatomy.layers import TRANSPOSED, UnitLayer
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 _ROOT = "module"  # in the wrapper's names
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What a forward is called with.
-
-    Attributes:
-        args: by position.
-        kwargs: by name.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, example: Any) -> Inputs:
-        """As Lightning's ``example_input_array``: a tensor, a tuple by position, or a dict by name."""
-        if isinstance(example, Inputs):
-            return example
-        if isinstance(example, Mapping):
-            return cls((), dict(example))
-        return cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
-
-    def to(self, device: torch.device) -> Inputs:
-        """On a device."""
-        return self.each(lambda tensor: tensor.detach().to(device))
-
-    def first(self) -> Inputs | None:
-        """The first sample alone; None if that is all there is, or tensors are not of as many samples."""
-        sizes = {len(tensor) if tensor.ndim else 0 for tensor in self.tensors()}
-        return self.each(lambda tensor: tensor[:1]) if len(sizes) == 1 and min(sizes) > 1 else None
-
-    def several(self) -> Inputs:
-        """At least two samples: of one alone it can't be seen that the number is free."""
-        single = all(tensor.ndim and len(tensor) == 1 for tensor in self.tensors())
-        return self.each(lambda tensor: torch.cat([tensor, tensor])) if single else self
-
-    def leaves(self) -> list[tuple[tuple[Any, ...], Any]]:
-        """What is in it, by where it is; what else than a list, tuple or dict holds values is one."""
-        return _leaves((self.args, self.kwargs), opened=False)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in order."""
-        return [leaf for _, leaf in self.leaves() if isinstance(leaf, Tensor)]
-
-    def run(self, module: nn.Module) -> dict[tuple[Any, ...], Tensor]:
-        """What the module returns, each tensor by where it is."""
-        output = _leaves(module(*self.args, **self.kwargs))
-        return {path: leaf for path, leaf in output if isinstance(leaf, Tensor)}
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """Every tensor changed."""
-        changed = apply_to_collection((self.args, dict(self.kwargs)), Tensor, change, allow_frozen=True)
-        return Inputs(*changed)
 
 
 def followed(module: nn.Module, layers: Iterable[UnitLayer], inputs: Callable[[], Inputs | None] | None) -> Traced:
@@ -151,7 +96,7 @@ class _Flat(nn.Module):
                 return _Number(len(found) - 1)
             return leaf if isinstance(leaf, _CONSTANTS) else None
 
-        self.returned.form = _plain(self.module(*inputs.args, **inputs.kwargs), numbered)
+        self.returned.form = plain(self.module(*inputs.args, **inputs.kwargs), numbered)
         return tuple(found)
 
 
@@ -193,7 +138,7 @@ def _exported(flat: _Flat, tensors: list[Tensor]) -> Any:
         if not asked:
             return program
         errors.append(ValueError(f"the forward asks of sizes whether {asked[0]}"))
-    said = " ".join(str(errors[-1]).split())
+    said = " ".join(str(errors[-1]).split()).partition(". ")[0]  # what follows are hints for those who wrote torch
     raise NotFollowedError(f"torch.export: {said[:300]}") from errors[-1]
 
 
@@ -230,7 +175,7 @@ def _rebuilt(program: Any, flat: _Flat, inputs: Inputs, module: nn.Module) -> tu
                 nodes[node] = _attribute(graph, node, source, module, constants)
         elif node.op == "output":
             returned = [nodes[one] for one in node.args[0]]
-            graph.output(_plain(flat.returned.form, partial(_by_number, returned)))
+            graph.output(plain(flat.returned.form, partial(_by_number, returned)))
         elif node.op == "call_module" or function_name(node) == "assert_tensor_metadata":
             continue  # checks of what goes in, for which there are our own
         elif function_name(node) == "dropout" and node_argument(node, 2, "train") is False:
@@ -290,7 +235,7 @@ def _parameters(
     parameters.update((name, graph.placeholder(name, default_value=inputs.kwargs[name])) for name in without)
     found, said = [], []
     for name, value in named:
-        for path, leaf in _leaves(value):
+        for path, leaf in leaves_of(value):
             node = parameters[name]
             for key in path:
                 node = graph.call_function(operator.getitem, (node, key))
@@ -413,7 +358,7 @@ def _is_aten(node: fx.Node) -> bool:
     return node.op == "call_function" and str(node.target).startswith("aten.")
 
 
-# -- markers and trees -------------------------------------------------------------------------------------------------
+# -- markers -------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -437,30 +382,3 @@ def _mark(layer: str, module: nn.Module, args: Any, output: Tensor) -> Any:
 
 def _note(called: set[str], name: str, module: nn.Module, args: Any) -> None:
     called.add(name)
-
-
-def _plain(value: Any, change: Callable[[Any], Any], *, opened: bool = True) -> Any:
-    """Dicts, lists and tuples for whatever holds values by name or by position, each value changed."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry, change, opened=opened) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry, change, opened=opened) for entry in value]
-    if isinstance(value, tuple):
-        return tuple(_plain(entry, change, opened=opened) for entry in value)
-    if opened and is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name), change) for field in fields(value)}
-    return change(value)
-
-
-def _leaves(value: Any, *, opened: bool = True) -> list[tuple[tuple[Any, ...], Any]]:
-    found: list[tuple[tuple[Any, ...], Any]] = []
-
-    def collect(entry: Any, path: tuple[Any, ...]) -> None:
-        if not isinstance(entry, (dict, list, tuple)):
-            found.append((path, entry))
-            return
-        for key, inner in entry.items() if isinstance(entry, dict) else enumerate(entry):
-            collect(inner, (*path, key))
-
-    collect(_plain(value, lambda leaf: leaf, opened=opened), ())
-    return found

@@ -338,7 +338,7 @@ def test_other_inputs_than_those_it_was_exported_for_are_refused():
     both = tokens()
     with pytest.raises(AssertionError, match=r"exported for input_ids\.size\(1\) <= 16"):
         small(**tokens(2, 17))
-    with pytest.raises(AssertionError, match="exported for attention_mask in torch.int64"):
+    with pytest.raises(AssertionError, match=r"exported for attention_mask in torch\.int64"):
         small(both["input_ids"], both["attention_mask"].bool())
     with pytest.raises(AssertionError, match=r"attention_mask\.size\(1\) = that of input_ids|input_ids\.size"):
         small(both["input_ids"], both["attention_mask"][:, :-1])
@@ -471,7 +471,7 @@ class Deciding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.one(x)).relu()
-        return self.head(self.two(x if float(x.sum()) > 1e9 else 2 * x).relu())
+        return self.head(self.two(x if bool(x.sum() > 1e9) else 2 * x).relu())
 
 
 def test_what_decides_by_values_is_a_copy_with_zeros_and_a_warning_says_why():
@@ -485,11 +485,13 @@ def test_what_decides_by_values_is_a_copy_with_zeros_and_a_warning_says_why():
     ):
         small = task.exported()
     task.check(small)
-    assert type(small) is Deciding and not small.training
+    assert type(small) is Deciding
+    assert not small.training
     assert all(torch.equal(value, before[name]) for name, value in task.net.state_dict().items())
     silent = ~task.relevant["one"]
     assert silent.any()
-    assert not small.one.weight[silent].any() and not small.one.bias[silent].any() and not small.norm.bias[silent].any()
+    for rows in (small.one.weight, small.one.bias, small.norm.bias):
+        assert not rows[silent].any()
     assert small.kept["layers"]["one"] == {"units": 10, "silent": int(silent.sum()), "kept": 10}
     assert small.kept["parameters"] == parameters(small) == parameters(task.net)
     own = {tensor.data_ptr() for tensor in task.net.state_dict().values()}
@@ -499,11 +501,13 @@ def test_what_decides_by_values_is_a_copy_with_zeros_and_a_warning_says_why():
 def test_a_copy_that_is_not_recall_s_network_is_refused():
     class Shifted(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x if float(x.sum()) > 1e9 else 2 * x) + 1  # of a silent unit, too
+            return super().forward(x if bool(x.sum() > 1e9) else 2 * x) + 1  # of a silent unit, too
 
     torch.manual_seed(0)
     task = Task(nn.Sequential(Shifted(4, 8), nn.ReLU(), nn.Linear(8, CLASSES)), (torch.randn(6, 4),))
-    with pytest.raises(ValueError, match="nor is a copy with zeros for silent units what recall runs: it is off by"):
+    with pytest.raises(
+        ValueError, match="a copy with zeros for silent units is not recall's network, either: it is off by"
+    ):
         task.exported()
 
 
