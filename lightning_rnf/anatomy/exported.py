@@ -246,13 +246,20 @@ def _parameters(
             else:
                 same = operator.eq if isinstance(leaf, (int, float, str)) else operator.is_
                 _assert(graph, graph.call_function(same, (node, leaf)), f"exported for {where} = {leaf!r}")
-    _check_tensors(graph, found, said, values, ranges)
+    _check_tensors(graph, found, said, values, ranges, alone=inputs.first() is not None)
     return found
 
 
 def _check_tensors(
-    graph: fx.Graph, nodes: list[fx.Node], names: list[str], values: list[Any], ranges: Mapping[Any, Any]
+    graph: fx.Graph,
+    nodes: list[fx.Node],
+    names: list[str],
+    values: list[Any],
+    ranges: Mapping[Any, Any],
+    *,
+    alone: bool,
 ) -> None:
+    """Check kinds and sizes; ``alone``: one sample is tried, so nothing is said against it."""
     seen: dict[Any, fx.Node] = {}
     for node, name, value in zip(nodes, names, values, strict=True):
         if not value.is_floating_point():
@@ -274,7 +281,7 @@ def _check_tensors(
             if symbol not in ranges:
                 continue
             least, most = ranges[symbol].lower, ranges[symbol].upper
-            if least.is_Integer and dim > 0:  # one sample alone is tried instead
+            if least.is_Integer and not (alone and dim == 0):
                 _assert_size(graph, here, operator.ge, int(least), f"{name}.size({dim})")
             if most.is_Integer:
                 _assert_size(graph, here, operator.le, int(most), f"{name}.size({dim})")
