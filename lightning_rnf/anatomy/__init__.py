@@ -6,9 +6,19 @@ are read by whom. All that is learned about a network is learned here, and every
 
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
 from lightning_rnf.anatomy.explained import Explained
+from lightning_rnf.anatomy.exported import followed
 from lightning_rnf.anatomy.flow import Flow, Stop, described
-from lightning_rnf.anatomy.graph import Traced, bare, computes_itself, silenced, tensor_copy, torch_class
+from lightning_rnf.anatomy.graph import (
+    NotFollowedError,
+    Traced,
+    bare,
+    computes_itself,
+    silenced,
+    tensor_copy,
+    torch_class,
+)
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
+from lightning_rnf.anatomy.inputs import Inputs
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, is_layer, is_transposed, register_layer
 from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, check_kinds
 from lightning_rnf.anatomy.predict import Flat, Predict, answers, measure, predict_checked, supervised, true_labels
@@ -29,9 +39,11 @@ __all__ = [
     "Explained",
     "Flat",
     "Flow",
+    "Inputs",
     "Known",
     "Layout",
     "LiteralArgument",
+    "NotFollowedError",
     "Places",
     "Predict",
     "Routes",
@@ -52,6 +64,7 @@ __all__ = [
     "effect_of_function",
     "effect_of_module",
     "folded",
+    "followed",
     "form",
     "ignored_by",
     "in_front",

@@ -13,9 +13,14 @@ _NORM_TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 def function_name(node: fx.Node) -> str:
-    """Of a call: in-place variants and operators like their function."""
+    """Of a call: in-place variants, operators and overloads like their function."""
+    return called_name(node).strip("_")
+
+
+def called_name(node: fx.Node) -> str:
+    """Of a call, without what tells overloads of an operation apart."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name).strip("_")
+    return str(name).partition(".")[0]
 
 
 def node_argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

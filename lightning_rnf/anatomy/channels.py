@@ -41,6 +41,8 @@ _ADAPTIVE_POOLS = (
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
 _POOL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, *_AVERAGE_POOLS, *_ADAPTIVE_POOLS)
+_RESIZING_MODULES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+_RESIZES = ("interpolate", "upsample_")  # beginnings of names
 _POOLS = frozenset(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3))
 
 
@@ -162,6 +164,8 @@ def effect_of_module(node: fx.Node, module: Any, known: Known) -> Effect | None:
             reaches_outside(module.padding) or getattr(module, "divisor_override", None) is not None
         )
         return _pool(read, source, int(kind.__name__[-2]), borders, getattr(module, "output_size", None))
+    if kind in _RESIZING_MODULES:
+        return _resized(read, source)
     if kind is nn.Flatten:
         return _flatten(read, source, module.start_dim, module.end_dim)
     return None
@@ -187,6 +191,15 @@ def effect_of_function(node: fx.Node, known: Known) -> Effect | None:
         if name == "sum":  # as many as there are positions, which nobody here knows
             source = replace(source, constant=source.constant.where(source.constant == 0, torch.nan))
         return _reduced(read, source, node_argument(node, 1, "dim"), bool(node_argument(node, 2, "keepdim", False)))
+    if name.startswith(_RESIZES):
+        return _resized(read, source)
+    if name in {"pad", "constant_pad_nd"}:
+        return _padded(node, name, read, source)
+    if name == "slice" and source.ndim is not None:
+        along = node_argument(node, 1, "dim", 0) % source.ndim - source.ndim
+        return _same(read, source) if along != source.axis else None
+    if name == "select":
+        return _reduced(read, source, node_argument(node, 1, "dim"), keepdim=False)
     if name == "squeeze" and source.single:
         return _reduced(read, source, node_argument(node, 1, "dim"), keepdim=False)
     if name == "flatten":
@@ -234,6 +247,24 @@ def _pool_function(node: fx.Node, name: str, read: fx.Node, source: Channels) ->
         reaches_outside(node_argument(node, 3, "padding", 0)) or node_argument(node, 6, "divisor_override") is not None
     )
     return _pool(read, source, int(name[-2]), borders, size)
+
+
+def _resized(read: fx.Node, source: Channels) -> Effect | None:
+    """Other positions, each between those that there were: of nothing but zeros it is zero."""
+    if not source.first:
+        return None
+    constant = source.constant.where(source.constant == 0, torch.nan)
+    return _same(read, replace(source, constant=constant, single=False))
+
+
+def _padded(node: fx.Node, name: str, read: fx.Node, source: Channels) -> Effect | None:
+    """More positions at the borders, of axes behind the channels'."""
+    sizes = node_argument(node, 1, "pad")
+    if not isinstance(sizes, (tuple, list)) or len(sizes) // 2 >= -source.axis:
+        return None
+    filled = node_argument(node, 3 if name == "pad" else 2, "value")
+    zero = source.constant == 0 if filled in (None, 0) else torch.zeros_like(source.constant, dtype=torch.bool)
+    return _same(read, replace(source, constant=source.constant.where(zero, torch.nan), single=False))
 
 
 def _flatten(read: fx.Node, source: Channels, start: int, end: int) -> Effect | None:

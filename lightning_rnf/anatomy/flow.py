@@ -151,7 +151,8 @@ class _Walk:
         if known is None or read is None:
             self._pin(node)
             unknown = torch.full((units,), torch.nan, dtype=torch.float64)
-            return Effect(Channels(self._new(units), unknown, axis, None if axis == -1 else 1 - axis), ())
+            ndim = node.meta.get("ndim") if axis == -1 else 1 - axis
+            return Effect(Channels(self._new(units), unknown, axis, ndim), ())
 
         def wanted(live: Tensor) -> Tensor:
             return known.gather(live.view(groups, -1).any(dim=1).repeat_interleave(features // groups))
@@ -237,6 +238,7 @@ _MIXING = frozenset(
     (
         *("layer_norm", "group_norm", "rms_norm", "local_response_norm", "normalize", "softmax", "log_softmax", "norm"),
         *("scaled_dot_product_attention", "multi_head_attention_forward", "matmul", "bmm", "einsum", "channel_shuffle"),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu"),
     )
 )
 _LAYER_FUNCTIONS = frozenset(("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))))
@@ -280,4 +282,7 @@ def _is_shape(node: fx.Node) -> bool:
 def _is_of_torch(node: fx.Node) -> bool:
     """Whether a name means what it means in torch."""
     origin = getattr(node.target, "__module__", None) or "torch"
-    return node.op == "call_method" or origin.partition(".")[0] in {"torch", "_operator"}
+    return node.op == "call_method" or (
+        origin.partition(".")[0] in {"torch", "_operator"}
+        and (not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace == "aten")
+    )

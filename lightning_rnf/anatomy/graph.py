@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_rnf.anatomy.calls import name_norms
+from lightning_rnf.anatomy.calls import called_name, name_norms
 from lightning_rnf.anatomy.kinds import is_layer
 from lightning_rnf.anatomy.layers import BATCH_NORMS, UnitLayer, has_foreign_hooks
 
@@ -24,6 +24,7 @@ _VIEWS = frozenset(
         *("view", "view_as", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "t"),
         *("squeeze", "unsqueeze", "expand", "expand_as", "getitem", "getattr", "narrow", "select", "chunk", "split"),
         *("unbind", "contiguous", "detach", "float", "double", "half", "to", "type_as", "dropout", "dropout2d"),
+        *("slice", "split_with_sizes", "alias", "diagonal", "unfold", "feature_dropout", "alpha_dropout", "lift_fresh"),
     )
 )
 _CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
@@ -39,6 +40,10 @@ def silenced(output: Tensor, layer: str) -> Tensor:
 def computes_itself(module: nn.Module) -> bool:
     """Whether a layer has a forward of its own; a parametrized one of torch's has torch's."""
     return is_layer(module) and not hasattr(module, "parametrizations") and torch_class(module) is nn.Module
+
+
+class NotFollowedError(ValueError):
+    """A forward of which there is no graph."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,15 @@ class Traced:
         """Trace the forward as the model is now. The caller has to borrow it: constants are planted in it.
 
         Raises:
-            ValueError: if the forward can't be traced, or a unit layer doesn't run in it.
+            NotFollowedError: if the forward can't be traced.
+            ValueError: if a unit layer doesn't run in it.
         """
         layers = tuple(layers)
         tracer = _Tracer({layer.speaker: layer.name for layer in layers})
         try:
             recorded = tracer.trace(module)
         except Exception as error:
-            raise ValueError(
+            raise NotFollowedError(
                 f"the forward of {type(module).__name__} can't be traced by torch.fx ({error}): a sub-network is cut "
                 "out of its graph, so which operations run must not depend on values or sizes of the input. Decide in "
                 "__init__ instead, or hide a function that has to decide with torch.fx.wrap"
@@ -84,12 +90,39 @@ class Traced:
         graph.output(graph.graph_copy(recorded, {}))
         for node in graph.nodes:
             node.type = None  # annotations of the user's code would have to be importable
-        name_norms(graph, module, tracer.leaves)
-        aliased = _follow_in_place(graph, tracer.leaves)
+        return cls.read(graph, module, layers, tracer.leaves, tracer.called)
+
+    @classmethod
+    def read(
+        cls,
+        graph: fx.Graph,
+        module: nn.Module,
+        layers: tuple[UnitLayer, ...],
+        leaves: dict[str, nn.Module],
+        called: set[str],
+        constants: Mapping[str, Any] | None = None,
+    ) -> Traced:
+        """Of a graph that has been recorded.
+
+        Args:
+            graph: with calls of `silenced`; it is changed.
+            module: the model.
+            layers: its unit layers.
+            leaves: modules that the graph calls, by name.
+            called: names of the modules that ran.
+            constants: what ``get_attr`` nodes name that the model doesn't have.
+
+        Raises:
+            ValueError: if a unit layer doesn't run in it.
+        """
+        constants = constants or {}
+        name_norms(graph, module, leaves)
+        aliased = _follow_in_place(graph, leaves)
         nodes = [node for node in graph.nodes if node.op == "call_module"]
-        modules = {node.target: tracer.leaves[node.target] for node in nodes}
-        tensors = {node.target: _attribute(module, node.target) for node in graph.nodes if node.op == "get_attr"}
-        _check_layers(module, layers, tracer.called, modules)
+        modules = {node.target: leaves[node.target] for node in nodes}
+        named = [node.target for node in graph.nodes if node.op == "get_attr"]
+        tensors = {name: constants[name] if name in constants else _attribute(module, name) for name in named}
+        _check_layers(module, layers, called, modules)
         runs = Counter(node.target for node in nodes)
         owners = Counter(id(value) for value in tensors.values())
         owners.update(id(value) for leaf in modules.values() for value in leaf.parameters())
@@ -98,7 +131,7 @@ class Traced:
             for name, leaf in modules.items()
             if any(runs[name] > 1 or owners[id(value)] > 1 for value in leaf.parameters())
         }
-        return cls(graph, modules, tensors, frozenset(tracer.called), frozenset(bound), aliased)
+        return cls(graph, modules, tensors, frozenset(called), frozenset(bound), aliased)
 
 
 def bare(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
@@ -212,14 +245,14 @@ def _follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> frozense
 def _may_be_view(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__name__ in _VIEW_MODULES
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    name = called_name(node)
     return node.op in {"call_method", "call_function"} and bool(node.all_input_nodes) and name in _VIEWS
 
 
 def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    name = called_name(node)
     return bool(node.kwargs.get("inplace")) or name in _ASSIGNMENTS or (name.endswith("_") and name[-2:] != "__")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from lightning_rnf.anatomy import (
-    CHANNEL_NORMS,
     LAYERS,
     TRANSPOSED,
     Channels,
+    Inputs,
     Known,
+    NotFollowedError,
     Traced,
     UnitLayer,
     Wider,
@@ -25,6 +27,7 @@ from lightning_rnf.anatomy import (
     effect_of_function,
     effect_of_module,
     folded,
+    followed,
     layer_form,
     silenced,
     tensor_copy,
@@ -35,12 +38,12 @@ from lightning_rnf.memory import TaskRecord, layers_before, record_before
 from lightning_rnf.recall.kept import Kept
 from lightning_rnf.recall.pruning import Plan, plan
 from lightning_rnf.recall.subnetwork import recall
+from lightning_rnf.recall.whole import Expected, whole, zeroed
 from lightning_rnf.runtime import borrowed
 
 log = logging.getLogger(__name__)
 
 _OF_COPIES = "_user_preserved_attributes"  # torch's key for attributes of a graph module that a deep copy has, too
-_FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may name as norm and slopes
 
 
 def export(
@@ -50,7 +53,8 @@ def export(
     widenings: Sequence[Wider] = (),
     *,
     masked: bool = True,
-) -> fx.GraphModule:
+    inputs: Callable[[], Inputs | None] | None = None,
+) -> nn.Module:
     """Cut a finished task's sub-network out of a model; the model itself stays as it is.
 
     What comes back is made of torch's own modules and functions (and whatever functions of others the forward calls):
@@ -71,45 +75,120 @@ def export(
     as plain data (see `Kept.to_plain`); a warning says so where it is more than half of the parameters of silent units,
     and more than a tenth of all.
 
+    A forward that ``torch.fx`` can't trace is followed by ``torch.export`` on some inputs. Then the small module goes
+    the way that these went, on the device where they were: it takes the arguments that were given, refuses sizes for
+    which the forward goes another way, and returns plain dicts and tuples for objects with fields. It is compared with
+    recall on these inputs. If that fails, too, what comes back is a copy of the model in which silent units are zeros;
+    nothing is cut, and to load it takes the model's class.
+
     Args:
         module: the model.
         layers: its unit layers.
         record: of the task.
         widenings: of the model; what came since the task's end is left out.
         masked: as in recall; if not, all units stay.
+        inputs: gives some inputs of the forward; asked for if ``torch.fx`` can't trace it.
 
     Returns:
         A module that takes what the model's ``forward`` takes, in batches, and returns the task's logits.
 
     Raises:
-        ValueError: if ``torch.fx`` can't trace the model, or its forward runs another head than the task's.
+        ValueError: if ``torch.fx`` can't trace the model and there are no inputs, or no way gives recall's logits; or
+            its forward runs another head than the task's.
     """
     layers = tuple(layers)
+    given = (layers, record)
+    asked: list[Inputs] = []
+
+    def example() -> Inputs | None:
+        found = None if inputs is None else inputs()
+        asked.extend([] if found is None else [found])
+        return found
+
+    small: nn.Module | None = None
     with borrowed(module), recall(module, (), record, widenings, masked=masked), ExitStack() as undone:
         later = widenings[record.widenings :]
         layers, record = layers_before(layers, later), record_before(record, later)
         if masked:
             undone.enter_context(harmless(module, layers, record.relevant))
-        traced = Traced.of(module, layers)
-        if not any(f"{name}.".startswith(f"{record.head}.") for name in traced.called):
-            raise ValueError(
-                f"the model runs another head than {record.head!r}, which is that of task {record.name!r}: activate "
-                "it before the export (lightning_rnf.MultiHead does so by itself)"
-            )
         nobody = {layer.name: torch.zeros(layer.units, dtype=torch.bool) for layer in layers}
         silent = {name: ~record.relevant[name].cpu() for name in nobody} if masked else nobody
-        found = plan(traced, silent)
-        small = _build(traced, found, layers, silent)
-        kept = Kept.of(found, traced, layers, silent, module, small)
+        try:
+            traced = followed(module, layers, example)
+        except NotFollowedError as error:
+            if not asked:
+                raise ValueError(
+                    f"{error}. Or give example=, inputs of the forward, for torch.export to follow"
+                ) from error
+            why = str(error)
+        else:
+            _check_head(traced.called, record)
+            found = plan(traced, silent)
+            small = _build(traced, found, layers, silent)
+            kept = Kept.of(found, traced, layers, silent, module, small)
         before = sum(parameter.numel() for parameter in module.parameters())
+    if asked:
+        expected = _of_recall(module, *given, widenings, masked, asked[0])
+        if small is not None and (differs := expected.differs(small)):
+            small, why = None, f"what torch.export has followed is not what recall runs: {differs}"
+        if small is None:
+            small, kept = _whole(module, *given, widenings, masked, why)
+            if differs := expected.differs(small):
+                raise ValueError(
+                    f"{why}; a copy with zeros for silent units is not recall's network, either: {differs}"
+                )
+    assert small is not None
     log.info("%s: exported with %d of the model's %d parameters", record.name, kept.parameters[1], before)
     if kept.disappoints:
         rank_zero_warn(f"{record.name}: {kept}")
-    # A file keeps attributes, and a copy what torch has a key for.
+    # A file keeps attributes, and a copy of a graph module what torch has a key for.
     plain: Any = {"task": record.name, **kept.to_plain()}
-    small.meta[_OF_COPIES] = {"kept": plain}
+    if isinstance(small, fx.GraphModule):
+        small.meta[_OF_COPIES] = {"kept": plain}
     small.kept = plain
     return small
+
+
+def _check_head(called: Collection[str], record: TaskRecord) -> None:
+    if not any(f"{name}.".startswith(f"{record.head}.") for name in called):
+        raise ValueError(
+            f"the model runs another head than {record.head!r}, which is that of task {record.name!r}: activate "
+            "it before the export (lightning_rnf.MultiHead does so by itself)"
+        )
+
+
+def _of_recall(
+    module: nn.Module,
+    layers: tuple[UnitLayer, ...],
+    record: TaskRecord,
+    widenings: Sequence[Wider],
+    masked: bool,
+    inputs: Inputs,
+) -> Expected:
+    called: set[str] = set()
+    with borrowed(module), recall(module, layers, record, widenings, masked=masked):
+        module.get_submodule(record.head).register_forward_hook(lambda *call: called.add(record.head))
+        expected = Expected(module, inputs)
+    _check_head(called, record)
+    return expected
+
+
+def _whole(
+    module: nn.Module,
+    layers: tuple[UnitLayer, ...],
+    record: TaskRecord,
+    widenings: Sequence[Wider],
+    masked: bool,
+    why: str,
+) -> tuple[nn.Module, Kept]:
+    with borrowed(module), recall(module, (), record, widenings, masked=masked):
+        later = widenings[record.widenings :]
+        layers, record = layers_before(layers, later), record_before(record, later)
+        silent = {
+            layer.name: ~record.relevant[layer.name].cpu() if masked else torch.zeros(layer.units, dtype=torch.bool)
+            for layer in layers
+        }
+        return whole(module, layers, silent, why)
 
 
 @torch.no_grad()
@@ -119,7 +198,7 @@ def _build(traced: Traced, found: Plan, layers: tuple[UnitLayer, ...], silent: M
     tensors = traced.tensors.items()
     parts.update({name: tensor_copy(value, memo) if isinstance(value, Tensor) else value for name, value in tensors})
     by_name = {layer.name: layer for layer in layers}
-    rows = {name: _silence(parts, layer, silent[name]) for name, layer in by_name.items()}
+    rows = {name: zeroed(partial(_part, parts), layer, silent[name]) for name, layer in by_name.items()}
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node in found.outputs:
             _cut(parts[node.target], node, found)
@@ -135,27 +214,6 @@ def _build(traced: Traced, found: Plan, layers: tuple[UnitLayer, ...], silent: M
             traced.graph.erase_node(node)
     traced.graph.lint()
     return fx.GraphModule(parts, traced.graph).eval()
-
-
-def _silence(parts: Mapping[str, Any], layer: UnitLayer, silent: Tensor) -> bool:
-    """Zero the rows of silent units. False if that does not silence them, because a forward is not torch's."""
-    modules = [_part(parts, name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
-    if not silent.any():
-        return True
-    if any(module is None or torch_class(module) not in (*LAYERS, *_FOLLOWERS) for module in modules):
-        return False
-    own, *followers = modules
-    grouped = by_group(own, own.weight)  # a view: (groups, units, features, ...)
-    grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
-    # Zeros stay zeros in a norm without shift, and in a slope that is a number: those of silent units may be NaN.
-    rows = [(own, "bias", 0)]
-    for follower in followers:
-        rows += [(follower, name, 0) for name in ("weight", "bias", "running_mean")] + [(follower, "running_var", 1)]
-    for module, name, value in rows:
-        tensor = getattr(module, name, None)
-        if tensor is not None:
-            tensor[silent.to(tensor.device)] = value
-    return True
 
 
 def _stays_zero(node: fx.Node, layer: UnitLayer, parts: Mapping[str, Any]) -> bool:

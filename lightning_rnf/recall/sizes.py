@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rnf.anatomy import LAYERS, TRANSPOSED, Traced, UnitLayer, layer_form, torch_class
+from lightning_rnf.anatomy import LAYERS, TRANSPOSED, Inputs, UnitLayer, followed, layer_form, torch_class
 from lightning_rnf.recall.pruning import Plan, plan
 from lightning_rnf.runtime import borrowed, evaluating
 
@@ -62,7 +62,7 @@ class SubnetworkFlops:
     def __init__(self, module: nn.Module, layers: Iterable[UnitLayer], example: Any) -> None:
         self.layers = tuple(layers)
         with borrowed(module), evaluating(module), torch.no_grad():
-            self.traced = Traced.of(module, self.layers)
+            self.traced = followed(module, self.layers, lambda: Inputs.of(example))
             self._positions: dict[str, int] = {}
             for name, leaf in self.traced.modules.items():
                 if torch_class(leaf) in LAYERS and name not in self.traced.bound:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_rnf.anatomy import Inputs
 from lightning_rnf.freezing import free_weights, frozen_connections, heard
 from lightning_rnf.memory import (
     Audit,
@@ -96,7 +97,7 @@ class FinishedTasks(KeptInFiles):
         )
         return unheld_modules(module, held, [record.head for record in records])
 
-    def export(self, model: torch.nn.Module, task: str) -> torch.nn.Module:
+    def export(self, model: torch.nn.Module, task: str, example: Any = None) -> torch.nn.Module:
         """Cut the sub-network of a finished task out of a model, as a small, dense, ordinary module in eval mode.
 
         Its logits are those of recall within 1e-5 of the largest; see `recall.export` for what goes and what stays,
@@ -113,6 +114,10 @@ class FinishedTasks(KeptInFiles):
         Args:
             model: with the weights of any later time.
             task: name of the task.
+            example: inputs of the model's ``forward``, as in Lightning's ``example_input_array``: a tensor, a tuple of
+                what is given by position, or a dict of what is given by name. They are needed where ``torch.fx`` can't
+                trace the model, and the small one takes the same. None: those of the samples that the program keeps of
+                a finished task, or else the model's ``example_input_array``.
 
         Raises:
             KeyError: if there is no such finished task.
@@ -125,10 +130,22 @@ class FinishedTasks(KeptInFiles):
             raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
         self.state.check_module(module)
         of_task = (self.state.layers, record, self.state.widenings)
-        small = export(module, *of_task, masked=self.retention == "exact")
+        masked = self.retention == "exact"
+        small = export(module, *of_task, masked=masked, inputs=lambda: self._inputs(module, record, example))
         if strangers := sorted(set(unknown_modules(module, self.state.forms)) & set(dict(small.named_modules()))):
             raise ValueError(f"the model runs {strangers[0]!r}, which it did not have when the last task ended")
         return small
+
+    def _inputs(self, module: torch.nn.Module, record: TaskRecord, example: Any) -> Inputs | None:
+        """What the forward is called with: the given, of a task's kept samples, or the module's example."""
+        if example is not None:
+            return Inputs.of(example)
+        probes = self._witnesses.probes
+        for name in (record.name, *probes):
+            if name in probes and (found := probes[name].inputs(module)) is not None:
+                return found
+        own = getattr(module, "example_input_array", None)
+        return None if own is None else Inputs.of(own)
 
     def forget(self, task: str) -> dict[str, int]:
         """Give a finished task up: what no other task uses is free again, and its head may train again or be removed.

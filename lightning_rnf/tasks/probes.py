@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, Wider
+from lightning_rnf.anatomy import Inputs, UnitLayer, Wider
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.runtime import borrowed
@@ -76,6 +76,19 @@ class Probe:
     def on_device(self, module: nn.Module) -> Any:
         """The batch where the module is, in the fit's precision."""
         return self.reference.convert(_to(self.batch, next(module.parameters()).device))
+
+    def inputs(self, module: nn.Module) -> Inputs | None:
+        """What the model's forward gets for the batch, where the model is now; None: it isn't called."""
+        seen: list[Inputs] = []
+
+        def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(Inputs(args, kwargs))
+
+        with borrowed(module):
+            module.register_forward_pre_hook(note, with_kwargs=True)
+            with suppress(Exception):  # of another task's batch
+                run(module, self.batch, self.reference, nullcontext(), next(module.parameters()).device)
+        return seen[0] if seen else None
 
     def drift(
         self,

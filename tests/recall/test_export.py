@@ -401,6 +401,28 @@ def conv1d() -> nn.Module:
     )
 
 
+def resized() -> nn.Module:
+    """Positions that are put between others and at the borders, and one of them alone."""
+
+    def forward(self: Built, x: Tensor) -> Tensor:
+        x = self.one(x).relu()
+        y = self.up(self.two(F.max_pool2d(x, 2)).relu())
+        y = F.pad(y, [1, 0, 0, 1])[:, :]
+        x = self.three(torch.cat([x, F.interpolate(y, size=12, mode="bilinear")], 1)).sigmoid()
+        x = self.four(F.pad(x, (1, 1), value=0.5) + F.pad(x, (1, 1, 0, 0), mode="replicate"))
+        return self.head(x.select(3, 2).select(-1, 1))
+
+    return Built(
+        forward,
+        one=nn.Conv2d(3, 8, 3, padding=1),
+        two=nn.Conv2d(8, 10, 3, padding=1),
+        up=nn.Upsample(scale_factor=2),
+        three=nn.Conv2d(18, 8, 1),
+        four=nn.Conv2d(8, 6, 3),
+        head=nn.Linear(6, CLASSES),
+    )
+
+
 class NormAct(nn.BatchNorm2d):
     """A batch norm whose own forward goes on with an activation: timm's, with the steps of its forward."""
 
@@ -492,6 +514,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "memoryless": (memoryless, IMAGE),
     "transposed": (transposed, IMAGE),
     "conv1d": (conv1d, IMAGE),
+    "resized": (resized, IMAGE),
     "norm-and-act": (lambda: activated(NormAct, tracked=False), IMAGE),
     "norm-goes-on": (lambda: activated(Going), IMAGE),
 }
