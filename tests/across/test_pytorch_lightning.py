@@ -201,9 +201,12 @@ def test_an_early_stopping_of_an_earlier_fit_is_told_of():
         quiet(own.RelevanceFreezing(), stopping, max_epochs=3).fit(model, datamodule=task)
 
 
-def test_reference_data_of_a_module_that_has_its_own_and_validates_nothing():
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning")
+def test_a_module_that_validates_nothing_gives_reference_data_or_is_told_that_it_lacks_them():
     model, rnf, task = module_of(other), ours(OTHER).RelevanceFreezing(), stream(ours(OTHER).split_by_class)[0]
     model.heads.activate(task.task)
+    with pytest.raises(ValueError, match="no reference data: the fit's validation data is missing"):
+        quiet(rnf, limit_val_batches=0).fit(model, task.train_dataloader())
     model.val_dataloader = task.val_dataloader
     quiet(rnf, limit_val_batches=0).fit(model, task.train_dataloader())
     assert rnf.state.tasks["task-0"].samples == len(task.validation)
