@@ -22,7 +22,8 @@ from lightning_rnf.anatomy.calls import function_name, node_argument
 from lightning_rnf.anatomy.graph import NotFollowedError, Traced, silenced, torch_class
 from lightning_rnf.anatomy.grouped import LAYERS
 from lightning_rnf.anatomy.inputs import Inputs, leaves_of, plain
-from lightning_rnf.anatomy.layers import TRANSPOSED, UnitLayer
+from lightning_rnf.anatomy.kinds import TRANSPOSED
+from lightning_rnf.anatomy.layers import UnitLayer
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
