@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 
 from lightning_rnf.anatomy import (
@@ -22,6 +21,7 @@ from lightning_rnf.anatomy import (
     torch_class,
     true_labels,
 )
+from lightning_rnf.relevance.composite import applicable
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
 from lightning_rnf.relevance.precision import SinglePrecision, UnreachableError
@@ -87,9 +87,9 @@ def attribute(
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
             precision, or as `anatomy.predict_checked`.
     """
-    rules = _applicable(composite)
+    functions = FunctionRules(aware=composite is None)
+    rules = applicable(composite, functions.smooth)
     journal = Journal(layers)
-    functions = FunctionRules()
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
         return logits * true_labels(logits, target)
@@ -129,29 +129,24 @@ def attribute(
         arrived(roots, at_roots)
 
     sums = propagate(
-        module, layers, batches, conserving, true_class_logit, summed, applied, progress, prepare, note, ranks
+        module,
+        layers,
+        batches,
+        conserving,
+        true_class_logit,
+        summed,
+        applied,
+        progress,
+        prepare,
+        note,
+        ranks,
+        embedded=composite is None,
     )
     journal.join(ranks)
     # Of a layer that did not run there is one zero a unit.
     pairs = {name: found if found.ndim == 2 else found.unsqueeze(1).expand(-1, 2) for name, found in sums.items()}
     signed, absolute = ({name: pair[:, kind] for name, pair in pairs.items()} for kind in (0, 1))
     return Attribution(absolute if over_samples == "absolute" else signed, journal.conservation(signed))
-
-
-def _applicable(given: Composite | None) -> Composite:
-    """The rules, without those for what they are not made for.
-
-    For attention there are none: Zennit takes it for an activation, and fails on its three inputs. And none of our
-    choice for a layer that computes its weight: z⁺ would take the positive part of what it is computed from.
-    """
-    composite = EpsilonPlus() if given is None else given
-
-    def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
-        if isinstance(module, nn.MultiheadAttention) or (given is None and computes_itself(module)):
-            return None
-        return composite.module_map(context, name, module)
-
-    return Composite(module_map, composite.canonizers)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -197,6 +192,7 @@ def propagate(
     prepare: Callable[[nn.Module], None] = lambda module: None,
     arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
     ranks: Ranks = ALONE,
+    embedded: bool = False,
 ) -> dict[str, Tensor]:
     """Send something back from the logits and add up what arrives at the units, on a borrowed module.
 
@@ -212,6 +208,8 @@ def propagate(
         prepare: called once with the borrowed module, which it may change.
         arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
         ranks: whose sums are added up; they all get the same.
+        embedded: what embeddings look up is an input of the network, too, so that it goes along every path from there,
+            past the first layers as well.
 
     Returns:
         By layer: float64 on the CPU, as ``reduce`` gives it, summed over batches and ranks; 0 where nothing ran.
@@ -233,6 +231,9 @@ def propagate(
                 submodule = module.get_submodule(layer.name)
                 hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
                 hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
+            for submodule in module.modules() if embedded else ():
+                if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
+                    hooks.callback(submodule.register_forward_hook(_looked_up(roots)).remove)
             for batch in batches:
                 roots.clear()
                 # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
@@ -311,5 +312,20 @@ def _rooted(name: str, roots: list[Tensor]) -> Any:
             return None
         roots.append(args[0].detach().requires_grad_())
         return (roots[-1], *args[1:])
+
+    return root
+
+
+def _looked_up(roots: list[Tensor]) -> Any:
+    """A hook that makes what an embedding looks up a leaf of the graph."""
+
+    def root(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+            return None
+        if output.requires_grad:
+            roots.append(output)  # the user's own leaf
+            return None
+        roots.append(output.detach().requires_grad_())
+        return roots[-1]
 
     return root
