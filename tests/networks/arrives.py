@@ -41,14 +41,6 @@ class Module(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor]) -> None: ...
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 2e-3)
-
 
 def head_of(name: str) -> str | None:
     """Where the trace doesn't find it: logits that are picked by position."""
@@ -62,24 +54,28 @@ def at_zero_biases(name: str) -> float:
     return attribute(net, units.layers, [batch]).conservation.ratios[INPUT]
 
 
-def trained(name: str, importance: str, seed: int, epochs: int) -> tuple[float, float, float]:
-    """What arrives, what is free, and the sub-network's accuracy."""
+def learned(name: str, seed: int, epochs: int) -> tuple[Module, DataLoader, DataLoader]:
+    """A network that has learned the toy task, the data that it was trained on and others."""
     pl.seed_everything(seed, verbose=False)
-    net = zoo.built(name, seed)
-    loaders = [
+    module = Module(zoo.built(name, seed)).train()
+    trained_on, others = (
         DataLoader(TensorDataset(*zoo.batch_of(name, samples, 10 * seed + part)), 32, shuffle=not part)
         for part, samples in enumerate((512, 256))
-    ]
-    rnf = RelevanceFreezing(importance=importance, heads=head_of(name), ration=None, recovery_epochs=0)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[rnf], **quiet)
-    trainer.fit(Module(net), *loaders)
-    (record,) = rnf.state.tasks.values()
+    )
+    optimizer = torch.optim.AdamW(module.parameters(), 2e-3)
+    for _ in range(epochs):
+        for x, y in trained_on:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(x), y).backward()
+            optimizer.step()
+    return module.eval(), trained_on, others
+
+
+def kept(name: str, learned: tuple[Module, DataLoader, DataLoader], importance: str) -> tuple[float, float, float]:
+    """What arrives, what is free, and the sub-network's accuracy."""
+    module, trained_on, others = learned
+    rnf = RelevanceFreezing(importance=importance, heads=head_of(name), ration=None, fit_data=trained_on)
+    record = rnf.protect(module, others, name="toy")
     return record.conservation.get(INPUT, float("nan")), rnf.free_capacity, record.subnetwork_accuracy
 
 
@@ -103,20 +99,23 @@ def main() -> None:
             arrives = f"{at_zero_biases(name):.3g}"
         except Exception as error:
             arrives = told(error)
-        left, free = [], []
-        for importance in options.importance:
-            shares = []
-            for seed in range(options.seeds):
+        left, free = [], {importance: [] for importance in options.importance}
+        for seed in range(options.seeds):
+            module = learned(name, seed, options.epochs)
+            for importance, shares in free.items():
                 try:
-                    at_input, share, accuracy = trained(name, importance, seed, options.epochs)
+                    at_input, share, accuracy = kept(name, module, importance)
                 except Exception as error:
                     shares.append(told(error))
                     continue
                 shares.append(f"{share:.2f} ({accuracy:.2f})")
                 if importance == "lrp":
                     left.append(f"{at_input:.3g}")
-            free.append(f"{importance} {', '.join(shares)}" if len(options.importance) > 1 else ", ".join(shares))
-        print(f"| {name} | {arrives} | {', '.join(left)} | {'; '.join(free)} |", flush=True)
+        of_all = "; ".join(
+            f"{importance} {', '.join(shares)}" if len(free) > 1 else ", ".join(shares)
+            for importance, shares in free.items()
+        )
+        print(f"| {name} | {arrives} | {', '.join(left)} | {of_all} |", flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
