@@ -56,6 +56,7 @@ def attribute(
     ranks: Ranks = ALONE,
     arrived: Callable[[Sequence[Tensor], Sequence[Tensor | None]], None] = lambda roots, relevance: None,
     over_samples: OverSamples = "signed",
+    embedded: bool = True,
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
@@ -75,6 +76,8 @@ def attribute(
             layer with a forward of its own is propagated through function by function, with the weight that it
             computes; there is no z⁺ for that, so it is epsilon for convolutions, too, and a note says so.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
+            Only with None norms, attention and gates have theirs, also in modules of torch, and convolutions beside
+            norms, attention or sums of smooth activations have `composite.BySign`.
         progress: called after each batch with the number of samples so far.
         ranks: whose sums are added up; they all get the same.
         arrived: called after each batch with the inputs of the layers and the relevance that arrived at each; the
@@ -82,6 +85,7 @@ def attribute(
         over_samples: ``"signed"``: the sum over samples (the paper): a unit that speaks for some classes and as much
             against others comes to nothing. ``"absolute"``: the sum of each sample's absolute relevance. Conservation
             is of signed relevance in both cases.
+        embedded: whether what embeddings look up is an input of the network; not beside a composite.
 
     Raises:
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
@@ -140,7 +144,7 @@ def attribute(
         prepare,
         note,
         ranks,
-        embedded=composite is None,
+        embedded=embedded and composite is None,
     )
     journal.join(ranks)
     # Of a layer that did not run there is one zero a unit.

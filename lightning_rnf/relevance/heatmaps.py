@@ -59,7 +59,7 @@ def heatmaps(
 
     # Of a task that ended before the model was made wider, the recall has fewer units.
     now = [replace(layer, units=layer_form(module.get_submodule(layer.name))[1]) for layer in layers]
-    attribute(module, now, [batch], predict, composite, arrived=keep)
+    attribute(module, now, [batch], predict, composite, arrived=keep, embedded=False)  # pixels alone
     shape = images_of(batch).shape
     if any(one.numel() != shape.numel() for one in found):
         raise ValueError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +45,9 @@ def _of_instances(x: Tensor, given: Mapping[str, Any]) -> Tensor:
 
 
 def _of_length(x: Tensor, given: Mapping[str, Any]) -> Tensor:
-    length = torch.linalg.vector_norm(x.detach(), given["p"], given["dim"], keepdim=True)
-    return x / length.clamp_min(given["eps"])
+    length: Tensor = torch.linalg.vector_norm(x.detach(), given["p"], given["dim"], keepdim=True)
+    result: Tensor = x / length.clamp_min(given["eps"])
+    return result
 
 
 _LINEAR: dict[Any, tuple[inspect.Signature, Callable[[Tensor, Mapping[str, Any]], Tensor]]] = {
@@ -81,4 +81,4 @@ def as_linear(
     if not given.get("use_input_stats", True) or given.get("out") is not None:
         return None
     bias = given.get("bias")
-    return partial(linear, given=given), isinstance(bias, Tensor) and bool(bias.any())
+    return lambda x: linear(x, given), isinstance(bias, Tensor) and bool(bias.any())

@@ -100,17 +100,15 @@ _Rule = Callable[[Site], "Split | None"]
 
 
 def _by_contribution(**details: Any) -> Split:
-    return lambda run, tensors: ByContribution.apply(Call(run, **details), *tensors)  # type: ignore[no-any-return]
+    return lambda run, tensors: ByContribution.apply(Call(run, **details), *tensors)
 
 
 def _evenly(factors: int = 1, at_zero: float | None = None) -> Split:
-    return lambda run, tensors: Evenly.apply(  # type: ignore[no-any-return]
-        Call(run, factors=factors, at_zero=at_zero), *tensors
-    )
+    return lambda run, tensors: Evenly.apply(Call(run, factors=factors, at_zero=at_zero), *tensors)
 
 
 def _to_one(index: int) -> Split:
-    return lambda run, tensors: ToOne.apply(Call(run), index, *tensors)  # type: ignore[no-any-return]
+    return lambda run, tensors: ToOne.apply(Call(run), index, *tensors)
 
 
 # -- rules that hold in any case --------------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def _multiplied(site: Site) -> Split:
 
 
 def _gated_by(index: int, node: Any, smooth: Callable[[], bool]) -> Split:
-    return lambda run, tensors: Gated.apply(Call(run), smooth, index, node, *tensors)  # type: ignore[no-any-return]
+    return lambda run, tensors: Gated.apply(Call(run), smooth, index, node, *tensors)
 
 
 def _is_normaliser(tensor: Tensor) -> bool:
@@ -213,9 +211,7 @@ def _linear_or_weighing(site: Site) -> Split:
 
 def _weighed_by(softmax: Any, told: bool, first: int) -> Split:
     softmax.weighing = True
-    return lambda run, tensors: Weighing.apply(  # type: ignore[no-any-return]
-        Call(run), softmax if told else None, first, *tensors
-    )
+    return lambda run, tensors: Weighing.apply(Call(run), softmax if told else None, first, *tensors)
 
 
 def _after_a_constant(site: Site) -> Split | None:
@@ -255,7 +251,7 @@ def _weights(site: Site) -> Split | None:
     dim = site.argument(1, "dim")
     if not site.is_elementwise or not isinstance(dim, int):
         return None
-    return lambda run, tensors: Softmax.apply(Call(run), dim, *tensors)  # type: ignore[no-any-return]
+    return lambda run, tensors: Softmax.apply(Call(run), dim, *tensors)
 
 
 def _attention_by_parts(args: Sequence[Any], options: Mapping[str, Any]) -> Tensor:

@@ -16,8 +16,10 @@ from zennit.core import Composite
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.relevance import attribution
 from lightning_rnf.relevance.attribution import Attribution, attribute
+from lightning_rnf.relevance.composite import BySign
 from lightning_rnf.relevance.conservation import BIAS, INPUT
 from lightning_rnf.relevance.functions import FunctionRules
+from lightning_rnf.relevance.heatmaps import heatmaps
 
 WIDTH, HEADS, LENGTH = 8, 2, 5
 
@@ -415,6 +417,39 @@ def test_a_product_after_a_constant_is_linear():
     close(found, expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolutions_of_smooth_networks_split_by_the_sign_of_their_output(bias):
+    conv = nn.Conv1d(6, 5, 1, bias=bias).double().requires_grad_(False)
+    x, relevance = leaf(7, 6, 1), torch.randn(7, 5, 1, dtype=torch.float64)
+    with Composite(lambda context, name, module: BySign()).context(conv):
+        (found,) = torch.autograd.grad(conv(x), x, relevance)
+    z = torch.einsum("ni,oi->noi", x[..., 0], conv.weight[..., 0])
+    b = conv.bias.expand(7, 5)[..., None] if bias else torch.zeros(7, 5, 1, dtype=torch.float64)
+    total = z.sum(-1, keepdim=True) + b
+    own = torch.where(total > 0, z.clamp(min=0), z.clamp(max=0))
+    of_bias = torch.where(total > 0, b.clamp(min=0), b.clamp(max=0))
+    expected = (own / (own.sum(-1, keepdim=True) + of_bias) * relevance).sum(1)
+    close(found[..., 0], expected, 1e-4)
+    assert found.abs().sum() <= relevance.abs().sum() + 1e-6
+
+
+def test_a_smooth_network_with_sums_has_that_rule_and_a_chain_has_zennits():
+    """The same layers, with and without a skip: where outputs are negative the two rules differ."""
+    parts = {"first": nn.Conv1d(2, 4, 3, padding=1), "second": nn.Conv1d(4, 4, 3, padding=1)}
+    batch, head = labelled(8, 2, 6), nn.Linear(4, CLASSES)
+    for skip in (False, True):
+
+        def forward(net, x, skip=skip):
+            x = nn.functional.silu(net.first(x))
+            y = net.second(x)
+            return net.head(nn.functional.silu(x + y if skip else y).mean(2))
+
+        net = Built(forward, **parts, head=head)
+        found = attributed(net, batch).relevance["first"]
+        expected = attributed(net, batch, composite=EpsilonPlus()).relevance["first"]
+        assert torch.equal(found, expected) is not skip
+
+
 # -- what arrives -----------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +555,20 @@ def test_embedded_tokens_are_the_input_also_of_what_goes_past_the_first_layers()
     x = torch.randint(20, (8, LENGTH))
     found = attributed(net, (x, net(x).argmax(1))).conservation
     assert found.ratios[INPUT] == pytest.approx(1.0, abs=0.01)
+
+
+def test_heatmaps_are_of_pixels_where_positions_are_embedded():
+    net = Built(
+        lambda net, x: net.head(
+            net.block(net.embed(x).flatten(2).transpose(1, 2) + net.place(torch.arange(4))).mean(1)
+        ),
+        embed=nn.Conv2d(3, WIDTH, 4, stride=4),
+        place=nn.Embedding(4, WIDTH),
+        block=Block(),
+        head=nn.Linear(WIDTH, CLASSES),
+    ).eval()
+    batch = labelled(4, 3, 8, 8)
+    assert heatmaps(net, UnitMap.of(net, batch).layers, batch).shape == (4, 8, 8)
 
 
 def test_what_is_added_is_a_cause_like_a_bias():
