@@ -106,7 +106,6 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "edgenext": of_timm("edgenext_xx_small", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), heads=(4, 4, 4, 4)),
     "poolformer": of_timm("metaformer.MetaFormer", **_SHORT, layer_scale_init_values=1e-5, mlp_bias=True),
     "mixer": of_timm("mlp_mixer.MlpMixer", img_size=SIDE, patch_size=8, embed_dim=48, num_blocks=3),
-    "levit": of_timm("levit.Levit", img_size=64, embed_dim=(32, 48, 64), depth=(1, 1, 1), num_heads=(2, 3, 4)),
     "maxvit": of_timm("maxvit_rmlp_pico_rw_256", img_size=64, depths=(1, 1), embed_dim=(32, 64), stem_width=16),
     "vit": of_timm("vit_tiny_patch16_224", **_VIT),
     "deit": of_timm("deit3_small_patch16_224", **_VIT),
@@ -170,7 +169,7 @@ BUILD = {**IMAGES, **OF_PIXELS, **TEXTS}
 def batch_of(name: str, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Data of a network's kind and size."""
     x, y = DATA[name](samples, seed)
-    larger = name in {"levit", "maxvit", "hiera"}
+    larger = name in {"maxvit", "hiera"}
     return (nn.functional.interpolate(x, scale_factor=2) if larger else x), y
 
 
