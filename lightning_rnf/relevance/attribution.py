@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from zennit.composites import EpsilonPlus
 from zennit.core import Composite
 from zennit.rules import Pass
 
@@ -28,6 +27,7 @@ from lightning_rnf.anatomy import (
     torch_class,
     true_labels,
 )
+from lightning_rnf.relevance.composite import applicable
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
 from lightning_rnf.relevance.precision import RunsAgainError, SinglePrecision, UnreachableError
@@ -62,6 +62,7 @@ def attribute(
     ranks: Ranks = ALONE,
     arrived: Callable[[Sequence[Tensor], Sequence[Tensor | None]], None] = lambda roots, relevance: None,
     over_samples: OverSamples = "signed",
+    embedded: bool = True,
 ) -> Attribution:
     """Relevance of every unit, propagated from the logit of each sample's true class (equations 1 and 2 of the paper).
 
@@ -85,6 +86,8 @@ def attribute(
             propagated through function by function, with the weight that it computes; there is no z⁺ for that, so it
             is epsilon for convolutions, too, and a note says so.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
+            Only with None norms, attention and gates have theirs, also in modules of torch, and convolutions beside
+            norms, attention or sums of smooth activations have `composite.BySign`.
         progress: called after each batch with the number of samples so far.
         ranks: whose sums are added up; they all get the same.
         arrived: called after each batch with the inputs of the layers and the relevance that arrived at each; the
@@ -92,6 +95,7 @@ def attribute(
         over_samples: ``"signed"``: the sum over samples (the paper): a unit that speaks for some classes and as much
             against others comes to nothing. ``"absolute"``: the sum of each sample's absolute relevance. Conservation
             is of signed relevance in both cases.
+        embedded: whether what embeddings look up is an input of the network; not beside a composite.
 
     Raises:
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
@@ -99,9 +103,9 @@ def attribute(
     """
     repeated: set[str] = set()
     runs: Counter[str] = Counter()
-    rules = _applicable(composite, repeated)
+    functions = FunctionRules(aware=composite is None)
+    rules = applicable(composite, functions.smooth, repeated)
     journal = Journal(layers)
-    functions = FunctionRules()
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
         return logits * true_labels(logits, target)
@@ -153,30 +157,13 @@ def attribute(
 
     sums = propagate(
         *(module, layers, batches, Flat.like(predict, conserving), true_class_logit, summed),
-        *(applied, progress, prepare, note, ranks),
+        *(applied, progress, prepare, note, ranks, embedded and composite is None),
     )
     journal.join(ranks)
     # Of a layer that did not run there is one zero a unit.
     pairs = {name: found if found.ndim == 2 else found.unsqueeze(1).expand(-1, 2) for name, found in sums.items()}
     signed, absolute = ({name: pair[:, kind] for name, pair in pairs.items()} for kind in (0, 1))
     return Attribution(absolute if over_samples == "absolute" else signed, journal.conservation(signed))
-
-
-def _applicable(given: Composite | None, repeated: Container[str]) -> Composite:
-    """The rules, without those for what they are not made for.
-
-    For attention there are none: Zennit takes it for an activation, and fails on its three inputs. And none of our
-    choice for a layer that computes its weight: z⁺ would take the positive part of what it is computed from.
-    """
-    composite = EpsilonPlus() if given is None else given
-
-    def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
-        own = computes_itself(module) or name in repeated
-        if isinstance(module, nn.MultiheadAttention) or (given is None and own):
-            return None
-        return composite.module_map(context, name, module)
-
-    return Composite(module_map, composite.canonizers)
 
 
 def _count(runs: Counter[str], name: str, *call: object) -> None:
@@ -254,6 +241,7 @@ def propagate(
     prepare: Callable[[nn.Module], None] = lambda module: None,
     arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
     ranks: Ranks = ALONE,
+    embedded: bool = False,
 ) -> dict[str, Tensor]:
     """Send something back from the logits and add up what arrives at the units, on a borrowed module.
 
@@ -269,6 +257,8 @@ def propagate(
         prepare: called once with the borrowed module, which it may change.
         arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
         ranks: whose sums are added up; they all get the same.
+        embedded: what embeddings look up is an input of the network, too, so that it goes along every path from there,
+            past the first layers as well.
 
     Returns:
         By layer: float64 on the CPU, as ``reduce`` gives it, summed over batches and ranks; 0 where nothing ran.
@@ -290,6 +280,9 @@ def propagate(
                 submodule = module.get_submodule(layer.name)
                 hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
                 hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
+            for submodule in module.modules() if embedded else ():
+                if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
+                    hooks.callback(submodule.register_forward_hook(_looked_up(roots)).remove)
 
             def of_batch(batch: Any) -> int:
                 roots.clear()
@@ -373,5 +366,20 @@ def _rooted(name: str, roots: list[Tensor]) -> Any:
             return None
         roots.append(args[0].detach().requires_grad_())
         return (roots[-1], *args[1:])
+
+    return root
+
+
+def _looked_up(roots: list[Tensor]) -> Any:
+    """A hook that makes what an embedding looks up a leaf of the graph."""
+
+    def root(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+            return None
+        if output.requires_grad:
+            roots.append(output)  # the user's own leaf
+            return None
+        roots.append(output.detach().requires_grad_())
+        return roots[-1]
 
     return root

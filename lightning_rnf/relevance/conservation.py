@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zennit.types import BatchNorm
 
 from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, computes_itself
+from lightning_rnf.relevance.splits import kind_of, successors
 from lightning_rnf.runtime import Ranks
 
 INPUT = "<input>"
@@ -33,14 +34,16 @@ UNKNOWN = (
 # perceptrons of two to six hidden layers 0.94, with batch norms 0.14 (0.5 of it lost at once), a convolutional network
 # 0.63, a VGG with batch norms 0.61, a residual network 0.43. It never grew. Hence: no more than all of it.
 FAR_WITH_BIASES = 1.0
-# Without biases, over two to fifty layers, within 0.001 of 1. Gates of squeeze-and-excitation lose what has no positive
-# contribution: 0.94 (RegNet-Y), 0.97 (EfficientNet). Through one LayerNorm 0.0 is left, after an addition 2.0.
+# Without biases, over two to fifty layers, within 0.001 of 1, in transformers within 0.006. Beside ReLUs gates of
+# squeeze-and-excitation lose what has no positive contribution: 0.94 (RegNet-Y). Through one softmax in the middle
+# 0.0 is left, after an addition without a rule 2.0.
 FAR = 0.1
 
 # Nodes of the autograd graph whose plain gradient hands relevance on without gain or loss, by name without "Backward":
 # they move or copy values, choose some of them, or average them. A sum of two tensors is none; see `_hands_on`.
 _CONSERVING = """
-    AccumulateGrad Identity _Evenly _ByContribution Add Sub Relu View UnsafeView Reshape ReshapeAlias Alias AsStrided
+    AccumulateGrad Identity Evenly ByContribution ToOne Gated Weighing
+    Add Sub Relu View UnsafeView Reshape ReshapeAlias Alias AsStrided
     T Transpose Permute MoveDim Squeeze Unsqueeze Slice Select Split SplitWithSizes Chunk Unbind Narrow Diagonal Index
     IndexSelect Gather TakeAlongDim Cat Stack Expand Repeat Clone ToCopy Copy CopySlices ConstantPadNd ReflectionPad1D
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D MaxPool2DWithIndices
@@ -237,7 +240,7 @@ class _Graph:
         self.share: dict[Any, Fraction] = {}  # of one drop poured in at the logits that splits evenly at every fork
         below: dict[Any, list[Any]] = {}
         for node in _depth_first(logits.grad_fn):  # everything below a node comes before it
-            below[node] = [successor for successor, _ in node.next_functions if successor in self.share]
+            below[node] = [successor for successor in successors(node) if successor in self.share]
             leaf = getattr(node, "variable", None)
             if below[node] or not (leaf is None or isinstance(leaf, nn.Parameter)):  # canonizers make biases
                 self.share[node] = Fraction(0)
@@ -252,13 +255,13 @@ class _Graph:
 
 def _depth_first(start: Any) -> Iterator[Any]:
     seen = {start}
-    pending = [] if start is None else [(start, iter(start.next_functions))]
+    pending = [] if start is None else [(start, successors(start))]
     while pending:
-        node, successors = pending[-1]
-        for successor, _ in successors:
-            if successor is not None and successor not in seen:
+        node, following = pending[-1]
+        for successor in following:
+            if successor not in seen:
                 seen.add(successor)
-                pending.append((successor, iter(successor.next_functions)))
+                pending.append((successor, successors(successor)))
                 break
         else:
             pending.pop()
@@ -314,6 +317,8 @@ def _causes(graph: _Graph, calls: Sequence[_Call]) -> list[_Cause]:
     ]
     for node, position in graph.position.items():
         owner = owners.get(node)
+        if getattr(node, "biased", False):
+            found.append(_Cause(position, BIAS, f"in {owner.name}" if owner is not None and owner.name else "added"))
         if _hands_on(node, graph) or (owner is not None and owner.ruled):
             continue
         if owner is not None and is_of_torch(owner.module):
@@ -325,19 +330,17 @@ def _causes(graph: _Graph, calls: Sequence[_Call]) -> list[_Cause]:
 
 
 def _hands_on(node: Any, graph: _Graph) -> bool:
-    kind = _kind(node)
+    kind = kind_of(node)
     if kind in {"Add", "Sub", "Maximum"} and sum(part in graph.position for part, _ in node.next_functions) > 1:
         return kind == "Maximum"  # a sum outside the reach of rules: each part gets the whole
+    if kind == "Softmax":
+        return bool(node.weighing)
     return kind in _CONSERVING.split()
-
-
-def _kind(node: Any) -> str:
-    return str(node.name()).rpartition("::")[2].partition("Backward")[0]
 
 
 def _function(node: Any) -> str:
     """``NativeLayerNormBackward0`` is ``layer_norm``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", _kind(node).removeprefix("Native")).lower().strip("_")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind_of(node).removeprefix("Native")).lower().strip("_")
 
 
 def _nodes(value: Any) -> list[Any]:

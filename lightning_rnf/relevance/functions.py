@@ -1,8 +1,8 @@
-"""Rules for what a forward computes without a module: sums, products, pooling and activations that are functions.
+"""Rules for what a forward computes without a module: sums, products, norms, attention, pooling, activations.
 
 Zennit's rules sit on modules. What a forward writes as a function, ``x + y`` or ``x * gate``, gets plain gradients,
 which hand the whole relevance to both operands: 256 times in a ResNet-18. These rules need no canonizer written for a
-class.
+class. Modules that Zennit has no rule for (LayerNorm, Softmax, MultiheadAttention) call functions, and have theirs.
 """
 
 from __future__ import annotations
@@ -17,30 +17,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-STABILISER = 1e-6  # that of Zennit's epsilon rule
-
-_ADDITIONS = "add __add__ __radd__ __iadd__"
-_DIFFERENCES = "sub subtract __sub__ __isub__"
-_REVERSED_DIFFERENCES = "rsub __rsub__"
-_PRODUCTS = "mul multiply __mul__ __rmul__ __imul__"
-_QUOTIENTS = "div divide true_divide __truediv__ __itruediv__"
-_POOLING = (
-    "sum mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate"
-)
-_LINEAR = (
-    "linear matmul mm bmm einsum __matmul__ __rmatmul__ conv1d conv2d conv3d "
-    "conv_transpose1d conv_transpose2d conv_transpose3d"
-)
-# Sums of a tensor and a product of two others.
-_AFFINE = "addmm addmv addbmm baddbmm"
-# Sums of entries that an index puts together, as in message passing.
-_GATHERED = "scatter_add index_add scatter_reduce index_reduce"
-# Element by element, as the modules that Zennit lets relevance pass; ReLU's gradient does the same without a rule.
-_ACTIVATIONS = (
-    "sigmoid tanh silu gelu elu selu celu mish softplus softsign logsigmoid hardswish hardsigmoid hardtanh relu6 "
-    "leaky_relu prelu rrelu tanhshrink softshrink hardshrink threshold clamp clip clamp_min clamp_max neg negative "
-    "__neg__ batch_norm"
-)
+from lightning_rnf.relevance.normalisers import NORMS
+from lightning_rnf.relevance.rules import AWARE, CURVED, FLAGGED, PARTS, RULES, Site, Split
 
 
 class FunctionRules(TorchFunctionMode):
@@ -52,11 +30,22 @@ class FunctionRules(TorchFunctionMode):
     factor half: the uniform rule of AttnLRP (Achtibat et al. 2024). Activations let
     relevance pass. What was broadcast gets the sum.
 
-    Constants and parameters get no relevance: what is added to a tensor leaves its relevance whole, as do factors.
+    A norm is the linear map of its numerator (`normalisers`), also where it is written by hand: a factor that is
+    ``rsqrt`` of something and what a tensor is divided by are constants. Attention: `attention`. A gate has half of
+    what it adds to its value at 0 (`splits._Gated`). Parameters get no relevance. As factors they leave it whole, and
+    what is added to a tensor takes its share, like a bias: without it, what is nearly 0 before would get much.
+
+    Args:
+        aware: False: norms, softmax and attention are plain gradients, added constants leave relevance whole. So it is
+            beside a composite of the user's own.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, aware: bool = True) -> None:
         super().__init__()
+        self._rules = RULES | AWARE if aware else RULES
+        self._parts = PARTS if aware else {}
+        self._curved = self._summed = self._mixed = False  # what has run so far
         self._active = False
         self._inside = 0
 
@@ -70,6 +59,22 @@ class FunctionRules(TorchFunctionMode):
         """No longer."""
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._active = False
+
+    def smooth(self) -> bool:
+        """Whether sums have parts that cancel and relevance behind them all the same.
+
+        That is where functions that let negative values through ran beside sums, or norms, or attention. In a chain, or
+        with ReLUs, what sums to nearly 0 has nearly no relevance.
+        """
+        return self._mixed or (self._curved and self._summed)
+
+    def note_sum(self) -> None:
+        """Two tensors of the graph have been added."""
+        self._summed = True
+
+    def note_attention(self) -> None:
+        """Values have been weighed."""
+        self._mixed = True
 
     @contextmanager
     def attached(self, module: nn.Module, ruled: Container[str]) -> Iterator[None]:
@@ -113,111 +118,21 @@ class FunctionRules(TorchFunctionMode):
     ) -> Any:
         """Called by torch in place of ``function``."""
         options = dict(kwargs or {})
-        rule = None if self._inside or not torch.is_grad_enabled() else _RULES.get(function)
-        if rule is None:
+        self._curved = self._curved or function in CURVED
+        self._mixed = self._mixed or function in NORMS
+        if self._inside or not torch.is_grad_enabled():
             return function(*args, **options)
         tensors = _of_graph(args, options)
-        split = rule(tensors, args, options) if tensors else None
+        if tensors and (parts := self._parts.get(function)):
+            super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it while this runs
+            try:
+                result = parts(args, options)
+            finally:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            return function(*args, **options) if result is None else result
+        rule = self._rules.get(function) if tensors else None
+        split = rule(Site(self, function, tensors, args, options)) if rule else None
         return function(*args, **options) if split is None else _apply(split, function, tensors, args, options)
-
-
-class _ByContribution(torch.autograd.Function):
-    """``R_i = x_i (∂f/∂x_i)ᵀ R / (k f)``, where f is linear in each of its k factors: by Euler, the sum is R."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Callable[..., Tensor], factors: int, *tensors: Tensor) -> Tensor:
-        ctx.call, ctx.factors = call, factors
-        # Copies, since a plain sum doesn't mind what is done in place to its operands afterwards.
-        ctx.save_for_backward(*(tensor.clone() for tensor in tensors))
-        return call(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        with torch.enable_grad():
-            output = ctx.call(*tensors)
-        total = ctx.factors * output.detach()
-        share = relevance / (total + torch.where(total < 0, -STABILISER, STABILISER))
-        gradients = torch.autograd.grad(output, tensors, share)
-        return None, None, *(x.detach() * gradient for x, gradient in zip(tensors, gradients, strict=True))
-
-
-class _Evenly(torch.autograd.Function):
-    """``R_i = R / k``, summed over what was broadcast."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Callable[..., Tensor], factors: int, *tensors: Tensor) -> Tensor:
-        ctx.shapes = [tensor.shape for tensor in tensors]
-        ctx.factors = factors
-        return call(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *((relevance / ctx.factors).sum_to_size(shape) for shape in ctx.shapes)
-
-
-_Split = tuple[type[torch.autograd.Function], int]  # how relevance is split, and among how many factors
-_Rule = Callable[[list[Tensor], Sequence[Any], Mapping[str, Any]], "_Split | None"]
-
-
-def _addition(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split | None:
-    return (_ByContribution, 1) if len(tensors) > 1 else None  # what is added to a constant keeps its relevance
-
-
-def _difference(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split:
-    return _addition(tensors, args, options) or (_Evenly, 1)  # a gradient would turn the sign of what is subtracted
-
-
-def _product(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split:
-    return _Evenly, len(tensors)
-
-
-def _quotient(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split | None:
-    return (_Evenly, 1) if len(tensors) == 1 and tensors[0] is args[0] else None
-
-
-def _linear(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split:
-    return _ByContribution, len(tensors)
-
-
-def _affine(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split:
-    """Linear in what is added and in either of the factors together, as long as only one of these is of the graph."""
-    factors = (*args[1:3], *(options.get(name) for name in ("mat1", "mat2", "mat", "vec", "batch1", "batch2")))
-    return _ByContribution, max(1, sum(isinstance(one, Tensor) and one.requires_grad for one in factors))
-
-
-def _gathered(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split | None:
-    reduce = options.get("reduce", next((one for one in args if isinstance(one, str)), "sum"))
-    return None if reduce == "prod" else (_ByContribution, 1)  # of a largest or smallest it is the whole
-
-
-def _activation(tensors: list[Tensor], args: Sequence[Any], options: Mapping[str, Any]) -> _Split | None:
-    elementwise = len(tensors) == 1 and tensors[0] is args[0] and not options.get("training")
-    return (_Evenly, 1) if elementwise else None
-
-
-def _rules() -> dict[Any, _Rule]:
-    """By function, in every form that torch has of it: of ``torch``, of ``Tensor``, functional, in place."""
-    rules: dict[Any, _Rule] = {}
-    for names, rule in (
-        (_ADDITIONS, _addition),
-        (f"{_DIFFERENCES} {_REVERSED_DIFFERENCES}", _difference),
-        (_PRODUCTS, _product),
-        (_QUOTIENTS, _quotient),
-        (f"{_POOLING} {_LINEAR}", _linear),
-        (_AFFINE, _affine),
-        (_GATHERED, _gathered),
-        (_ACTIVATIONS, _activation),
-    ):
-        for name in names.split():
-            for form in (name, f"{name}_"):
-                for namespace in (torch, Tensor, nn.functional):
-                    if hasattr(namespace, form):
-                        rules[getattr(namespace, form)] = rule
-    return rules
-
-
-_RULES = _rules()
 
 
 def _of_graph(args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
@@ -232,11 +147,11 @@ class _Operand:
 
 
 def _apply(
-    split: _Split, function: Callable[..., Any], tensors: list[Tensor], args: Sequence[Any], options: dict[str, Any]
+    split: Split, function: Callable[..., Any], tensors: list[Tensor], args: Sequence[Any], options: dict[str, Any]
 ) -> Tensor:
     name = function.__name__
     in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    if _RULES[function] is _activation:  # a flag of theirs, by name or by position
+    if function in FLAGGED:  # by name or by position
         in_place = in_place or bool(options.get("inplace")) or any(argument is True for argument in args[1:])
 
     # What is written to in place gets a graph that leads here: with the tensor itself the graph would hold itself, and
@@ -253,10 +168,8 @@ def _apply(
         result: Tensor = function(*own_args, **own_options)
         return result
 
-    rule, factors = split
     if not in_place:
-        result: Tensor = rule.apply(call, factors, *tensors)
-        return result
+        return split(call, tensors)
     # Others may hold what is written to, or a view of it.
     written: Tensor = args[0]
-    return written.copy_(rule.apply(call, factors, *(x.clone() if x is written else x for x in tensors)))
+    return written.copy_(split(call, [x.clone() if x is written else x for x in tensors]))

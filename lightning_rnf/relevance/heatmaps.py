@@ -63,7 +63,7 @@ def heatmaps(
         replace(layer, units=layer_form(parts[layer.name])[1]) if isinstance(parts[layer.name], LAYERS) else layer
         for layer in layers
     ]
-    attribute(module, now, [batch], predict, composite, arrived=keep)
+    attribute(module, now, [batch], predict, composite, arrived=keep, embedded=False)  # pixels alone
     shape = images_of(batch).shape
     if any(one.numel() != shape.numel() for one in found):
         raise ValueError(
