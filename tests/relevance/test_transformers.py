@@ -626,7 +626,7 @@ def test_networks_of_relus_have_bit_by_bit_the_relevance_that_zennits_rules_give
             nn.init.normal_(parameter, 0.5, 0.3)
     found = attributed(net, batch)
     zennit = EpsilonPlus()
-    monkeypatch.setattr(attribution, "applicable", lambda given, smooth: Composite(zennit.module_map))
+    monkeypatch.setattr(attribution, "applicable", lambda given, smooth, repeated: Composite(zennit.module_map))
     monkeypatch.setattr(attribution, "FunctionRules", lambda aware: FunctionRules(aware=False))
     expected = attributed(net, batch)
     for layer, relevance in expected.relevance.items():
