@@ -263,7 +263,7 @@ def changed(path, tmp_path, part, number, model=None, **changes):
         ({"parameters": []}, "those of the layer, its norm and its slopes"),
         ({"parameters": ["conv1.weight", "conv2.weight"]}, "those of the layer, its norm and its slopes"),
         ({"parameters": ["conv1.weight", "conv1.weight", "bn1.weight"]}, "'conv1.weight' belongs to two"),
-        ({"transposed": [4, 1]}, "was a transposed convolution"),
+        ({"transposed": [4, 1]}, "was a layer with a transposed weight"),
         ({"transposed": [2, 10**300]}, "'transposed' should be"),
         ({"name": "\x1b[2J", "parameters": ["\x1b[2J.weight"]}, "'name' should be a name"),
     ],
