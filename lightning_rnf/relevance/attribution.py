@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -286,19 +286,20 @@ def propagate(
 
             def of_batch(batch: Any) -> int:
                 roots.clear()
-                try:
-                    # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
-                    with rules(module):
-                        single_predict = Flat.like(predict, single.predicting(predict))
-                        logits, target = predict_checked(single_predict, module, single.batch(batch))
-                        sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
-                        arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
-                    return len(target)
-                except RunsAgainError:
-                    return of_batch(batch)  # with other rules, and fewer each time
+                # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
+                with rules(module):
+                    single_predict = Flat.like(predict, single.predicting(predict))
+                    logits, target = predict_checked(single_predict, module, single.batch(batch))
+                    sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
+                    arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
+                return len(target)
 
             for batch in batches:
-                samples += of_batch(batch)
+                found = None
+                while found is None:
+                    with suppress(RunsAgainError):  # then with other rules, and fewer each time
+                        found = of_batch(batch)
+                samples += found
                 progress(samples)
         return samples, {name: total.of_share() for name, total in sums.items()}
 
