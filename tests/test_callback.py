@@ -861,7 +861,8 @@ class NoHidden(Classifier):
 
 class FunctionalLogits(Classifier):
     def forward(self, x):
-        return super().forward(x) * 2.0
+        features = self.body(x)
+        return features[:, :2] + features[:, 2:4]
 
 
 def labelled(y):

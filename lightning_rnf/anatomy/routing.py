@@ -99,6 +99,7 @@ def joined(
     Returns:
         The map, and the modules of those that can't be made of units: their parameters are shared.
     """
+    first = units
     for other in sorted(others, key=lambda one: one.ran):
         if _fit(units, other, known):
             units = _union(units, other)
@@ -115,7 +116,8 @@ def joined(
         reasons={**units.reasons, **dict.fromkeys(left, _REASON)},
         ran=(*units.ran, *own),
     )
-    return whole, tuple(dict.fromkeys(name.rpartition(".")[0] for name in left))
+    of_others = (name for name in units.whole if name not in first.whole)
+    return whole, tuple(dict.fromkeys((*of_others, *(name.rpartition(".")[0] for name in left))))
 
 
 def _fit(units: UnitMap, other: UnitMap, known: Collection[str] | None) -> bool:

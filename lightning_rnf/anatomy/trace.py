@@ -180,6 +180,8 @@ class Trace:
             return 0
         if call.name not in self.given:  # torch's own layers read their parameters once
             return self.edges[leaf] - 1
+        if call.node is None:  # it says something else than a tensor: trying it tells
+            return 0
         return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]
 
 

@@ -504,7 +504,8 @@ def test_a_forward_may_ask_its_trainer():
 
 class Headless(Classifier):
     def forward(self, x):
-        return super().forward(x) * 2
+        features = self.body(x)
+        return features[:, :2] + features[:, 2:4]
 
 
 class Twice(Classifier):
@@ -515,7 +516,6 @@ class Twice(Classifier):
 
 REFUSED = {
     "no head": (Headless, {}, loader("a"), ValueError, "head not found"),
-    "a layer twice": (Twice, {}, loader("a"), ValueError, "body.3"),
     "labels": (Classifier, {}, [(inputs(), torch.full((64,), 7))], ValueError, "but the head has 2 outputs"),
     "no labels": (Classifier, {}, [inputs()], TypeError, r"not \(x, y\)"),
     "empty": (Classifier, {}, [], ValueError, "reference data is empty"),
@@ -537,6 +537,14 @@ def test_what_a_fit_refuses_is_refused(model_type, options, reference, error, se
         rnf.protect(model, reference, name="a")
     assert changes(before, snapshot(model)) == []
     assert not rnf.state.tasks
+
+
+@pytest.mark.filterwarnings("ignore:.*belong to no unit and will be frozen whole")
+def test_a_layer_that_runs_twice_is_frozen_whole_and_named():
+    model, rnf = Twice(), RelevanceFreezing()
+    with pytest.warns(UserWarning, match=r"frozen whole .*: body\.3 runs 2 times in one forward"):
+        rnf.protect(model, loader("a"), name="a")
+    assert set(rnf.state.shared) == {"body.3.weight", "body.3.bias"}
 
 
 def test_names_and_models_that_do_not_go_with_the_finished_tasks_are_refused():
