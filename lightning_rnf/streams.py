@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_rnf.anatomy import Explained, Predict, is_numbers, predict_checked, supervised
+from lightning_rnf.anatomy import Explained, Flat, Layout, Predict, is_numbers, predict_checked, supervised
 from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
@@ -282,10 +282,12 @@ def fit_stream(
             precision = trainer.precision_plugin
             with set_up(seen, trainer, "test"), _tested(model, seen.task, callback), torch.no_grad():
                 explained: list[Explained] = []
+                numbers: bool | None = None  # as the first batch shows: one of another may all be 0 or 1
                 for batch in seen.test_dataloader():
                     converted = precision.convert_input(on_device(batch, trainer))
                     with precision.forward_context():
-                        logits, target = predict_checked(predict, model, converted)
+                        logits, target = predict_checked(Flat(predict, Layout(numbers=numbers)), model, converted)
+                    numbers = is_numbers(target) if numbers is None else numbers
                     if is_numbers(target):
                         explained.append(Explained.of(logits, target))
                     else:

@@ -23,10 +23,10 @@ _PRODUCTS = frozenset(
 def find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
     """The name of the head.
 
-    It is the active task's entry of a `MultiHead` that ran; or the module whose output is the logits, or that they are
-    made of by functions with no other input that is trained and no matrix product (``log_softmax``, the last token,
-    the mean over tokens, a slice, another shape, a cast). If it stands in a ``ModuleDict`` or ``ModuleList`` whose
-    other entries did not run, the whole entry is the head.
+    It is the active task's entry of a `MultiHead`, if no other layer runs behind it; or the module whose output is the
+    logits, or that they are made of by functions with no other input that is trained and no matrix product
+    (``log_softmax``, the last token, the mean over tokens, a slice, another shape, a cast). If it stands in a
+    ``ModuleDict`` or ``ModuleList`` whose other entries did not run, the whole entry is the head.
 
     Args:
         trace: of the model.
@@ -37,7 +37,9 @@ def find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
     """
     if globs is not None:
         return _named(trace, globs)
-    entries = [name for name in _of_multi_heads(trace) if not _is_all(trace, name)]
+    # One that other layers come behind is a stem or an adapter of its task.
+    *_, last = ("", *(call.name for call in layer_calls(trace)))
+    entries = [name for name in _of_multi_heads(trace) if not _is_all(trace, name) and inside(last, name)]
     if len(entries) == 1:
         return entries[0]
     found = next((call.name for call in trace.calls if _is_logits(trace, call)), None)

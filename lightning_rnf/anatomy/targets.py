@@ -91,7 +91,7 @@ def flattened(
     axis = layout.axis if layout.axis in axes else axes[0]
     rows = in_rows(output, axis)
     if target.shape == output.shape:
-        return rows, _in_columns(in_rows(target, axis), layout, may_be_labels=target.ndim > 1)
+        return rows, _in_columns(in_rows(target, axis), layout)
     return _of_positions(rows, target, rows.shape[1], layout, ignored)
 
 
@@ -111,7 +111,7 @@ def in_front(
     axis = layout.axis or (class_axes(features, target) or (1,))[0]
     rows = in_rows(features, axis)
     if target.ndim == features.ndim:
-        return rows, _in_columns(in_rows(target, axis), layout, may_be_labels=True)
+        return rows, _in_columns(in_rows(target, axis), layout)
     return _of_positions(rows, target, outputs, layout, ignored)
 
 
@@ -126,10 +126,9 @@ def ignored_by(module: nn.Module) -> frozenset[int]:
     return frozenset({IGNORED, *(label for label in stated if isinstance(label, int))})
 
 
-def _in_columns(wanted: Tensor, layout: Layout, *, may_be_labels: bool) -> Tensor:
+def _in_columns(wanted: Tensor, layout: Layout) -> Tensor:
     """Targets with a column for each of the output's: several labels, or numbers."""
-    is_open = may_be_labels and not (layout.numbers and is_numbers(wanted))
-    if is_open and bool(((wanted == 0) | (wanted == 1)).all()):
+    if not (layout.numbers and is_numbers(wanted)) and bool(((wanted == 0) | (wanted == 1)).all()):
         return wanted.long()
     if not is_numbers(wanted) or layout.numbers is False:
         lowest, highest = wanted.min().item(), wanted.max().item()
@@ -150,7 +149,7 @@ def _of_positions(
                 f"labels are {_described(target)}, expected an integer tensor {tuple(target.shape)} of class indices, "
                 f"since the head has {columns} outputs; numbers have as many columns as the output"
             )
-        return rows, _numbers(target.reshape(-1, 1), layout)
+        return rows, _in_columns(target.reshape(-1, 1), layout)
     labels = target.reshape(-1).long()
     left_out = labels < 0 if target.ndim > 1 else torch.zeros_like(labels, dtype=torch.bool)
     for label in ignored:

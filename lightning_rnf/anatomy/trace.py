@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
@@ -122,6 +123,7 @@ class Trace:
             suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
                 if kind_of(submodule):
+                    reads.computed[id(submodule)] = {id(parameter) for parameter in submodule.parameters()}
                     submodule.register_forward_pre_hook(reads.enter, prepend=True)
                     submodule.register_forward_hook(reads.leave, always_call=True)
                 if name in suspects:
@@ -220,12 +222,14 @@ class _Reads(TorchFunctionMode):
     Attributes:
         tensors: all of them.
         outside: parameters whose values were read while no layer of theirs was running.
+        computed: what the weights of a layer may be computed from, by its identity.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.tensors: set[int] = set()
         self.outside: set[int] = set()
+        self.computed: dict[int, set[int]] = {}
         self._running: list[nn.Module] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
@@ -249,6 +253,11 @@ class _Reads(TorchFunctionMode):
             own = {id(parameter) for module in self._running for parameter in module.parameters()}
             read = {id(parameter) for parameter in of_values if isinstance(parameter, nn.Parameter)}
             self.outside.update(read - own)
+            running = {id(module) for module in self._running}
+            given = {id(value) for value in of_values if isinstance(value, Tensor)}
+            for (owner, _), value in parametrize._cache.items():  # inside of `parametrize.cached` it is computed once
+                if id(value) in given and owner not in running:
+                    self.outside.update(self.computed.get(owner, ()))
         return result
 
 

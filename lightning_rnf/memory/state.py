@@ -139,9 +139,10 @@ class FreezeState:
         found = {name: layer for name, layer in found.items() if layer not in new}
         idle = {name for name, layer in known.items() if set(layer.parameters) <= set(units.idle)}
         if differing := sorted(known.keys() - found.keys() - idle | found.keys() - known.keys()):
+            used = {name: units.whole[name] for name in differing if name in units.whole}
             raise ValueError(
                 f"the model's layers no longer match the finished tasks: {differing} ran for one task and not for "
-                f"another; {_SOME_ONLY}"
+                f"another{''.join(f' (here, layer {name!r} {found})' for name, found in used.items())}; {_SOME_ONLY}"
             )
         at_rest = {name for layer in idle - found.keys() for name in known[layer].parameters}
         return replace(

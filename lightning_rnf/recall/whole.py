@@ -81,13 +81,26 @@ def whole(
     sizes, of_silent = {}, 0.0
     for layer in layers:
         mute = silent[layer.name]
-        zeroed(parts.get, layer, mute)
+        if not zeroed(parts.get, layer, mute):
+            _zero_own(twin, layer, mute)
         sizes[layer.name] = (layer.units, int(mute.sum()), layer.units)
         numel = sum(module.get_parameter(name).numel() for name in layer.parameters)
         of_silent += numel * int(mute.sum()) / layer.units
     count = sum(parameter.numel() for parameter in twin.parameters())
     stay = sum(muted for _, muted, _ in sizes.values())
     return twin, Kept((count, count), (of_silent, of_silent), sizes, {why: stay} if stay else {})
+
+
+@torch.no_grad()
+def _zero_own(module: nn.Module, layer: UnitLayer, silent: Tensor) -> None:
+    """Zero all that silent units own, in a layer of whatever kind; whether that silences them has to be tried.
+
+    Of a weight that is computed from a length and a direction the latter stays: it is divided by its own length.
+    """
+    for name in layer.parameters:
+        if name != layer.weight or ".parametrizations." not in name:
+            parameter = module.get_parameter(name)
+            parameter[layer.spread(name, silent).to(parameter.device)] = 0
 
 
 class Expected:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from networks import labelled
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from training import Classifier, inputs, train
@@ -109,3 +111,28 @@ def test_relevance_and_magnitude_are_those_of_plain_layers():
     magnitudes = magnitude(net, layers, [], None), magnitude(plain, expected, [], None)
     assert all(torch.allclose(magnitudes[0][name], values) for name, values in magnitudes[1].items())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Cached(Classifier):
+    """The weight of a layer is read a second time, and with `parametrize.cached` it is computed only once."""
+
+    def __init__(self, is_cached: bool) -> None:
+        super().__init__()
+        self.is_cached = is_cached
+        self.body = None
+        self.first, self.normed, self.mid = nn.Linear(6, 12), weight_norm(nn.Linear(12, 12)), nn.Linear(12, 12)
+        self.last = nn.Linear(12, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        with parametrize.cached() if self.is_cached else nullcontext():
+            both = self.mid(self.normed(hidden).relu()) + nn.functional.linear(hidden, self.normed.weight)
+        return self.heads(self.last(both.relu()).relu())
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_weight_that_is_read_a_second_time_is_frozen_whole_if_it_is_cached_too(is_cached):
+    x = inputs()
+    units = UnitMap.of(Cached(is_cached), (x, torch.zeros(len(x), dtype=torch.long)))
+    assert [layer.name for layer in units.layers] == ["first", "mid", "last"]
+    assert "used a second time outside the layer" in units.whole["normed"]

@@ -269,3 +269,14 @@ def test_a_flat_predict_gives_rows_once_and_for_all():
     assert torch.equal(once, batch[0].reshape(-1, 5))
     assert torch.equal(again, once)
     assert len(target) == 10
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_two_classes_of_one_logit_are_labels_however_they_are_written(shape):
+    """As for ``BCEWithLogitsLoss``, which takes floats."""
+    wanted = torch.tensor([0.0, 1, 1, 0, 1, 0])
+    rows, target = flattened(noise(*shape), wanted.view(shape))
+    assert rows.shape == (6, 1)
+    assert torch.equal(target, wanted.long().view(6, 1))
+    _, numbers = flattened(noise(*shape), wanted.view(shape), Layout(numbers=True))
+    assert numbers.is_floating_point()  # in a task whose first batch was of others

@@ -572,6 +572,12 @@ def test_a_multi_head_that_ran_is_the_head_whatever_comes_behind_it():
     assert units.idle == ("heads.tasks.a.weight", "heads.tasks.a.bias")
 
 
+def test_a_multi_head_that_other_layers_come_behind_is_no_head():
+    stems, out = MultiHead(4, {"a": 4, "b": 4}), nn.ModuleDict({"a": nn.Linear(4, CLASSES), "b": nn.Linear(4, CLASSES)})
+    net = Built(lambda net, x: net.out["a"](net.body(net.stems(x)).relu()), stems=stems, body=nn.Linear(4, 4), out=out)
+    assert units_of(net).head == "out.a"
+
+
 def test_a_multi_head_that_has_no_say_or_holds_whole_networks_is_none():
     net = two_layers(side=MultiHead(4, {"a": CLASSES}))
     net.compute = lambda net, x: (net.side(x), net.head(net.second(net.first(x))))[1]

@@ -18,6 +18,7 @@ from records import bare_record
 from snapshot import changes, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, everybody's name for it
+from torch.nn.utils.parametrizations import weight_norm
 from training import Classifier, inputs, train
 
 from lightning_rnf import RelevanceFreezing
@@ -517,6 +518,16 @@ def test_what_decides_by_values_is_a_copy_with_zeros_and_a_warning_says_why():
     assert small.kept["parameters"] == parameters(small) == parameters(task.net)
     own = {tensor.data_ptr() for tensor in task.net.state_dict().values()}
     assert own.isdisjoint(tensor.data_ptr() for tensor in small.state_dict().values())
+
+
+def test_layers_that_are_not_torch_s_are_silent_in_a_copy_too():
+    torch.manual_seed(0)
+    net = Deciding()
+    weight_norm(net.one)
+    task = Task(net, (torch.randn(6, 4),))
+    with pytest.warns(UserWarning, match="100% of the parameters of its silent units"):
+        task.check(task.exported())
+    assert (~task.relevant["one"]).any()
 
 
 def test_a_copy_that_is_not_recall_s_network_is_refused():
