@@ -21,7 +21,16 @@ from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.anatomy.inputs import Inputs
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, is_layer, is_transposed, register_layer
 from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, check_kinds
-from lightning_rnf.anatomy.predict import Flat, Predict, answers, measure, predict_checked, supervised, true_labels
+from lightning_rnf.anatomy.predict import (
+    Flat,
+    Predict,
+    answers,
+    logits_of,
+    measure,
+    predict_checked,
+    supervised,
+    true_labels,
+)
 from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.targets import Layout, ignored_by, in_front, is_numbers
 from lightning_rnf.anatomy.trace import form
@@ -73,6 +82,7 @@ __all__ = [
     "is_transposed",
     "joined",
     "layer_form",
+    "logits_of",
     "measure",
     "predict_checked",
     "register_layer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,8 @@ def find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
 
     It is the active task's entry of a `MultiHead`, if no other layer runs behind it; or the module whose output is the
     logits, or that they are made of by functions with no other input that is trained and no matrix product
-    (``log_softmax``, the last token, the mean over tokens, a slice, another shape, a cast). If it stands in a
+    (``log_softmax``, the last token, the mean over tokens, a slice, another shape, a cast). Of several heads at once it
+    is the module that holds them and nothing else. If it stands in a
     ``ModuleDict`` or ``ModuleList`` whose other entries did not run, the whole entry is the head.
 
     Args:
@@ -46,7 +48,16 @@ def find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
     candidates: list[str] = []
     if not found or _is_all(trace, found):
         found, candidates = _behind_functions(trace)
+    several = found is None and len(trace.layout.widths or ()) > 1
+    if several:
+        found = _around(trace, candidates)
     if found is None:
+        if several:
+            raise ValueError(
+                f"head not found: the logits are those of {', '.join(map(repr, candidates))}, which do not stand in "
+                "one module apart from all others; put the heads of a task into one nn.ModuleDict, or name the module "
+                "that holds them with heads="
+            )
         raise ValueError(
             "head not found: no module's output is the logits, nor what functions of it alone make them of (they are "
             "computed from several, with a weight, or by the LightningModule itself); name the heads' modules with "
@@ -100,6 +111,18 @@ def _behind_functions(trace: Trace) -> tuple[str | None, list[str]]:
             return None, _makers_before(before, makers)
         (node,) = before
     return (None, []) if node is None else (makers[node], [])
+
+
+def _around(trace: Trace, makers: list[str]) -> str | None:
+    """The innermost module that holds all these, if each of its parts that ran holds one of them."""
+    if not makers:
+        return None
+    parts = zip(*(maker.split(".")[:-1] for maker in makers), strict=False)
+    shared = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+    around, depth = ".".join(shared), len(shared)
+    ran = {call.name.split(".")[depth] for call in layer_calls(trace) if around and inside(call.name, around)}
+    holding = {maker.split(".")[depth] for maker in makers}
+    return around if around and ran <= holding and not _is_all(trace, around) else None
 
 
 def _makers_before(nodes: list[Any], makers: dict[Any, str]) -> list[str]:

@@ -19,12 +19,13 @@ from lightning_rnf.anatomy.targets import Layout, flattened, ignored_by, is_numb
 from lightning_rnf.runtime import ALONE, Ranks, joined
 from lightning_rnf.search import EXPLAINED, Measured
 
-Predict = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+Predict = Callable[[nn.Module, Any], tuple[Any, Any]]
 """``(module, batch) -> (logits, target)``.
 
 Classes: logits ``(N, classes)`` and indices ``(N,)``; at positions (pixels, tokens) logits ``(N, classes, …)`` or
 ``(N, …, classes)`` and indices ``(N, …)``, below 0 where a position does not count. Several labels: 0 and 1 in the
-logits' shape. Numbers: floats in the output's shape. See `targets.flattened`."""
+logits' shape. Numbers: floats in the output's shape. Several heads at once: dicts of logits and of indices, by the same
+keys. See `targets.flattened`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ def predict_checked(predict: Predict, module: nn.Module, batch: Any, *, finite: 
     if finite:
         check_finite(logits)
     return logits, target
+
+
+def logits_of(predict: Predict, module: nn.Module, batch: Any) -> Tensor:
+    """Logits in the form in which ``predict`` returns them, with those that don't count; of several heads rows."""
+    logits, target = predict(module, batch)
+    return flattened(logits, target, None, ignored_by(module))[0] if isinstance(logits, Mapping) else logits
 
 
 def check_finite(logits: Tensor) -> None:

@@ -6,7 +6,7 @@ labels ``(rows, classes)`` of integers that are 0 or 1, and numbers ``(rows, col
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.nn.modules.loss import _Loss
 IGNORED = -100
 """The label of what does not count: torch's losses leave it out by default."""
 
+FAR = 100.0
+"""So far below a row's least logit stand the columns of other heads: ``exp`` of it is nothing beside 1 in float32."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,10 +28,12 @@ class Layout:
     Attributes:
         axis: of the output, that counts classes: 1 (torch's convention) or -1; None: not known.
         numbers: whether targets of floats are numbers, although in a batch they may all be 0 or 1; None: not known.
+        widths: classes of each of several heads at once, in the order of their columns; None: of one head.
     """
 
     axis: int | None = None
     numbers: bool | None = None
+    widths: tuple[int, ...] | None = None
 
 
 def class_axes(output: Tensor, target: Tensor) -> tuple[int, ...]:
@@ -64,7 +69,8 @@ def flattened(
         output: floats ``(N, classes)``, ``(N, classes, …)`` or ``(N, …, classes)``; of numbers also ``(N,)``.
         target: class indices, integers ``(N,)`` or ``(N, …)``: those in ``ignored`` do not count, and of positions
             (pixels, tokens) none that is below 0. Or 0 and 1 alone, in the form of the output, for several labels. Or
-            numbers: floats in the form of the output, which may have a dimension of 1 more.
+            numbers: floats in the form of the output, which may have a dimension of 1 more. Of several heads at once
+            output and target are dicts of the same keys, of class indices: see `side_by_side`.
         layout: what is known of the task's other batches; None: nothing. Where classes could be counted by two
             dimensions, it is the second.
         ignored: labels of what does not count.
@@ -77,6 +83,8 @@ def flattened(
         ValueError: if their forms disagree, or a label lies outside the head.
     """
     layout = layout or Layout()
+    if isinstance(output, Mapping) and isinstance(target, Mapping):
+        return side_by_side(_of_each(output, target, ignored))
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(f"logits are {_described(output)}, expected a floating point tensor (N, classes){_way(output)}")
     if not isinstance(target, Tensor) or target.is_complex():
@@ -115,6 +123,37 @@ def in_front(
     return _of_positions(rows, target, outputs, layout, ignored)
 
 
+def side_by_side(heads: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows of several heads as rows of one, whose classes are those of all heads, one head after the other.
+
+    Each head's targets stay rows of their own. In the columns of other heads stands what is never the largest and adds
+    nothing to a softmax: `FAR` below the row's least logit. So answers, probabilities and the true class's logit are
+    what they are in the head alone.
+
+    Args:
+        heads: of each, ``(rows, classes)`` and class indices ``(rows,)``.
+
+    >>> side_by_side([(torch.zeros(1, 2), torch.tensor([1])), (torch.ones(1, 1), torch.tensor([0]))])
+    (tensor([[   0.,    0., -100.],
+            [ -99.,  -99.,    1.]]), tensor([1, 2]))
+    """
+    widths = [rows.shape[1] for rows, _ in heads]
+    outputs, labels = [], []
+    for index, (rows, target) in enumerate(heads):
+        before, behind = sum(widths[:index]), sum(widths[index + 1 :])
+        low = rows.detach().amin(dim=1, keepdim=True) - FAR
+        outputs.append(torch.cat([low.expand(-1, before), rows, low.expand(-1, behind)], dim=1))
+        labels.append(target + before)
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def widths_of(output: object, target: object, ignored: Collection[int] = (IGNORED,)) -> tuple[int, ...] | None:
+    """Classes of each of several heads at once, in the order of their columns; None: it is one head's output."""
+    if not (isinstance(output, Mapping) and isinstance(target, Mapping)):
+        return None
+    return tuple(rows.shape[1] for rows, _ in _of_each(output, target, ignored))
+
+
 def is_numbers(target: Tensor) -> bool:
     """Whether rows are of numbers."""
     return target.is_floating_point()
@@ -124,6 +163,31 @@ def ignored_by(module: nn.Module) -> frozenset[int]:
     """Labels of what does not count: torch's, and the ``ignore_index`` of every loss that is a part of the module."""
     stated = (getattr(part, "ignore_index", None) for part in module.modules() if isinstance(part, _Loss))
     return frozenset({IGNORED, *(label for label in stated if isinstance(label, int))})
+
+
+def _of_each(
+    outputs: Mapping[Any, object], targets: Mapping[Any, object], ignored: Collection[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each head its rows and class indices; in the order of their keys, whichever order a batch has them in."""
+    if not outputs or outputs.keys() != targets.keys():
+        raise ValueError(
+            f"logits are a dict of {list(outputs)}, labels of {list(targets)}: several heads at once have the same "
+            "keys in both; let predict leave out the others"
+        )
+    found = []
+    for key in sorted(outputs, key=str):
+        try:
+            rows, target = flattened(outputs[key], targets[key], None, ignored)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"head {key!r}: {error}") from error
+        if target.ndim > 1:
+            kind = "numbers" if is_numbers(target) else "several labels a sample"
+            raise ValueError(
+                f"head {key!r} has {kind}: several heads at once are counted together where each has class indices; "
+                "let predict return this head's logits and targets alone, or leave it out"
+            )
+        found.append((rows, target))
+    return found
 
 
 def _in_columns(wanted: Tensor, layout: Layout) -> Tensor:
@@ -190,7 +254,7 @@ def _way(output: object) -> str:
             "requires_grad_(False) and eval()"
         )
     if isinstance(output, dict):
-        return f": let predict return one of {list(output)}; several heads at once can't be counted together"
+        return f": let predict return one of {list(output)}, or, for several heads at once, a dict of labels, too"
     return ""
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_rnf.anatomy.coupling import Given, reaches_past
 from lightning_rnf.anatomy.kinds import LayerKind
 from lightning_rnf.anatomy.predict import Flat, Predict, check_finite
-from lightning_rnf.anatomy.targets import Layout, class_axes, is_numbers
+from lightning_rnf.anatomy.targets import Layout, class_axes, ignored_by, is_numbers, widths_of
 from lightning_rnf.runtime import borrowed, evaluating, forget_gradient_hooks
 
 
@@ -47,7 +47,7 @@ class Trace:
         calls: in the order in which they ended.
         runs: how often each module ran, by name.
         read: identities of the tensors that functions were given.
-        logits: of the batch, as ``predict`` has returned them.
+        logits: of the batch, as ``predict`` has returned them; of several heads at once as rows.
         layout: what they and their targets have shown of the task's.
         edges: how many edges lead to each node of the logits' autograd graph.
         leaves: the node of each leaf that the graph reaches.
@@ -134,9 +134,13 @@ class Trace:
                 rows, target = Flat.like(predict, partial(_raw, predict, returned))(module, batch)
             check_finite(rows)
             logits, wanted = returned
-            axes = class_axes(logits, wanted)
-            axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
-            trace = cls(module, calls, reads.tensors, logits, given, Layout(axis, is_numbers(target)))
+            widths = widths_of(logits, wanted, ignored_by(module))
+            if widths is None:
+                axes = class_axes(logits, wanted)
+                axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
+            else:
+                logits, axis = rows, None
+            trace = cls(module, calls, reads.tensors, logits, given, Layout(axis, is_numbers(target), widths))
         with evaluating(module):
             for call in calls:
                 owner = trace.modules[call.name]

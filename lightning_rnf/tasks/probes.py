@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import Inputs, UnitLayer, Wider
+from lightning_rnf.anatomy import Inputs, UnitLayer, Wider, logits_of
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.runtime import borrowed
@@ -173,7 +173,7 @@ def run(
     with borrowed(module):
         module.to(device)  # until the borrowing ends
         with recall, torch.no_grad(), how.forward_context():
-            runs = [how.predict(module, how.convert(_to(batch, device)))[0] for _ in range(times)]
+            runs = [logits_of(how.predict, module, how.convert(_to(batch, device))) for _ in range(times)]
     return [logits.detach().cpu() for logits in runs]
 
 

@@ -26,11 +26,14 @@ class Survey:
         self.routes = Routes(module, units)
         self._counts: Tensor | None = None
         self._targets = 0
+        self._widths: tuple[int, ...] | None = None
 
     @contextmanager
     def of(self, reference: ReferenceData, walk: int) -> Iterator[ReferenceData]:
         """The same data, seen on their way through the network; a walk is named by its cutoff."""
         is_first = not self.routes.missed
+        layout = reference.predict.layout if isinstance(reference.predict, Flat) else None
+        self._widths = layout.widths if layout else None
 
         def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             logits, target = Flat.like(reference.predict, reference.predict)(module, batch)
@@ -46,7 +49,7 @@ class Survey:
     def constant_accuracy(self, ranks: Ranks) -> float:
         """Accuracy of the best answer that is always the same: of one class, or of one set of labels; in [0, 1].
 
-        Of numbers 0: the mean of them explains nothing.
+        Of several heads at once, of one class for each. Of numbers 0: the mean of them explains nothing.
         """
         found = ranks.gather((self._counts, self._targets))
         counts = [one for one, _ in found if one is not None]
@@ -56,7 +59,8 @@ class Survey:
         shares = torch.stack(counts).sum(dim=0) / targets
         if shares.ndim == 2:  # of each label: there or not
             return float(shares.max(dim=1).values.mean())
-        return float(shares.max())
+        heads = shares.split(self._widths) if self._widths else (shares,)
+        return float(sum(share.max() for share in heads))
 
     def _count(self, classes: int, target: Tensor) -> None:
         target = target.detach()

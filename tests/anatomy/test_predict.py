@@ -93,7 +93,12 @@ def test_the_forward_context_is_entered_around_each_forward():
         ),
         (torch.eye(2), torch.tensor([0, 2]), ValueError, "labels range from 0 to 2, but the head has 2 outputs"),
         ([{"boxes": torch.ones(1, 4)}], torch.arange(1), TypeError, "of type list.*A detector's boxes are no answers"),
-        ({"depth": torch.eye(2)}, torch.arange(2), TypeError, "let predict return one of .'depth'.; several heads"),
+        (
+            {"depth": torch.eye(2)},
+            torch.arange(2),
+            TypeError,
+            "let predict return one of .'depth'., or, for several heads at once",
+        ),
         (torch.ones(1, 2, 2), torch.tensor([[0, 255]]), ValueError, "0 to 255.*let predict return target.masked_fill"),
         (torch.eye(2) / 0, torch.arange(2), ValueError, "logits on the reference data are not finite"),
     ],
