@@ -93,7 +93,7 @@ def test_the_forward_context_is_entered_around_each_forward():
         ),
         (torch.eye(2), torch.tensor([0, 2]), ValueError, "labels range from 0 to 2, but the head has 2 outputs"),
         ([{"boxes": torch.ones(1, 4)}], torch.arange(1), TypeError, "of type list.*A detector's boxes are no answers"),
-        ({"depth": torch.eye(2)}, torch.arange(2), TypeError, "return one of .'depth'., or, for several heads at once"),
+        (
             {"depth": torch.eye(2)},
             torch.arange(2),
             TypeError,
