@@ -20,7 +20,7 @@ from lightning_rnf.freezing import (
 )
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.packages import pl, rank_zero_warn
-from lightning_rnf.recall import NormStatistics
+from lightning_rnf.recall import NormParameters, NormStatistics
 from lightning_rnf.relevance import Importance, ImportanceName, OverSamples
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.search import Candidates, Method, Normalize, as_criterion
@@ -105,6 +105,10 @@ class RelevanceFreezing(BetweenFits):
         norm_statistics: ``"per_task"``: recall brings back the running statistics of the task's end. ``"pinned"``:
             besides, frozen channels normalise with their stored statistics in training. ``"shared"``: later tasks move
             them, and recall is not exact.
+        norm_parameters: ``"per_task"``: each task has scale and shift of norms of its own, two numbers a channel, which
+            recall brings back as it does statistics: with them a later task makes other features of frozen filters.
+            ``"frozen"``: they are frozen with their units, those that belong to none whole. None: per task where
+            ``retention="exact"`` and statistics are per task.
         recalibrate_norm: estimate the running statistics of each candidate sub-network anew, from the inputs that
             relevance is measured on, before it is scored; recall brings those back.
         reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
@@ -153,6 +157,7 @@ class RelevanceFreezing(BetweenFits):
         search: Method = "fewest",
         resolution: int = 1,
         norm_statistics: NormStatistics = "per_task",
+        norm_parameters: NormParameters | None = None,
         recalibrate_norm: bool = True,
         reference_samples: int | None = 5000,
         attribution_samples: int | None = 1000,
@@ -170,6 +175,15 @@ class RelevanceFreezing(BetweenFits):
             arguments.one_of("retention", retention, Retention),
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
+        can_own = retention == "exact" and norm_statistics == "per_task"
+        own_norms = can_own
+        if norm_parameters is not None:
+            own_norms = arguments.one_of("norm_parameters", norm_parameters, NormParameters) == "per_task"
+        if own_norms and not can_own:
+            raise ValueError(
+                "norm_parameters='per_task' is brought back by recall with a task's statistics: it goes with "
+                f"retention='exact' and norm_statistics='per_task', not with {retention!r} and {norm_statistics!r}"
+            )
         criterion = as_criterion(criterion)
         if ration == "auto" and (retention == "paper" or not auto.takes(criterion)):
             ration = None
@@ -184,7 +198,7 @@ class RelevanceFreezing(BetweenFits):
             Reference(reference, reference_samples, attribution_samples, predict, seed),
             criterion,
             Recovery(recovery_epochs, recovery_criterion, recovery_search),
-            Tracing(predict or supervised, units, heads),
+            Tracing(predict or supervised, units, heads, own_norms),
             HeadFit(fit_head if retention == "exact" else False, fit_data, fit_samples),
             *(retention == "exact", heatmaps),
             connections=retention == "exact" and arguments.one_of("freeze", freeze, Freeze) == "connections",

@@ -34,7 +34,7 @@ from lightning_rnf.anatomy.predict import (
 from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.targets import Layout, ignored_by, in_front, is_numbers
 from lightning_rnf.anatomy.trace import form
-from lightning_rnf.anatomy.units import UnitMap
+from lightning_rnf.anatomy.units import UnitMap, norm_parameters
 from lightning_rnf.anatomy.wider import Places, Wider, content, widened
 from lightning_rnf.anatomy.wiring import Wiring
 
@@ -84,6 +84,7 @@ __all__ = [
     "layer_form",
     "logits_of",
     "measure",
+    "norm_parameters",
     "predict_checked",
     "register_layer",
     "silenced",

@@ -143,6 +143,7 @@ def _union(units: UnitMap, other: UnitMap) -> UnitMap:
         shared=tuple(dict.fromkeys((*units.shared, *other.shared))),
         idle=tuple(name for name in units.idle if name in idle),
         buffers=tuple(dict.fromkeys((*units.buffers, *other.buffers))),
+        own=tuple(dict.fromkeys((*units.own, *other.own))),
         reasons={**other.reasons, **units.reasons},
         whole={**other.whole, **units.whole},
         ran=tuple(dict.fromkeys((*units.ran, *other.ran))),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_rnf.anatomy.choosing import choose
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, kind_of
@@ -26,6 +28,9 @@ from lightning_rnf.anatomy.wiring import Wiring
 
 __all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
 
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Whose parameters scale and shift channels, one by one, after whatever was divided by."""
+
 
 @dataclass(frozen=True)
 class UnitMap:
@@ -38,6 +43,7 @@ class UnitMap:
         shared: parameters that belong to no unit and no head; of modules that ran detached from the logits, too.
         idle: parameters that took no part in the forward: other tasks' heads, or unused.
         buffers: of the modules that ran, and any others that were read: norms' statistics, and whatever else may move.
+        own: parameters that each task has of its own, as it has those statistics: see `with_own_norms`.
         reasons: why each shared parameter is shared, by its name, in few words.
         kinds: type names of all modules, by module name.
         ran: names of the modules that ran.
@@ -61,6 +67,7 @@ class UnitMap:
     by_rows: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     whole: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     layout: Layout = field(default=Layout(), repr=False, compare=False)
+    own: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -106,6 +113,28 @@ class UnitMap:
             layout=trace.layout,
         )
 
+    def with_own_norms(self, module: nn.Module, taken: Collection[str] = ()) -> UnitMap:
+        """The same map in which scale and shift of norms are neither units' nor shared: each task has its own.
+
+        They are two numbers a channel, and with them a later task makes other features of frozen filters. Recall
+        brings them back as it brings back running statistics.
+
+        Args:
+            module: that was traced.
+            taken: parameters that have to stay what they are: finished tasks have them frozen.
+        """
+        known = {*self.shared, *(name for layer in self.layers for name in layer.parameters)}.difference(taken)
+        own = [name for name in norm_parameters(module) if name in known]
+        return replace(
+            self,
+            layers=tuple(
+                replace(layer, parameters=tuple(name for name in layer.parameters if name not in own))
+                for layer in self.layers
+            ),
+            shared=tuple(name for name in self.shared if name not in own),
+            own=tuple(dict.fromkeys((*self.own, *own))),
+        )
+
     def __str__(self) -> str:
         """A line for each unit layer, the head, and each module with shared or idle parameters, the shared with why."""
         rows = []
@@ -130,6 +159,9 @@ class UnitMap:
             by_reason = groupby(self.shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))
             lines.append("shared, frozen whole after the first task:")
             lines += _table([(module, _keys(names), reason) for (module, reason), names in by_reason])
+        if self.own:
+            norms = sorted({name.rpartition(".")[0] for name in self.own})
+            lines += [f"scale and shift of {_count(norms, 'norm')}: each task has its own"]
         if self.idle:
             by_module = groupby(self.idle, lambda name: name.rpartition(".")[0])
             lines.append("idle, took no part (heads of other tasks, or unused):")
@@ -138,6 +170,18 @@ class UnitMap:
 
     def _kind(self, name: str) -> str:
         return self.kinds.get(name, "")
+
+
+def norm_parameters(module: nn.Module) -> list[str]:
+    """Scale and shift of norms of torch's kinds, by name; not those that another module has, too."""
+    owners = Counter(id(value) for _, value in module.named_parameters(remove_duplicate=False))
+    return [
+        f"{name}.{key}" if name else key
+        for name, part in module.named_modules()
+        if isinstance(part, _NORMS)
+        for key, value in part.named_parameters(recurse=False)
+        if owners[id(value)] == 1
+    ]
 
 
 def _assign(trace: Trace, layers: Iterable[UnitLayer], head: str) -> tuple[tuple[str, ...], ...]:

@@ -13,7 +13,7 @@ from lightning_rnf.memory import FreezeState
 
 
 def remember(state: FreezeState, module: nn.Module, layers: Iterable[UnitLayer]) -> None:
-    """Keep copies on the CPU of every unit's parameters and running statistics as they are now."""
+    """Keep copies on the CPU of every unit's parameters and its norm's channel as they are now."""
     own = _tensors(module)
     names = {name for layer in layers for name in (*layer.parameters, *_statistics(layer, own))}
     state.initial = {name: own[name].detach().to("cpu", copy=True) for name in sorted(names)}
@@ -63,5 +63,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _statistics(layer: UnitLayer, own: Mapping[str, Tensor]) -> list[str]:
-    """Names of the running statistics of a layer's norm."""
-    return [f"{layer.norm}.{key}" for key in ("running_mean", "running_var") if f"{layer.norm}.{key}" in own]
+    """Names of a layer's norm's running statistics, and of its scale and shift, if they are not the layer's."""
+    names = [f"{layer.norm}.{key}" for key in ("running_mean", "running_var", "weight", "bias")]
+    return [name for name in names if name in own and name not in layer.parameters]

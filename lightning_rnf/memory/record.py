@@ -35,7 +35,8 @@ class TaskRecord:
         relevant: bool ``(units,)`` by layer: the units of its sub-network.
         relevance: float32 ``(units,)`` by layer: the sum over the attributed samples, signed or of absolute values,
             as the callback was asked; the ranking is made of it.
-        norm_statistics: buffers of the modules that ran, norms' running statistics among them, as they were at the
+        norm_statistics: buffers of the modules that ran, norms' running statistics among them, and where each task has
+            its own, scale and shift of norms, as they were at the
             task's end; recall brings them back.
         cutoff: how many of the least relevant units were pruned.
         accuracy: of the whole network on the reference data, in [0, 1], before anything was pruned; by the better head.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds
+from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds, norm_parameters
 from lightning_rnf.memory import widening
 from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, unknown_layer
 from lightning_rnf.memory.plain import get, get_names, get_tensors
@@ -191,20 +191,26 @@ class FreezeState:
         self.check_parameters(parameters)
         for layer in self.layers:
             check_kinds(layer, modules)
+        # Recall writes them: those of no other parameter may be.
+        frozen = {*self.shared, *(name for layer in self.layers for name in layer.parameters)}
+        own = {*buffers, *norm_parameters(module)}.difference(frozen)
         for record in self.tasks.values():
             if record.head not in modules:
                 raise ValueError(f"this model lacks the module {record.head!r}, the head of task {record.name!r}")
             for name, value in record.norm_statistics.items():
-                if name not in buffers:
-                    raise ValueError(f"this model lacks the buffer {name!r}, which task {record.name!r} uses")
-                if buffers[name].shape != value.shape:
+                if name not in own:
                     raise ValueError(
-                        f"{name!r} has shape {tuple(buffers[name].shape)} in this model, and had {tuple(value.shape)} "
+                        f"this model lacks the buffer {name!r}, or the norm of that parameter, which task "
+                        f"{record.name!r} uses"
+                    )
+                if tensors[name].shape != value.shape:
+                    raise ValueError(
+                        f"{name!r} has shape {tuple(tensors[name].shape)} in this model, and had {tuple(value.shape)} "
                         f"when task {record.name!r} ended"
                     )
-                if _kind(buffers[name]) != _kind(value):
+                if _kind(tensors[name]) != _kind(value):
                     raise ValueError(
-                        f"{name!r} is of {buffers[name].dtype} in this model, and was of {value.dtype} when task "
+                        f"{name!r} is of {tensors[name].dtype} in this model, and was of {value.dtype} when task "
                         f"{record.name!r} ended"
                     )
         for name, value in self.initial.items():
@@ -268,7 +274,9 @@ class FreezeState:
         if not -1 <= resets <= len(tasks):
             raise ValueError(f"not a state of lightning_rnf: {resets} resets after {len(tasks)} tasks")
         allowed = {name for layer in layers for name in layer.parameters}
-        allowed |= {f"{layer.norm}.{key}" for layer in layers for key in ("running_mean", "running_var")}
+        allowed |= {
+            f"{layer.norm}.{key}" for layer in layers for key in ("running_mean", "running_var", "weight", "bias")
+        }
         if tasks and not allowed.issuperset(initial):
             raise ValueError(f"not a state of lightning_rnf: {sorted(set(initial) - allowed)} belong to no unit")
         unfinished = None if recovering is None else record_from_plain(recovering, layers)

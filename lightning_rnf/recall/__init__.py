@@ -6,12 +6,13 @@ dead counts operations and cuts the small module that `export` returns.
 
 from lightning_rnf.recall import norms, subnetwork
 from lightning_rnf.recall.export import export
-from lightning_rnf.recall.norms import NormStatistics
+from lightning_rnf.recall.norms import NormParameters, NormStatistics
 from lightning_rnf.recall.prefix import Prefix
 from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
 from lightning_rnf.recall.widened import as_it_was
 
 __all__ = [
+    "NormParameters",
     "NormStatistics",
     "Prefix",
     "Size",

@@ -20,6 +20,10 @@ NormStatistics = Literal["per_task", "pinned", "shared"]
 """``"per_task"``: recall brings back the statistics of a task's end. ``"pinned"``: besides, frozen channels normalise
 with their stored statistics in training, too. ``"shared"``: later tasks move them, and recall is not exact."""
 
+NormParameters = Literal["per_task", "frozen"]
+"""``"per_task"``: recall brings back scale and shift of norms of a task's end, too. ``"frozen"``: they are frozen with
+their units, and whole where they belong to none."""
+
 
 def with_statistics(module: nn.Module, buffers: Iterable[str]) -> dict[str, nn.Module]:
     """The norms that keep running statistics among the owners of these buffers, by name."""

@@ -134,9 +134,14 @@ def with_leading_buffers(module: nn.Module, ranks: Ranks) -> Iterator[None]:
 
 
 def statistics(module: nn.Module, units: UnitMap) -> dict[str, Tensor]:
-    """What `recall` brings back: copies on the CPU of the buffers of the modules that ran."""
-    own = dict(module.named_buffers(remove_duplicate=False))
-    return {name: own[name].detach().to("cpu", copy=True) for name in units.buffers}
+    """What `recall` brings back: copies on the CPU of buffers of the modules that ran, and of a task's own norms."""
+    own = _tensors(module)
+    return {name: own[name].detach().to("cpu", copy=True) for name in (*units.buffers, *units.own)}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _filler(silent: Tensor) -> Any:
@@ -148,7 +153,7 @@ def _filler(silent: Tensor) -> Any:
 
 @contextmanager
 def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    own = dict(module.named_buffers(remove_duplicate=False))
+    own = _tensors(module)
     # Most buffers never change, and some can't be written to (a mask that is an expanded view).
     buffers = {name: value for name, value in buffers.items() if not torch.equal(own[name].cpu(), value.cpu())}
     before = {name: own[name].clone() for name in buffers}

@@ -93,7 +93,7 @@ class FinishedTasks(KeptInFiles):
             return []
         records = self.state.tasks.values()
         held = {name for layer in self.state.layers for name in layer.parameters}.union(
-            self.state.shared, *(record.head_parameters for record in records)
+            self.state.shared, *((*record.head_parameters, *record.norm_statistics) for record in records)
         )
         return unheld_modules(module, held, [record.head for record in records])
 

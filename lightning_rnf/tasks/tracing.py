@@ -26,6 +26,7 @@ class Tracing:
         predict: how to get logits and labels of a batch.
         units: which layers are made of units.
         heads: which modules are heads.
+        own_norms: whether each task has scale and shift of norms of its own.
         rehearsed: the units that were found before the training.
 
     Raises:
@@ -35,6 +36,7 @@ class Tracing:
     predict: Predict
     units: Globs = None
     heads: Globs = None
+    own_norms: bool = False
     rehearsed: UnitMap | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Tracing:
         Raises:
             ValueError: if the head belongs to a finished task, or as `UnitMap.of` and `FreezeState.completed`.
         """
-        units = state.completed(self._map(module, batch))
+        units = state.completed(self._map(module, state, batch))
         for record in state.tasks.values():
             if record.head == units.head:
                 raise ValueError(
@@ -89,7 +91,7 @@ class Tracing:
             found = []
             for batch in survey.routes.batches if walk == 0 else ():
                 with suppress(TypeError, ValueError):  # what can't be made of units there is frozen whole
-                    found.append(self._map(module, reference.convert(batch)))
+                    found.append(self._map(module, state, reference.convert(batch)))
             return found
 
         ranks = reference.ranks
@@ -98,8 +100,18 @@ class Tracing:
         is_first = not state.tasks and state.recovering is None
         known = None if is_first else [layer.name for layer in state.layers]
         all_units, whole = joined(units, module, maps, missed, known)
-        frozen = {name.rpartition(".")[0] for name in state.shared}
-        return state.completed(all_units), tuple(name for name in whole if name not in frozen)
+        all_units = self._with_own(all_units, module, state)
+        said = {name.rpartition(".")[0] for name in (*state.shared, *all_units.own)}
+        return state.completed(all_units), tuple(name for name in whole if name not in said)
 
-    def _map(self, module: torch.nn.Module, batch: Any) -> UnitMap:
-        return UnitMap.of(module, batch, self.predict, self.units, self.heads)
+    def _map(self, module: torch.nn.Module, state: FreezeState, batch: Any) -> UnitMap:
+        return self._with_own(UnitMap.of(module, batch, self.predict, self.units, self.heads), module, state)
+
+    def _with_own(self, units: UnitMap, module: torch.nn.Module, state: FreezeState) -> UnitMap:
+        """What finished tasks have frozen stays so, and so does what each has of its own, whatever is asked for now."""
+        frozen = {*state.shared, *(name for layer in state.layers for name in layer.parameters)}
+        if self.own_norms:
+            return units.with_own_norms(module, frozen)
+        own = {name for record in state.tasks.values() for name in record.norm_statistics}
+        others = {name for name in state.forms if name not in own}
+        return units.with_own_norms(module, frozen | others) if own else units
