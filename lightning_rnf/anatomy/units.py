@@ -132,6 +132,7 @@ class UnitMap:
                 for layer in self.layers
             ),
             shared=tuple(name for name in self.shared if name not in own),
+            reasons={name: reason for name, reason in self.reasons.items() if name not in own},
             own=tuple(dict.fromkeys((*self.own, *own))),
         )
 

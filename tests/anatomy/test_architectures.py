@@ -173,7 +173,7 @@ def test_three_tasks_on_a_narrow_architecture(architecture):
 def learn_three_tasks(architecture: str, backbone: nn.Module, features: int) -> None:
     """What was frozen stays bit-equal, and so do recalled logits, whatever comes after."""
     model = Learner(backbone, features)
-    units = UnitMap.of(model, next(iter(data(architecture, "a"))))
+    units = UnitMap.of(model, next(iter(data(architecture, "a")))).with_own_norms(model)
     leave = {"a": FreeCapacity(0.5), "b": FreeCapacity(0.3), "c": FreeCapacity(0.1)}
     rnf = RelevanceFreezing(
         criterion=lambda score: leave[model.heads.active](score),
@@ -195,7 +195,8 @@ def learn_three_tasks(architecture: str, backbone: nn.Module, features: int) -> 
 
     # Every parameter belongs to exactly one.
     of_units = [name for layer in units.layers for name in layer.parameters]
-    assert Counter([*of_units, *units.head_parameters, *units.shared, *units.idle]) == Counter(list(values(model)))
+    parts = [*of_units, *units.head_parameters, *units.shared, *units.own, *units.idle]
+    assert Counter(parts) == Counter(list(values(model)))
     assert set(units.reasons) == set(units.shared)
 
     learn("a")
