@@ -4,6 +4,7 @@ A trace of one batch says which layers run and which head makes the logits; the 
 are read by whom. All that is learned about a network is learned here, and everybody above asks here.
 """
 
+from lightning_rnf.anatomy.calls import node_argument
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
 from lightning_rnf.anatomy.explained import Explained
 from lightning_rnf.anatomy.exported import followed
@@ -31,6 +32,7 @@ from lightning_rnf.anatomy.predict import (
     supervised,
     true_labels,
 )
+from lightning_rnf.anatomy.recurrent import RECURRENT, Cells, cells_of, is_recurrent, parameter_names, why_not_units
 from lightning_rnf.anatomy.routing import Routes, joined
 from lightning_rnf.anatomy.targets import Layout, ignored_by, in_front, is_numbers
 from lightning_rnf.anatomy.trace import form
@@ -43,7 +45,9 @@ __all__ = [
     "CHANNEL_NORMS",
     "LAYERS",
     "OUTPUT_AXIS",
+    "RECURRENT",
     "TRANSPOSED",
+    "Cells",
     "Channels",
     "Explained",
     "Flat",
@@ -66,6 +70,7 @@ __all__ = [
     "answers",
     "bare",
     "by_group",
+    "cells_of",
     "check_kinds",
     "computes_itself",
     "content",
@@ -79,12 +84,15 @@ __all__ = [
     "in_front",
     "is_layer",
     "is_numbers",
+    "is_recurrent",
     "is_transposed",
     "joined",
     "layer_form",
     "logits_of",
     "measure",
+    "node_argument",
     "norm_parameters",
+    "parameter_names",
     "predict_checked",
     "register_layer",
     "silenced",
@@ -92,5 +100,6 @@ __all__ = [
     "tensor_copy",
     "torch_class",
     "true_labels",
+    "why_not_units",
     "widened",
 ]

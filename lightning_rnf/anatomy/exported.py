@@ -65,6 +65,8 @@ def _recorded(module: nn.Module, layers: tuple[UnitLayer, ...], inputs: Inputs) 
         for name, part in module.named_modules():
             hooks.callback(part.register_forward_pre_hook(partial(_note, called, name)).remove)
         for layer in layers:
+            if layer.recurrent is not None:
+                continue
             speaker = module.get_submodule(layer.speaker)
             hooks.callback(speaker.register_forward_hook(partial(_mark, layer.name)).remove)
         flat = _Flat(module, inputs)

@@ -76,7 +76,7 @@ class Traced:
             ValueError: if a unit layer doesn't run in it.
         """
         layers = tuple(layers)
-        tracer = _Tracer({layer.speaker: layer.name for layer in layers})
+        tracer = _Tracer({layer.speaker: layer.name for layer in layers if layer.recurrent is None})
         try:
             recorded = tracer.trace(module)
         except Exception as error:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_rnf.anatomy.recurrent import RECURRENT, is_recurrent
+
 OUTPUT_AXIS: dict[type[nn.Module], int] = {
     nn.Linear: -1,
     nn.Conv1d: -2,
@@ -28,10 +30,12 @@ class LayerKind:
     Attributes:
         axis: of its output that counts units, negative.
         transposed: whether its weight has units along its second dimension, behind what it reads.
+        recurrent: whether it is a recurrent layer of torch's, whose units are those of its cells; see `recurrent`.
     """
 
     axis: int
     transposed: bool = False
+    recurrent: bool = False
 
 
 _BY_NAME = {
@@ -67,7 +71,7 @@ def register_layer(kind: type[nn.Module], axis: int, *, transposed: bool = False
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"kind is {kind!r}, expected a class of modules")
-    if issubclass(kind, tuple(OUTPUT_AXIS)):
+    if issubclass(kind, (*OUTPUT_AXIS, *RECURRENT)):
         raise ValueError(f"{kind.__name__} is a layer of torch's, or inherits from one: it is known already")
     if isinstance(axis, bool) or axis not in OUTPUT_AXIS.values():
         raise ValueError(f"axis is {axis!r}, expected that of a layer's output, from the end: -1, -2, -3 or -4")
@@ -79,6 +83,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     for torchs, axis in OUTPUT_AXIS.items():
         if isinstance(module, torchs):
             return LayerKind(axis, isinstance(module, TRANSPOSED))
+    if is_recurrent(module):
+        return LayerKind(-1, recurrent=True)
     for cls in type(module).__mro__:
         found = _REGISTERED.get(cls) or _BY_NAME.get((cls.__module__, cls.__name__))
         if found is not None:

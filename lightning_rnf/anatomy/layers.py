@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy.coupling import why_coupled
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, class_name, is_layer, kind_of
+from lightning_rnf.anatomy.recurrent import Cells, cells_of, hidden_units, is_recurrent, why_not_units
 from lightning_rnf.anatomy.trace import Call, Trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -31,6 +32,8 @@ class UnitLayer:
         norm: name of the norm that directly follows, or None.
         slopes: name of the ``PReLU`` with a slope per unit that directly follows the layer or its norm, or None.
         transposed: where the weight has units behind inputs, its number of groups, and of inputs per group; else None.
+        recurrent: of a recurrent layer its gates, layers and directions; its units are the hidden ones of all cells, in
+            the order of `recurrent`. Else None.
     """
 
     name: str
@@ -40,6 +43,12 @@ class UnitLayer:
     norm: str | None = None
     slopes: str | None = None
     transposed: tuple[int, int] | None = None
+    recurrent: tuple[int, int, int] | None = None
+
+    @property
+    def cells(self) -> Cells | None:
+        """Of a recurrent layer; None: it is none."""
+        return None if self.recurrent is None else Cells(*self.recurrent)
 
     @property
     def speaker(self) -> str:
@@ -50,8 +59,11 @@ class UnitLayer:
     def weight(self) -> str:
         """Name of the parameter that says what each unit does with what it reads.
 
-        Of a parametrized layer it is the last of those that its weight is computed from.
+        Of a parametrized layer it is the last of those that its weight is computed from, of a recurrent layer that with
+        which the first cell hears itself.
         """
+        if self.recurrent is not None:
+            return f"{self.name}.weight_hh_l0"
         before = f"{self.name}.parametrizations.weight."
         return next((name for name in reversed(self.parameters) if name.startswith(before)), f"{self.name}.weight")
 
@@ -60,8 +72,11 @@ class UnitLayer:
 
         The weight of a transposed convolution is ``(groups · inputs, units / groups, …)``, and unit
         ``group · units / groups + j`` owns the column ``j`` of its group's inputs. Other layers with a transposed
-        weight have one group.
+        weight have one group. A recurrent layer's parameters have the rows of one cell, gate by gate: ``(gates ·
+        hidden,)``.
         """
+        if self.cells is not None:
+            return (self.cells.gates * self.units // self.cells.count,)
         if self.transposed is None or parameter != f"{self.name}.weight":
             return (self.units,)
         groups, inputs = self.transposed
@@ -77,6 +92,8 @@ class UnitLayer:
         Returns:
             Of `leading_shape`.
         """
+        if self.cells is not None:
+            return self.cells.spread(parameter, values)
         if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
             return values
         groups, inputs = self.transposed
@@ -91,8 +108,11 @@ class UnitLayer:
             shape: of the weight.
 
         Returns:
-            Bool, of the first two dimensions of the weight.
+            Bool, of the first two dimensions of the weight; of a recurrent layer ``(units, 1)``: whole rows of several
+            weights.
         """
+        if self.recurrent is not None:
+            return units[:, None].clone()
         shape = shape[:2]
         if self.transposed is not None:
             of_units = self.spread(f"{self.name}.weight", units)
@@ -104,7 +124,10 @@ class UnitLayer:
         return of_units & by_group.repeat_interleave(shape[0] // len(by_group), dim=0)
 
     def by_unit(self, parameter: str, values: Tensor) -> Tensor:
-        """What each unit has of a parameter, or of anything of its shape: ``(units, …)``, a copy or a view."""
+        """What each unit has of a parameter, or of anything of its shape: ``(units, …)``, a copy or a view.
+
+        Not of a recurrent layer, each of whose parameters is some units' only.
+        """
         if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
             return values
         groups, inputs = self.transposed
@@ -120,8 +143,15 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
     """
     module = modules.get(layer.name)
     kind = None if module is None else kind_of(module)
-    if kind is None or kind.axis != layer.axis or kind.transposed != (layer.transposed is not None):
+    made = None if module is None or kind is None or not kind.recurrent else cells_of(module)
+    if (
+        kind is None
+        or kind.axis != layer.axis
+        or kind.transposed != (layer.transposed is not None)
+        or made != layer.cells
+    ):
         was = "layer with a transposed weight" if layer.transposed else "layer"
+        was = f"recurrent layer of {layer.cells.gates} gates" if layer.cells else was
         advice = "" if module is None or kind else "; if its class was registered then, call register_layer here, too"
         raise ValueError(
             f"layer {layer.name!r} was a {was} with its units along dimension {layer.axis} when a task ended, in this "
@@ -147,7 +177,7 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 def is_suspect(module: nn.Module) -> bool:
     """Whether a layer, a norm or slopes may do something else than torch's class: their rows have to be tried."""
     is_kind = is_layer(module) or isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU))
-    if not is_kind:
+    if not is_kind or is_recurrent(module):  # of a recurrent layer `why_not_units` tells
         return False
     if is_parametrized(module):
         return True
@@ -164,19 +194,22 @@ def coupling(trace: Trace, name: str) -> str | None:
 def layer_calls(trace: Trace) -> Iterator[Call]:
     """Runs of layers that relevance can reach, or that have no graph: those are refused when it doesn't."""
     for call in trace.calls:
-        if is_layer(trace.modules[call.name]) and (call.node is None or trace.reached(call)):
+        if is_layer(trace.modules[call.name]) and (not call.nodes or trace.reached(call)):
             yield call
 
 
 def why_whole(trace: Trace, name: str) -> str | None:
     """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
     calls = [call for call in trace.calls if call.name == name]
-    if is_parametrized(trace.modules[name]):
+    found: str | None = None
+    if is_recurrent(trace.modules[name]):
+        if found := why_not_units(trace.modules[name]):
+            return found
+    elif is_parametrized(trace.modules[name]):
         if not calls or not _is_by_unit(_layer(trace, name), trace.own_parameters(name)):
             return "is parametrized, and what its weight is computed from has no rows for its units"
         if len(calls) == 1 and (coupled := coupling(trace, name)):
             return f"is parametrized, and is not made of rows, {coupled}"
-    found = None
     if len(calls) > 1:
         found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
     for key, parameter in trace.own_parameters(name).items():
@@ -257,7 +290,7 @@ def has_rows(trace: Trace, name: str) -> bool:
     """Whether the layer's parameters are its rows alone; an adapter's, say, compute something else and are shared."""
     module, own = trace.modules[name], trace.own_parameters(name)
     keys = {key.rpartition(".")[2] for key in own}
-    if is_parametrized(module):
+    if is_parametrized(module) or is_recurrent(module):
         return True
     if "weight" not in keys or any(module.children()):
         return False
@@ -277,6 +310,10 @@ def _layer(trace: Trace, name: str) -> UnitLayer:
     module, own = trace.modules[name], trace.own_parameters(name)
     kind = kind_of(module)
     assert kind is not None
+    if kind.recurrent:
+        cells = cells_of(module)
+        form = cells.gates, cells.layers, cells.directions
+        return UnitLayer(name, hidden_units(module), kind.axis, tuple(own), recurrent=form)
     if is_parametrized(module):
         said = next((call.output for call in trace.calls if call.name == name), None)
         units = 0 if said is None or said.ndim < -kind.axis else said.shape[kind.axis]

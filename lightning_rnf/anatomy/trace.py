@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_rnf.anatomy.coupling import Given, reaches_past
 from lightning_rnf.anatomy.kinds import LayerKind
 from lightning_rnf.anatomy.predict import Flat, Predict, check_finite
+from lightning_rnf.anatomy.recurrent import is_recurrent
 from lightning_rnf.anatomy.targets import Layout, class_axes, ignored_by, is_numbers, widths_of
 from lightning_rnf.runtime import borrowed, evaluating, forget_gradient_hooks
 
@@ -31,12 +32,16 @@ class Call:
         output: what it returned, if that is a tensor.
         node: of the autograd graph, that made the output (a later in-place function changes that).
         source: the node that made its first input; None: no module or function with a graph did.
+        nodes: those that made the output or, of a recurrent layer, its outputs and last states.
+        inputs: of a recurrent layer, the nodes that made what it was given.
     """
 
     name: str
     output: Tensor | None
     node: Any
     source: Any
+    nodes: tuple[Any, ...] = ()
+    inputs: frozenset[Any] = frozenset()
 
 
 class Trace:
@@ -128,7 +133,8 @@ class Trace:
                     submodule.register_forward_hook(reads.leave, always_call=True)
                 if name in suspects:
                     submodule.register_forward_pre_hook(partial(_note, name, given), prepend=True, with_kwargs=True)
-                submodule.register_forward_hook(_recorder(name, calls))
+                record = _recurrent_recorder if is_recurrent(submodule) else _recorder
+                submodule.register_forward_hook(record(name, calls), with_kwargs=True)
             returned: list[Any] = []
             with reads:
                 rows, target = Flat.like(predict, partial(_raw, predict, returned))(module, batch)
@@ -173,10 +179,10 @@ class Trace:
 
     def reached(self, call: Call) -> bool:
         """Whether the graph of the logits has this output in it."""
-        if call.node is None or call.output is None:
+        if not call.nodes:
             return False
         # A function that wrote into a view has put another node in the place of the one that made it.
-        nodes = (call.node, call.output.grad_fn)
+        nodes = call.nodes if call.output is None else (*call.nodes, call.output.grad_fn)
         return any(self.edges[node] > 0 or node is self.logits.grad_fn for node in nodes)
 
     def uses_outside(self, parameter: nn.Parameter, call: Call) -> int:
@@ -184,6 +190,8 @@ class Trace:
         leaf = self.leaves.get(parameter)
         if leaf is None:
             return 0
+        if is_recurrent(self.modules[call.name]):  # which read them in every step
+            return self.edges[leaf] - _edges_inside(call, self.edges)[leaf]
         if call.name not in self.given:  # torch's own layers read their parameters once
             return self.edges[leaf] - 1
         if call.node is None:  # it says something else than a tensor: trying it tells
@@ -281,19 +289,45 @@ def _note(name: str, given: dict[str, Given], module: nn.Module, args: tuple[Any
 
 
 def _recorder(name: str, calls: list[Call]) -> Any:
-    def record(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: object) -> None:
         tensor = output if isinstance(output, Tensor) else None
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        calls.append(
-            Call(
-                name,
-                tensor,
-                None if tensor is None else tensor.grad_fn,
-                None if first is None else first.grad_fn,
-            )
-        )
+        node = None if tensor is None else tensor.grad_fn
+        nodes = () if node is None else (node,)
+        calls.append(Call(name, tensor, node, None if first is None else first.grad_fn, nodes))
 
     return record
+
+
+def _recurrent_recorder(name: str, calls: list[Call]) -> Any:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: object) -> None:
+        calls.append(Call(name, None, None, None, tuple(_makers(output)), frozenset(_makers((args, kwargs)))))
+
+    return record
+
+
+def _makers(value: object) -> list[Any]:
+    """The nodes that made the tensors in a value, packed sequences among them."""
+    if isinstance(value, Tensor):
+        return [] if value.grad_fn is None else [value.grad_fn]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [node for part in parts for node in _makers(part)]
+
+
+def _edges_inside(call: Call, reached: Mapping[Any, int]) -> Counter[Any]:
+    """How many edges of the logits' graph lead to each node from those between a call's inputs and its outputs."""
+    edges: Counter[Any] = Counter()
+    seen = {node for node in call.nodes if node in reached}
+    pending = list(seen)
+    while pending:
+        for successor, _ in pending.pop().next_functions:
+            if successor is None:
+                continue
+            edges[successor] += 1
+            if successor not in seen and successor not in call.inputs:
+                seen.add(successor)
+                pending.append(successor)
+    return edges
 
 
 def _walk_graph(logits: Tensor) -> tuple[Counter[Any], dict[Tensor, Any]]:

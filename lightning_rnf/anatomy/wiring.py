@@ -76,15 +76,19 @@ def _nodes(traced: Traced, layers: Iterable[UnitLayer]) -> dict[str, fx.Node]:
 
 
 def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str]]:
+    layers = tuple(layers)
     nodes = _nodes(flow.traced, layers)
+    recurrent = [nodes.get(layer.name) for layer in layers if layer.recurrent is not None]
     behind: set[fx.Node] = set()  # nodes that hear some unit
     for node in flow.traced.graph.nodes:
-        if node.target is silenced or behind.intersection(node.all_input_nodes):
+        if node.target is silenced or node in recurrent or behind.intersection(node.all_input_nodes):
             behind.add(node)
     for layer in layers:
         node = nodes.get(layer.name)
         if node is None:
             yield layer.name, "where it runs can't be followed"
+        elif layer.recurrent is not None:
+            yield layer.name, "it hears all of its units in each step"
         elif node.all_input_nodes and node.all_input_nodes[0] in behind:
             effect = flow.effects.get(node)
             if effect is None or effect.inputs is None:

@@ -56,8 +56,13 @@ def free_weights_of_layers(state: FreezeState) -> dict[str, float]:
 
 def free_weights(state: FreezeState, of_layers: Mapping[str, float]) -> float:
     """Share of all layers' weights that may still move, from that of each; 1 before any task has ended."""
-    forms = {layer.name: state.forms.get(layer.weight) for layer in state.layers}
-    sizes = {layer.name: prod(sizes_of(forms[layer.name] or f"float32 ({layer.units},)")) for layer in state.layers}
+    sizes = {
+        layer.name: sum(
+            prod(sizes_of(state.forms.get(name) or f"float32 ({layer.units},)"))
+            for name in ([layer.weight] if layer.recurrent is None else layer.parameters)
+        )
+        for layer in state.layers
+    }
     total = sum(sizes.values())
     return sum(sizes[name] * of_layers[name] for name in sizes) / total if total else 1.0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import OUTPUT_AXIS, UnitLayer, form, is_layer
+from lightning_rnf.anatomy import OUTPUT_AXIS, RECURRENT, UnitLayer, form, is_layer
 from lightning_rnf.memory.plain import COUNTS, get, get_name, get_names, get_texts
 
 _FORM = re.compile(r"\w+ \((\d{1,16},( \d{1,16})?(, \d{1,16})*)?\)")
@@ -131,6 +131,19 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
             f"not a state of lightning_rnf: 'transposed' should be a number of groups that divides {units} units, and "
             f"of inputs per group, it is {transposed!r:.80}"
         )
+    recurrent: Any = get(plain, "recurrent", (list, tuple, type(None))) if "recurrent" in plain else None
+    if recurrent is not None and not (
+        len(recurrent) == 3
+        and all(type(size) is int and size > 0 and size in COUNTS for size in recurrent)
+        and recurrent[0] in RECURRENT.values()
+        and recurrent[2] <= 2
+        and units % (recurrent[1] * recurrent[2]) == 0
+        and transposed is None
+    ):
+        raise ValueError(
+            "not a state of lightning_rnf: 'recurrent' should be gates, layers and directions, cells of equal size of "
+            f"{units} units, it is {recurrent!r:.80}"
+        )
     layer = UnitLayer(
         name=get_name(plain, "name"),
         units=units,
@@ -139,6 +152,7 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
         norm=get(plain, "norm", (str, type(None))),
         slopes=get(plain, "slopes", (str, type(None))),
         transposed=None if transposed is None else (transposed[0], transposed[1]),
+        recurrent=None if recurrent is None else (recurrent[0], recurrent[1], recurrent[2]),
     )
     if layer.axis not in OUTPUT_AXIS.values():
         raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
@@ -148,6 +162,9 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
             f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
             f"its slopes, they are {layer.parameters!r:.80}"
         )
+    if (cells := layer.cells) is not None:
+        for name in layer.parameters:
+            cells.cell_of(name)
     return layer
 
 

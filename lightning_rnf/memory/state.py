@@ -133,9 +133,19 @@ class FreezeState:
                         f"the model's layers no longer match the finished tasks: layer {name!r} had {what} "
                         f"{had!r}, in its place is one with {getattr(found[name], what)!r}; {_SOME_ONLY}"
                     )
-        # Experts that no earlier task has run: the model had them, so recall of those tasks does without.
-        new = [layer for name, layer in found.items() if name not in known and set(layer.parameters) <= set(self.forms)]
-        late = [name for layer in new for name in layer.parameters]
+        # Experts that no earlier task has run: the model had them, so recall of those tasks does without. And what an
+        # earlier version has frozen whole: recurrent layers.
+        held = set(self.shared)
+        new = [
+            layer
+            for name, layer in found.items()
+            if name not in known and (set(layer.parameters) <= set(self.forms) or set(layer.parameters) <= held)
+        ]
+        late = {
+            name: "frozen whole since an earlier task" if name in held else "ran for no earlier task"
+            for layer in new
+            for name in layer.parameters
+        }
         found = {name: layer for name, layer in found.items() if layer not in new}
         idle = {name for name, layer in known.items() if set(layer.parameters) <= set(units.idle)}
         if differing := sorted(known.keys() - found.keys() - idle | found.keys() - known.keys()):
@@ -150,7 +160,7 @@ class FreezeState:
             layers=self.layers,
             idle=tuple(name for name in units.idle if name not in at_rest),
             shared=(*units.shared, *late),
-            reasons={**units.reasons, **dict.fromkeys(late, "ran for no earlier task")},
+            reasons={**units.reasons, **late},
         )
 
     def check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
@@ -235,7 +245,7 @@ class FreezeState:
         """Dicts, lists, built-in types and CPU tensors: loads with ``torch.load(weights_only=True)``."""
         return {
             "version": VERSION,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [_layer_to_plain(layer) for layer in self.layers],
             "shared": list(self.shared),
             "tasks": [record_to_plain(record) for record in self.tasks.values()],
             "training": self.training,
@@ -291,6 +301,13 @@ class FreezeState:
         several = get(plain, "several", bool) if "several" in plain else False
         begun = get(plain, "begun", int) if "begun" in plain else 0
         return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several, begun)
+
+
+def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:
+    plain = asdict(layer)
+    if layer.recurrent is None:  # as files were before there were such
+        del plain["recurrent"]
+    return plain
 
 
 def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], records: Iterable[TaskRecord]) -> None:

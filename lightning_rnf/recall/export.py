@@ -29,6 +29,7 @@ from lightning_rnf.anatomy import (
     folded,
     followed,
     layer_form,
+    node_argument,
     silenced,
     tensor_copy,
     torch_class,
@@ -199,6 +200,8 @@ def _build(traced: Traced, found: Plan, layers: tuple[UnitLayer, ...], silent: M
     parts.update({name: tensor_copy(value, memo) if isinstance(value, Tensor) else value for name, value in tensors})
     by_name = {layer.name: layer for layer in layers}
     rows = {name: zeroed(partial(_part, parts), layer, silent[name]) for name, layer in by_name.items()}
+    for node in traced.graph.nodes:
+        _check_state(node, by_name, silent, parts)
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node in found.outputs:
             _cut(parts[node.target], node, found)
@@ -214,6 +217,20 @@ def _build(traced: Traced, found: Plan, layers: tuple[UnitLayer, ...], silent: M
             traced.graph.erase_node(node)
     traced.graph.lint()
     return fx.GraphModule(parts, traced.graph).eval()
+
+
+def _check_state(
+    node: fx.Node, layers: Mapping[str, UnitLayer], silent: Mapping[str, Tensor], parts: Mapping[str, Any]
+) -> None:
+    """Refuse what zeros don't silence: recurrent units without biases that may be given a state to begin with."""
+    layer = layers.get(str(node.target)) if node.op == "call_module" else None
+    if layer is None or layer.cells is None or not silent[layer.name].any() or parts[layer.name].bias:
+        return
+    if layer.cells.gates > 1 and node_argument(node, 1, "hx") is not None:
+        raise ValueError(
+            f"{layer.name!r} ({type(parts[layer.name]).__name__}) is given an initial state and has no biases, so its "
+            "silent units can't be kept from passing that on: let it begin with zeros, or build it with bias=True"
+        )
 
 
 def _stays_zero(node: fx.Node, layer: UnitLayer, parts: Mapping[str, Any]) -> bool:
@@ -236,7 +253,9 @@ def _stays_zero(node: fx.Node, layer: UnitLayer, parts: Mapping[str, Any]) -> bo
 
 
 def _part(parts: Mapping[str, Any], name: str) -> Any:
-    """A copied module by the name of its original, also inside a module that stays whole."""
+    """A copied module by the name of its original, also inside a module that stays whole; or a tensor of the graph."""
+    if isinstance(parts.get(name), Tensor):
+        return parts[name]
     for target, part in parts.items():
         if isinstance(part, nn.Module) and f"{name}.".startswith(f"{target}."):
             return part.get_submodule(name[len(target) + 1 :])

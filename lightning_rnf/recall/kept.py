@@ -63,11 +63,14 @@ class Kept:
             left = mute if node is None else mute & found.kept_outputs(node, layer.units)
             units = layer.units if node is None else int(found.kept_outputs(node, layer.units).sum())
             counts[layer.name] = (layer.units, int(mute.sum()), units)
-            why = [_inside(layer.name, traced)] * layer.units if node is None else found.reasons(node, layer.units)
+            why = [_inside(layer, traced)] * layer.units if node is None else found.reasons(node, layer.units)
             reasons.update(why[unit] for unit in left.nonzero().flatten().tolist())
             for name in layer.parameters:
-                of_silent[0] += before.get_parameter(name).numel() * int(mute.sum()) / layer.units
-                of_silent[1] += _numel(after, name) * int(left.sum()) / max(units, 1)
+                of_silent[0] += of_silent_units(before.get_parameter(name).numel(), name, layer, mute)
+                if layer.recurrent is None:
+                    of_silent[1] += _numel(after, name) * int(left.sum()) / max(units, 1)
+                else:  # nothing of it is cut
+                    of_silent[1] += of_silent_units(before.get_parameter(name).numel(), name, layer, left)
         whole = sum(parameter.numel() for parameter in _distinct(traced))
         small = sum(parameter.numel() for parameter in after.parameters())
         return cls((whole, small), (of_silent[0], of_silent[1]), counts, dict(reasons.most_common()))
@@ -110,12 +113,19 @@ class Kept:
         }
 
 
-def _inside(layer: str, traced: Traced) -> str:
+def of_silent_units(numel: int, name: str, layer: UnitLayer, silent: Tensor) -> float:
+    """How many entries of one of a layer's parameters belong to silent units."""
+    return numel * float(layer.spread(name, silent).double().mean())
+
+
+def _inside(layer: UnitLayer, traced: Traced) -> str:
     """Why a layer stays whole that is no operation of the graph."""
     for name, module in traced.modules.items():
-        if layer.startswith(f"{name}."):
+        if layer.name.startswith(f"{name}."):
             return f"{name} ({type(module).__name__}) is not taken apart"
-    return f"{layer} has a forward of its own"
+    if layer.recurrent is not None:
+        return f"{layer.name} hears itself in each step, and is not taken apart"
+    return f"{layer.name} has a forward of its own"
 
 
 def _numel(module: nn.Module, name: str) -> int:

@@ -14,6 +14,7 @@ from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider
 from lightning_rnf.freezing import harmless, rows
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
+from lightning_rnf.recall.recurrent import silent_cells
 from lightning_rnf.recall.widened import as_it_was
 from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating
 
@@ -24,7 +25,8 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
 
     The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled again
     after the norm and the slopes that follow: a norm's shift leaks through a zeroed filter. Without gradients, the
-    silent units of a layer are not even computed where that pays, see `rows.computed`.
+    silent units of a layer are not even computed where that pays, see `rows.computed`. A recurrent layer's are zero in
+    each step, see `silent_cells`.
 
     Args:
         module: the model.
@@ -36,6 +38,9 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
         for layer in layers:
             irrelevant = ~relevant[layer.name]
             if not irrelevant.any():
+                continue
+            if layer.recurrent is not None:
+                hooks.enter_context(silent_cells(module.get_submodule(layer.name), layer, relevant[layer.name]))
                 continue
             # The layer has a weight to tell the device by; a norm may have none.
             device = module.get_parameter(layer.weight).device

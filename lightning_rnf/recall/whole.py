@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from lightning_rnf.anatomy import (
     by_group,
     torch_class,
 )
-from lightning_rnf.recall.kept import Kept
+from lightning_rnf.recall.kept import Kept, of_silent_units
+from lightning_rnf.recall.recurrent import zeroed_cells
 
 _FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may name as norm and slopes
 _CLOSE = 1e-5
@@ -34,9 +36,11 @@ def zeroed(part: Callable[[str], Any], layer: UnitLayer, silent: Tensor) -> bool
         layer: of units.
         silent: bool ``(units,)``.
     """
-    modules = [part(name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
     if not silent.any():
         return True
+    if layer.recurrent is not None:
+        return zeroed_cells(partial(_parameter, part), layer, silent)
+    modules = [part(name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
     if any(module is None or torch_class(module) not in (*LAYERS, *_FOLLOWERS) for module in modules):
         return False
     own, *followers = modules
@@ -51,6 +55,13 @@ def zeroed(part: Callable[[str], Any], layer: UnitLayer, silent: Tensor) -> bool
         if tensor is not None:
             tensor[silent.to(tensor.device)] = value
     return True
+
+
+def _parameter(part: Callable[[str], Any], name: str) -> Tensor | None:
+    """A copied parameter: a tensor of the graph by itself, or one of a module."""
+    owner, _, key = name.rpartition(".")
+    inside: Tensor | None = getattr(part(owner), key, None)
+    return part(name) if inside is None else inside
 
 
 def whole(
@@ -84,8 +95,9 @@ def whole(
         if not zeroed(parts.get, layer, mute):
             _zero_own(twin, layer, mute)
         sizes[layer.name] = (layer.units, int(mute.sum()), layer.units)
-        numel = sum(module.get_parameter(name).numel() for name in layer.parameters)
-        of_silent += numel * int(mute.sum()) / layer.units
+        of_silent += sum(
+            of_silent_units(module.get_parameter(name).numel(), name, layer, mute) for name in layer.parameters
+        )
     count = sum(parameter.numel() for parameter in twin.parameters())
     stay = sum(muted for _, muted, _ in sizes.values())
     return twin, Kept((count, count), (of_silent, of_silent), sizes, {why: stay} if stay else {})

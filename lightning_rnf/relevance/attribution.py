@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 from zennit.core import Composite
 from zennit.rules import Pass
 
@@ -22,15 +23,18 @@ from lightning_rnf.anatomy import (
     UnitLayer,
     computes_itself,
     is_layer,
+    is_recurrent,
     predict_checked,
     supervised,
     torch_class,
     true_labels,
+    why_not_units,
 )
 from lightning_rnf.relevance.composite import applicable
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
 from lightning_rnf.relevance.precision import RunsAgainError, SinglePrecision, UnreachableError
+from lightning_rnf.relevance.recurrent import GRADIENTS, Gradients, Seen, SignalTakesAll, unrolled
 from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
 
 OverSamples = Literal["absolute", "signed"]
@@ -134,7 +138,8 @@ def attribute(
                         count = partial(_count, runs, name)
                         hooks.callback(module.get_submodule(name).register_forward_pre_hook(count).remove)
                 hooks.enter_context(journal.recording(module, ruled, repeated))
-                hooks.enter_context(functions.attached(module, ruled | left))
+                recurrent = {name for name, submodule in module.named_modules() if is_recurrent(submodule)}
+                hooks.enter_context(functions.attached(module, ruled | left | recurrent))
                 yield
 
     def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -158,6 +163,7 @@ def attribute(
     sums = propagate(
         *(module, layers, batches, Flat.like(predict, conserving), true_class_logit, summed),
         *(applied, progress, prepare, note, ranks, embedded and composite is None),
+        recurrent=SignalTakesAll(),
     )
     journal.join(ranks)
     # Of a layer that did not run there is one zero a unit.
@@ -183,7 +189,7 @@ def _bake(module: nn.Module) -> None:
     plain: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if child is not None and is_parametrized(child) and is_layer(child):
+            if child is not None and is_parametrized(child) and is_layer(child) and not is_recurrent(child):
                 if child not in plain:
                     plain[child] = _plain(child)
                 parent._modules[name] = plain[child]
@@ -242,6 +248,7 @@ def propagate(
     arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
     ranks: Ranks = ALONE,
     embedded: bool = False,
+    recurrent: Gradients = GRADIENTS,
 ) -> dict[str, Tensor]:
     """Send something back from the logits and add up what arrives at the units, on a borrowed module.
 
@@ -259,6 +266,8 @@ def propagate(
         ranks: whose sums are added up; they all get the same.
         embedded: what embeddings look up is an input of the network, too, so that it goes along every path from there,
             past the first layers as well.
+        recurrent: how it flows from step to step of recurrent layers, which are `unrolled`. What arrives at their units
+            is what arrives at the hidden states of all steps.
 
     Returns:
         By layer: float64 on the CPU, as ``reduce`` gives it, summed over batches and ranks; 0 where nothing ran.
@@ -276,10 +285,12 @@ def propagate(
             forget_gradient_hooks(module)
             prepare(module)
             roots: list[Tensor] = []
+            _unroll(module, sums, recurrent)
             for layer in layers:
                 submodule = module.get_submodule(layer.name)
                 hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
-                hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
+                if layer.recurrent is None:
+                    hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
             for submodule in module.modules() if embedded else ():
                 if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
                     hooks.callback(submodule.register_forward_hook(_looked_up(roots)).remove)
@@ -292,6 +303,8 @@ def propagate(
                     logits, target = predict_checked(single_predict, module, single.batch(batch))
                     sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
                     arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
+                    for total in sums.values():
+                        total.close()
                 return len(target)
 
             for batch in batches:
@@ -324,20 +337,43 @@ class _Sum:
         self.reduce = reduce
         self.total: Tensor | None = None
         self.ran = False
+        self._seen: list[Seen] = []
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.ran = True
         value = output.detach()  # an in-place ReLU behind it shows: a negative output whose gradient is 0 anyway
 
-        def add(arrived: Tensor) -> None:
-            summed = self.reduce(self.layer, value, arrived)
-            self.total = summed if self.total is None else self.total + summed
+        output.register_hook(partial(self._add, value))
 
-        output.register_hook(add)
+    def see(self, seen: Seen) -> None:
+        """A recurrent layer has run: what arrives at its hidden states is not complete before the backward ends."""
+        self.ran = True
+        self._seen.append(seen)
+
+    def close(self) -> None:
+        """After the backward of a batch."""
+        for seen in self._seen:
+            if seen.arrived:  # of a checkpointed layer that has run again nothing has
+                self._add(*seen.whole())
+        self._seen.clear()
+
+    def _add(self, value: Tensor, arrived: Tensor) -> None:
+        summed = self.reduce(self.layer, value, arrived)
+        self.total = summed if self.total is None else self.total + summed
 
     def of_share(self) -> Tensor | bool:
         """The sum; without any, whether the layer ran."""
         return self.ran if self.total is None else self.total.to("cpu", torch.float64)
+
+
+def _unroll(module: nn.Module, sums: Mapping[str, _Sum], recurrent: Gradients) -> None:
+    """For a borrowed module: recurrent layers of units run step by step, for relevance the others do, too."""
+    for name, part in module.named_modules():
+        if is_recurrent(part) and why_not_units(part) is None:
+            if name in sums:
+                vars(part)["forward"] = unrolled(part, recurrent, sums[name].see)
+            elif isinstance(recurrent, SignalTakesAll):
+                vars(part)["forward"] = unrolled(part, recurrent)
 
 
 def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:
@@ -362,6 +398,9 @@ def _rooted(name: str, roots: list[Tensor]) -> Any:
         if not args or not torch.is_grad_enabled():
             how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
             raise UnreachableError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
+        if isinstance(args[0], PackedSequence):
+            (data,) = root(module, (args[0].data,)) or (args[0].data,)
+            return (PackedSequence(data, *args[0][1:]), *args[1:])
         if args[0].requires_grad:
             roots.append(args[0])  # if it is the user's own leaf nothing else ends in it
             return None

@@ -48,7 +48,8 @@ _CONSERVING = """
     IndexSelect Gather TakeAlongDim Cat Stack Expand Repeat Clone ToCopy Copy CopySlices ConstantPadNd ReflectionPad1D
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D MaxPool2DWithIndices
     MaxPool3DWithIndices MkldnnMaxPool2D MkldnnMaxPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Max Maximum
-    MaskedFill MaskedSelect Where Flip Roll Im2Col Unfold PixelShuffle PixelUnshuffle Mean AvgPool2D AvgPool3D
+    MaskedFill MaskedSelect Where Flip Roll Im2Col Unfold PixelShuffle PixelUnshuffle PackPaddedSequence Mean
+    AvgPool2D AvgPool3D
     AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D
 """
 
@@ -72,7 +73,7 @@ class Conservation:
 
     Attributes:
         ratios: by unit layer, in execution order, after `INPUT`: sum of its relevance over that of the logits. NaN if
-            the logits have none.
+            the logits have none. Of recurrent layers it is the sum over steps, each of which may have all of it.
         cuts: those of them that all relevance runs through, from the logits down: 1 is right there. Elsewhere it is
             the share of a branch.
         size: sum of the absolute relevance of the logits over that of the signed, at least 1: how much they cancel.
@@ -124,7 +125,8 @@ class Journal:
     """Follows an attribution and makes its `Conservation`."""
 
     def __init__(self, layers: Sequence[UnitLayer]) -> None:
-        self._layers = {layer.name for layer in layers}
+        # What arrives at a recurrent layer's units arrives again in the step before: no cut of all relevance.
+        self._layers = {layer.name for layer in layers if layer.recurrent is None}
         self._calls: list[_Call] | None = []
         self._cuts: tuple[str, ...] = ()
         self._unruled: dict[str, tuple[str, ...]] = {}

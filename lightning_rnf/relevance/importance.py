@@ -88,13 +88,32 @@ activation = Summed(_nothing, _said)
 def magnitude(
     module: nn.Module, layers: Sequence[UnitLayer], batches: Iterable[Any], predict: Predict
 ) -> dict[str, Tensor]:
-    """Sum of the absolute weights of each row or filter (Li et al. 2017); looks at no data."""
+    """Sum of the absolute weights of each row or filter (Li et al. 2017); looks at no data.
+
+    Of a recurrent layer's unit that is the sum over its rows in all gates, of what it reads and of what it hears.
+    """
     with torch.no_grad(), evaluating(module):  # a parametrized weight is computed now
-        weights: dict[UnitLayer, Any] = {layer: module.get_submodule(layer.name).weight for layer in layers}
-    return {
-        layer.name: layer.by_unit(f"{layer.name}.weight", weight.detach()).abs().flatten(1).sum(dim=1).cpu().double()
-        for layer, weight in weights.items()
-    }
+        weights: dict[UnitLayer, Any] = {
+            layer: module.get_submodule(layer.name).weight for layer in layers if layer.recurrent is None
+        }
+    found = {}
+    for layer in layers:
+        if layer in weights:
+            weight = layer.by_unit(f"{layer.name}.weight", weights[layer].detach())
+            found[layer.name] = weight.abs().flatten(1).sum(dim=1).cpu().double()
+        else:
+            found[layer.name] = _magnitude_of_cells(module, layer)
+    return found
+
+
+def _magnitude_of_cells(module: nn.Module, layer: UnitLayer) -> Tensor:
+    found = torch.zeros(layer.units, dtype=torch.float64)
+    for name in layer.parameters:
+        weight = module.get_parameter(name).detach()
+        if weight.ndim > 1:  # no bias
+            owners = layer.spread(name, torch.arange(layer.units))
+            found.index_add_(0, owners, weight.abs().sum(dim=1).cpu().double())
+    return found
 
 
 def random(

@@ -65,7 +65,7 @@ def of_units(units: UnitMap, module: nn.Module) -> None:
         f"{shared / (shared + of_units):.0%} of the parameters outside of heads belong to no unit and will be frozen "
         f"whole when this task has ended, so later tasks can only reuse them: {largest}. print(UnitMap.of(module, "
         "batch)) has the rest. A later task then learns with the units of the other layers and its head: give those "
-        "layers more units, or use layers that are made of units (Linear, convolutions) in these places"
+        "layers more units, or use layers that are made of units (Linear, convolutions, LSTM, GRU, RNN) in these places"
     )
 
 

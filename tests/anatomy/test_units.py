@@ -941,7 +941,7 @@ def test_a_module_that_stands_in_two_places_is_one():
     ids=["only a head", "norm", "others"],
 )
 def test_a_network_without_unit_layers_is_refused_naming_what_has_the_parameters(net, message):
-    with pytest.raises(ValueError, match=f"no unit layers: no Linear or convolution ran .*{message}"):
+    with pytest.raises(ValueError, match=f"no unit layers: no Linear, convolution or recurrent layer ran .*{message}"):
         UnitMap.of(net, labelled(4, 4), heads="head" if isinstance(net, Built) else None)
 
 

@@ -288,7 +288,8 @@ def test_a_u_net_keeps_exactly_its_relevant_units(name):
 
 
 def test_layers_around_an_lstm_are_cut():
-    task = task_of("recurrent", {"words.0": first(4, 14), "words.2": first(2, 6), "fc": first(3, 12)})
+    relevant = {"words.0": first(4, 14), "words.2": first(2, 6), "lstm": first(20, 32), "fc": first(3, 12)}
+    task = task_of("recurrent", relevant)
     small = task.exported()
     task.check(small)
     found = shapes(small)
@@ -296,7 +297,10 @@ def test_layers_around_an_lstm_are_cut():
     assert found["words.2.weight"] == (6, 4)  # an LSTM reads it
     assert found["fc.weight"] == (3, 16)
     assert found["head.weight"] == (CLASSES, 3)
-    assert small.kept["reasons"] == {"lstm in lstm mixes channels": 4}
+    assert small.kept["reasons"] == {
+        "lstm hears itself in each step, and is not taken apart": 12,
+        "lstm in lstm mixes channels": 4,
+    }
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -538,11 +538,11 @@ def test_a_network_that_is_mostly_shared_is_said_before_the_first_training():
     class Recurrent(Classifier):
         def __init__(self):
             super().__init__()
-            self.memory = nn.LSTM(6, 30, batch_first=True)
+            self.memory = nn.LSTMCell(6, 30)  # a step that somebody else repeats; of an nn.LSTM there are units
             self.body = nn.Sequential(nn.Linear(30, 40), nn.ReLU())
 
         def forward(self, x):
-            return self.heads(self.body(self.memory(x.unsqueeze(1))[0][:, -1]))
+            return self.heads(self.body(self.memory(x)[0]))
 
     started = []
 
