@@ -324,7 +324,7 @@ class RelevanceFreezing(BetweenFits):
         if self.ending.heatmaps:
             self._witnesses.warn_of_lost(self.state.tasks)
         if self.state.recovering is not None:
-            self.ending.selection.check_goes_on(self.state.recovering, self.state)
+            self.ending.selection.check_goes_on(self.state.recovering, units, self.state)
         self._holding.attach(trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -147,6 +147,7 @@ def _union(units: UnitMap, other: UnitMap) -> UnitMap:
         reasons={**other.reasons, **units.reasons},
         whole={**other.whole, **units.whole},
         ran=tuple(dict.fromkeys((*units.ran, *other.ran))),
+        attention={**other.attention, **units.attention},
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
+from lightning_rnf.anatomy.attention import Attended, Attending
 from lightning_rnf.anatomy.coupling import Given, reaches_past
 from lightning_rnf.anatomy.kinds import LayerKind
 from lightning_rnf.anatomy.predict import Flat, Predict, check_finite
@@ -61,6 +62,7 @@ class Trace:
         given: what each suspect was given when it ran first, by name.
         elsewhere: parameters of layers that reach the logits past their layer, where autograd does not see it.
         coupled: what was found of suspects, by name; see `layers.coupling`.
+        attended: what attention has read, wherever it ran.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Trace:
         logits: Tensor,
         given: Mapping[str, Given],
         layout: Layout | None = None,
+        attended: Sequence[Attended] = (),
     ) -> None:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.calls = calls
@@ -88,6 +91,7 @@ class Trace:
         self.given = given
         self.elsewhere: set[nn.Parameter] = set()
         self.coupled: dict[str, str | None] = {}
+        self.attended = attended
 
     @classmethod
     def of(
@@ -119,7 +123,7 @@ class Trace:
                 )
         calls: list[Call] = []
         given: dict[str, Given] = {}
-        reads = _Reads()
+        reads, attending = _Reads(), Attending()
         with borrowed(module), evaluating(module), torch.enable_grad():
             for parameter in module.parameters():
                 # The graph has to show what the user keeps from training, too.
@@ -136,7 +140,7 @@ class Trace:
                 record = _recurrent_recorder if is_recurrent(submodule) else _recorder
                 submodule.register_forward_hook(record(name, calls), with_kwargs=True)
             returned: list[Any] = []
-            with reads:
+            with reads, attending:
                 rows, target = Flat.like(predict, partial(_raw, predict, returned))(module, batch)
             check_finite(rows)
             logits, wanted = returned
@@ -146,7 +150,8 @@ class Trace:
                 axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
             else:
                 logits, axis = rows, None
-            trace = cls(module, calls, reads.tensors, logits, given, Layout(axis, is_numbers(target), widths))
+            layout = Layout(axis, is_numbers(target), widths)
+            trace = cls(module, calls, reads.tensors, logits, given, layout, attending.found)
         with evaluating(module):
             for call in calls:
                 owner = trace.modules[call.name]

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_rnf.anatomy.attention import Projection, projections
 from lightning_rnf.anatomy.choosing import choose
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, kind_of
 from lightning_rnf.anatomy.layers import (
@@ -52,6 +53,7 @@ class UnitMap:
         whole: how a layer is used that nobody left out, but whose units can't be followed, by its name: it is frozen
             whole, as if it had been left out.
         layout: what the batch has shown of the task's targets.
+        attention: the layers that make queries, keys and values, by name.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -68,6 +70,7 @@ class UnitMap:
     whole: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     layout: Layout = field(default=Layout(), repr=False, compare=False)
     own: tuple[str, ...] = ()
+    attention: Mapping[str, Projection] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -111,6 +114,7 @@ class UnitMap:
             by_rows=Wiring.of(module, layers).reasons,
             whole=chosen.whole,
             layout=trace.layout,
+            attention=projections(trace, layers),
         )
 
     def with_own_norms(self, module: nn.Module, taken: Collection[str] = ()) -> UnitMap:
@@ -136,6 +140,10 @@ class UnitMap:
             own=tuple(dict.fromkeys((*self.own, *own))),
         )
 
+    def parts(self) -> dict[str, tuple[tuple[Tensor, float], ...]]:
+        """What of a layer is ranked by itself, by name: see `Projection.parts`. Other layers are one part."""
+        return {name: projection.parts() for name, projection in self.attention.items()}
+
     def __str__(self) -> str:
         """A line for each unit layer, the head, and each module with shared or idle parameters, the shared with why."""
         rows = []
@@ -143,6 +151,7 @@ class UnitMap:
             followers = [
                 f"{self._kind(name)} {name}".strip() for name in (layer.norm, layer.slopes) if name is not None
             ]
+            followers += [str(self.attention[layer.name])] if layer.name in self.attention else []
             rows.append((layer.name, self._kind(layer.name), f"{layer.units:5} units", ", ".join(followers)))
         units = sum(layer.units for layer in self.layers)
         lines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +96,7 @@ def rank(
     normalize: Normalize = "layer",
     candidates: Candidates = "free",
     ration: float | None = None,
+    parts: Mapping[str, Sequence[tuple[Tensor, float]]] | None = None,
 ) -> Ranking:
     """Order the units by relevance, ascending; ties by layer order, then by index.
 
@@ -104,12 +105,15 @@ def rank(
             true class go before those that speak for it.
         frozen: bool ``(units,)`` by layer, for all layers or for none: relevant to an earlier task.
         normalize: ``"layer"`` divides each layer's relevance by the sum of its absolute values, so that wide and deep
-            layers compare, and puts units without any relevance first: they add nothing to the true class.
+            layers compare, and puts units without any relevance first: they add nothing to the true class. What a layer
+            has in ``parts`` is divided part by part.
             ``"none"`` compares raw relevance (the paper).
         candidates: ``"free"``: frozen units are never pruned, they serve every later task at no cost. ``"all"``: every
             unit is ranked anew (the paper).
         ration: the largest share of a layer's free units, in (0, 1], that the task may claim: rounded down, at least
             one unit. The least relevant ones beyond it go first, at any cutoff. None: no limit.
+        parts: by layer, if it is several in one, or one that is not to sum to 1: bool ``(units,)``, and what the
+            absolute relevance of these units is divided to sum to. Each unit is in one part. None: all layers sum to 1.
 
     Raises:
         ValueError: if there is no unit, or a relevance is not finite.
@@ -120,10 +124,12 @@ def rank(
     for name, values in relevance.items():
         if not values.isfinite().all():
             raise ValueError(f"relevance of layer {name!r} is not finite in {int((~values.isfinite()).sum())} units")
-        score = values.detach().to("cpu", torch.float64)
+        score = values.detach().to("cpu", torch.float64, copy=True)
         if normalize == "layer":
             # The sum of signed relevance may be near zero or negative and would turn the order round; this sum can't.
-            score = score / score.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            for of_part, total in (parts or {}).get(name, [(torch.ones(len(score), dtype=torch.bool), 1.0)]):
+                size = score[of_part].abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+                score[of_part] = score[of_part] / size * total
             # Silencing a unit without relevance costs nothing, one that speaks against the true class may cost much.
             score = torch.where(score == 0, -torch.inf, score)
         scores.append(score)

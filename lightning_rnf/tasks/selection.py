@@ -198,7 +198,7 @@ class Selection:
             refitting = Refitting(module, units.layers, state.frozen(), fitting.data)
         for number, share in enumerate(shares, start=1):
             is_last = number == len(shares)
-            ranking = reference.ranks.decided(partial(self._rank, relevance, state, notes, share))
+            ranking = reference.ranks.decided(partial(self._rank, relevance, units, state, notes, share))
             expected = about(ranking, self.search, self.resolution)
             options: dict[str, Any] = {"expected": expected, "show": show, "survey": survey, "fitting": fitting}
             with self._subnetworks(
@@ -293,13 +293,13 @@ class Selection:
             raise MissedError
         return measured
 
-    def check_goes_on(self, record: TaskRecord, state: FreezeState) -> None:
+    def check_goes_on(self, record: TaskRecord, units: UnitMap, state: FreezeState) -> None:
         """Check that a recovery that was begun, maybe by another program, is of the sub-network that would be settled.
 
         Raises:
             ValueError: if not.
         """
-        ranking = self._rank(record.relevance, state, record.notes, self._ration_of(record, state))
+        ranking = self._rank(record.relevance, units, state, record.notes, self._ration_of(record, state))
         found = ranking.relevant(record.cutoff) if record.cutoff <= ranking.candidates else {}
         if not all(name in found and torch.equal(found[name], mask) for name, mask in record.relevant.items()):
             raise ValueError(
@@ -340,7 +340,7 @@ class Selection:
         started = time.perf_counter()
         ranks = reference.ranks
         ranking = ranks.decided(
-            lambda: self._rank(record.relevance, state, record.notes, self._ration_of(record, state))
+            lambda: self._rank(record.relevance, units, state, record.notes, self._ration_of(record, state))
         )
         smaller = ranking.milder(record.cutoff, self.resolution) if milder else []
         whole = record.evaluations[0].score
@@ -417,7 +417,13 @@ class Selection:
         return record.ration if self.rations == "auto" else self.ration(len(state.tasks))
 
     def _rank(
-        self, relevance: dict[str, Tensor], state: FreezeState, notes: tuple[str, ...], ration: float | None
+        self,
+        relevance: dict[str, Tensor],
+        units: UnitMap,
+        state: FreezeState,
+        notes: tuple[str, ...],
+        ration: float | None,
     ) -> Ranking:
+        how: dict[str, Any] = {"candidates": self.candidates, "ration": ration, "parts": units.parts()}
         normalize = "layer" if _PER_LAYER in notes else self.normalize
-        return rank(relevance, state.frozen(), normalize=normalize, candidates=self.candidates, ration=ration)
+        return rank(relevance, state.frozen(), normalize=normalize, **how)

@@ -61,6 +61,26 @@ def test_units_without_relevance_go_first_and_cost_nothing():
     assert order(relevance, normalize="none") == [3, 0, 1, 4, 2]
 
 
+@quickly
+@given(st.data())
+def test_parts_of_one_layer_go_as_layers_of_their_own_would(data):
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    scores = st.floats(-10, 10, width=32)
+    apart = {f"p{i}": data.draw(st.lists(scores, min_size=n, max_size=n)) for i, n in enumerate(sizes)}
+    flat = [score for part in apart.values() for score in part]
+    part_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    parts = {"fused": [(part_of == part, 1.0) for part in range(len(sizes))]}
+    assert order({"fused": flat}, parts=parts) == order(apart)
+    assert order({"fused": flat}, parts=parts, normalize="none") == order({"fused": flat}, normalize="none")
+
+
+def test_a_part_sums_to_what_it_is_to_sum_to():
+    # a: 0.1, 0.4 for the first and the third, 0.25, 0.75 for the others; b: 0.2, 0.8
+    relevance = {"a": [1.0, 2.0, 4.0, 6.0], "b": [1.0, 4.0]}
+    first = torch.tensor([True, False, True, False])
+    assert order(relevance, parts={"a": [(first, 0.5), (~first, 1.0)]}) == [0, 4, 1, 2, 3, 5]
+
+
 FROZEN = {"a": [1, 0, 0], "b": [0, 1]}
 
 
@@ -101,6 +121,9 @@ def test_ranking_leaves_its_input_alone_and_takes_half_precision_with_gradient()
     relevance = torch.tensor([2.0, 1.0, 4.0], dtype=torch.bfloat16, requires_grad=True)
     assert rank({"a": relevance}, {}).order.tolist() == [1, 0, 2]
     assert torch.equal(relevance, torch.tensor([2.0, 1.0, 4.0], dtype=torch.bfloat16))
+    relevance = torch.tensor([2.0, 1.0, 4.0], dtype=torch.float64)
+    rank({"a": relevance}, {}, parts={"a": [(relevance > 1, 1.0), (relevance <= 1, 0.5)]})
+    assert relevance.tolist() == [2.0, 1.0, 4.0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
