@@ -16,7 +16,7 @@ from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
 from lightning_rnf.recall.recurrent import silent_cells
 from lightning_rnf.recall.widened import as_it_was
-from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating
+from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating, sharding
 
 
 @contextmanager
@@ -158,7 +158,10 @@ def _filler(silent: Tensor) -> Any:
 
 @contextmanager
 def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    own = _tensors(module)
+    sharding.reshard(module)  # what is written to rows that were put together for a forward is lost
+    whole = _tensors(module)
+    buffers = {name: sharding.local_rows(whole[name], value) for name, value in buffers.items()}
+    own = {name: sharding.local(whole[name]) for name in buffers}
     # Most buffers never change, and some can't be written to (a mask that is an expanded view).
     buffers = {name: value for name, value in buffers.items() if not torch.equal(own[name].cpu(), value.cpu())}
     before = {name: own[name].clone() for name in buffers}
@@ -168,6 +171,7 @@ def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]
     try:
         yield
     finally:
+        sharding.reshard(module)
         with torch.no_grad():
             for name, value in before.items():
                 own[name].copy_(value)
