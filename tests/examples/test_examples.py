@@ -128,6 +128,7 @@ def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, opt
     ("name", "needs"),
     [
         pytest.param("monthly_series", "statsmodels"),
+        pytest.param("languages_of_names", "babel"),
     ],
 )
 def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
