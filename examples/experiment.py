@@ -61,6 +61,7 @@ class Experiment:
         fit: trains the stream and tests it.
         freezing: arguments of the callback that YAML can't hold.
         pretrained: ``(model, data)``: gives a new network weights that it starts from.
+        is_packaged: the data come with a package: there is no folder to name.
     """
 
     stream: Callable[..., list[TaskDataModule]]
@@ -68,6 +69,7 @@ class Experiment:
     fit: Fit = fit_stream
     freezing: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Callable[[Any, Data], object] = lambda model, data: None
+    is_packaged: bool = False
 
     def main(self, script: str, description: str | None, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Run what is not in the JSON yet, and print the table.
@@ -81,7 +83,9 @@ class Experiment:
             The content of the JSON.
         """
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--data", type=Path, required=True, help="folder with the data")
+        parser.add_argument(
+            "--data", type=Path, required=not self.is_packaged, default=Path(), help="folder with the data"
+        )
         parser.add_argument("--download", action="store_true", help="fetch them if they are not there (torchvision)")
         parser.add_argument("--settings", type=Path, help="another YAML file than the script's own")
         parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as in network.width=100")

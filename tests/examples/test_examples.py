@@ -124,6 +124,24 @@ def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, opt
     assert 0 < one["free_capacity"][1] <= one["free_capacity"][0]
 
 
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        pytest.param("monthly_series", "statsmodels"),
+        pytest.param("languages_of_names", "babel"),
+    ],
+)
+def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
+    pytest.importorskip(needs)
+    given = ["--fast", "--tasks", "2", "--method", "naive", "default"]
+    summary = run(name, *given)
+    one = of(summary, "default")
+    assert one["forgetting"] == 0
+    assert one["matrix"][1][0] == one["matrix"][0][0]
+    naive = of(summary, "naive")["matrix"]
+    assert naive[1][0] != naive[0][0]
+
+
 @has("cifar10")
 def test_heatmaps_drift_unless_the_task_is_recalled(run, tmp_path):
     from results import main
@@ -761,6 +779,10 @@ def test_a_method_looks_the_same_in_every_experiment_s_figure(shown):
     two = summary["methods"]
     four = looks({"naive": two["naive"], "paper": two["best"], "exact": two["best"], "best": two["best"]})
     assert looks(two) == {"naive": four["naive"], "best": four["best"]}
+    # The default is drawn as what it came after, which is left out beside it.
+    drawn = figures("a", {**summary, "methods": {"exact": two["best"], "default": two["best"], **two}})
+    assert len(drawn["a.png"]().axes[0].get_lines()) == 3
+    assert looks({"naive": two["naive"], "default": two["best"]})["default"] == four["exact"]
 
 
 def test_methods_of_other_seeds_are_not_passed_off_as_compared(shown):
@@ -785,9 +807,8 @@ def test_the_overview_has_a_line_for_each_experiment_with_its_goal(shown):
     readme = shown / "README.md"
     readme.write_text("<!-- overview -->\n<!-- /overview -->\n" + readme.read_text())
     main([str(file.parent), "--readme", str(readme)])
-    said = (
-        "| A stream (stand-in, reduced, validation data) | 65.00 ± 7.07 (3, 4) |  |  | 82.50 ± 10.61 (3, 4) | 97.5 | "
-    )
+    said = "| A stream (stand-in, reduced, validation data) | 65.00 ± 7.07 (3, 4) |  |  |  | "
+    said += "82.50 ± 10.61 (3, 4) | 97.5 | "
     assert said + "95 (others) |" in readme.read_text()
 
 
