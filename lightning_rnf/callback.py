@@ -105,12 +105,10 @@ class RelevanceFreezing(BetweenFits):
         norm_statistics: ``"per_task"``: recall brings back the running statistics of the task's end. ``"pinned"``:
             besides, frozen channels normalise with their stored statistics in training. ``"shared"``: later tasks move
             them, and recall is not exact.
-        norm_parameters: ``"per_task"``: each task has scale and shift of norms of its own, two numbers a channel, which
-            recall brings back as it does statistics: with them a later task makes other features of frozen filters.
-            ``"frozen"``: they are frozen with their units, those that belong to none whole. None: per task where
-            ``retention="exact"`` and statistics are per task.
+        norm_parameters: ``"per_task"``: each task has scale and shift of norms of its own, which recall brings back.
+            ``"frozen"``: with their units, or whole. None: per task where recall is exact and statistics are per task.
         recalibrate_norm: estimate the running statistics of each candidate sub-network anew, from the inputs that
-            relevance is measured on, before it is scored; recall brings those back.
+            relevance is measured on, before it is scored.
         reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
         fit_head: ``"auto"``: with ``retention="exact"``, the last layer of the task's head is fitted to each candidate
@@ -175,15 +173,6 @@ class RelevanceFreezing(BetweenFits):
             arguments.one_of("retention", retention, Retention),
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
-        can_own = retention == "exact" and norm_statistics == "per_task"
-        own_norms = can_own
-        if norm_parameters is not None:
-            own_norms = arguments.one_of("norm_parameters", norm_parameters, NormParameters) == "per_task"
-        if own_norms and not can_own:
-            raise ValueError(
-                "norm_parameters='per_task' is brought back by recall with a task's statistics: it goes with "
-                f"retention='exact' and norm_statistics='per_task', not with {retention!r} and {norm_statistics!r}"
-            )
         criterion = as_criterion(criterion)
         if ration == "auto" and (retention == "paper" or not auto.takes(criterion)):
             ration = None
@@ -198,7 +187,7 @@ class RelevanceFreezing(BetweenFits):
             Reference(reference, reference_samples, attribution_samples, predict, seed),
             criterion,
             Recovery(recovery_epochs, recovery_criterion, recovery_search),
-            Tracing(predict or supervised, units, heads, own_norms),
+            Tracing(predict or supervised, units, heads, Tracing.owns(norm_parameters, retention, norm_statistics)),
             HeadFit(fit_head if retention == "exact" else False, fit_data, fit_samples),
             *(retention == "exact", heatmaps),
             connections=retention == "exact" and arguments.one_of("freeze", freeze, Freeze) == "connections",

@@ -343,7 +343,10 @@ class _Sum:
         self.ran = True
         value = output.detach()  # an in-place ReLU behind it shows: a negative output whose gradient is 0 anyway
 
-        output.register_hook(partial(self._add, value))
+        def add(arrived: Tensor) -> None:
+            self._add(value, arrived)
+
+        output.register_hook(add)
 
     def see(self, seen: Seen) -> None:
         """A recurrent layer has run: what arrives at its hidden states is not complete before the backward ends."""
@@ -398,14 +401,13 @@ def _rooted(name: str, roots: list[Tensor]) -> Any:
         if not args or not torch.is_grad_enabled():
             how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
             raise UnreachableError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
-        if isinstance(args[0], PackedSequence):
-            (data,) = root(module, (args[0].data,)) or (args[0].data,)
-            return (PackedSequence(data, *args[0][1:]), *args[1:])
-        if args[0].requires_grad:
-            roots.append(args[0])  # if it is the user's own leaf nothing else ends in it
+        packed = args[0] if isinstance(args[0], PackedSequence) else None
+        data = args[0] if packed is None else packed.data
+        if data.requires_grad:
+            roots.append(data)  # if it is the user's own leaf nothing else ends in it
             return None
-        roots.append(args[0].detach().requires_grad_())
-        return (roots[-1], *args[1:])
+        roots.append(data.detach().requires_grad_())
+        return (roots[-1] if packed is None else PackedSequence(roots[-1], *packed[1:]), *args[1:])
 
     return root
 

@@ -10,6 +10,7 @@ import torch
 
 from lightning_rnf.anatomy import Predict, UnitMap, joined
 from lightning_rnf.memory import FreezeState
+from lightning_rnf.recall import NormParameters, NormStatistics
 from lightning_rnf.runtime import arguments
 from lightning_rnf.tasks.reference import ReferenceData
 from lightning_rnf.tasks.survey import Survey
@@ -42,6 +43,22 @@ class Tracing:
     def __post_init__(self) -> None:
         self.units = arguments.globs("units", self.units)
         self.heads = arguments.globs("heads", self.heads)
+
+    @staticmethod
+    def owns(asked: NormParameters | None, retention: str, statistics: NormStatistics) -> bool:
+        """Whether each task has scale and shift of norms of its own; None: where recall can bring them back.
+
+        Raises:
+            ValueError: if it is asked for and recall can't.
+        """
+        can = retention == "exact" and statistics == "per_task"
+        has = can if asked is None else arguments.one_of("norm_parameters", asked, NormParameters) == "per_task"
+        if has and not can:
+            raise ValueError(
+                "norm_parameters='per_task' is brought back by recall with a task's statistics: it goes with "
+                f"retention='exact' and norm_statistics='per_task', not with {retention!r} and {statistics!r}"
+            )
+        return has
 
     def of_data(self, module: torch.nn.Module, state: FreezeState, reference: ReferenceData) -> UnitMap:
         """The units of the first batch that has some as they are known: no task is lost for those that disagree.

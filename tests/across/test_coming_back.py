@@ -146,7 +146,7 @@ def test_a_finished_head_and_a_shared_parameter_are_looked_at_too(finished):
             super().__init__()
             self.body.insert(2, nn.LayerNorm(40))
 
-    model, rnf = Normed(), RelevanceFreezing()
+    model, rnf = Normed(), RelevanceFreezing(norm_parameters="frozen")
     train(model, rnf, "a")
     with torch.no_grad():
         model.body[2].weight *= 1.01
@@ -239,7 +239,7 @@ class LateInSetup(Late):
 
 @pytest.mark.parametrize("kind", [Late, LateInSetup])
 def test_layers_that_are_built_late_are_there_before_they_are_checked(kind, tmp_path):
-    model, rnf = kind("a"), RelevanceFreezing()
+    model, rnf = kind("a"), RelevanceFreezing(norm_parameters="frozen")
     trainer(rnf).fit(model, datamodule=task_data("a"))
     with rnf.recall("a", model), torch.no_grad():
         expected = model(inputs())
@@ -252,7 +252,7 @@ def test_layers_that_are_built_late_are_there_before_they_are_checked(kind, tmp_
                 self.load_state_dict(saved, strict=False)
 
     rnf.save(tmp_path / "masks.safetensors")
-    later, other = Loaded("a", "b"), RelevanceFreezing()
+    later, other = Loaded("a", "b"), RelevanceFreezing(norm_parameters="frozen")
     other.load(tmp_path / "masks.safetensors")
     trainer(other).fit(later, datamodule=task_data("b"))
     assert list(other.state.tasks) == ["a", "b"]

@@ -453,7 +453,7 @@ def test_free_units_start_each_task_from_where_they_were_at_first():
 
     fit(model, rnf, "b", start := Start())
     of_units = {name: layer.name for layer in rnf.state.layers for name in layer.parameters}
-    of_units |= {"body.4.running_mean": "body.3", "body.4.running_var": "body.3"}
+    of_units |= {f"body.4.{key}": "body.3" for key in ("running_mean", "running_var", "weight", "bias")}
     for name, value in start.state.items():
         if name in of_units:
             mask = frozen[of_units[name]].view(-1, *[1] * (value.ndim - 1))

@@ -66,6 +66,7 @@ EVERY_PARAMETER = {  # what the YAML says, and what the callback then has
     "normalize": ("none", lambda rnf: rnf.ending.selection.normalize == "none"),
     "search": ("linear", lambda rnf: rnf.ending.selection.search == "linear"),
     "resolution": (5, lambda rnf: rnf.ending.selection.resolution == 5),
+    "norm_parameters": ("frozen", lambda rnf: rnf.ending.tracing.own_norms is False),
     "norm_statistics": ("shared", lambda rnf: rnf.ending.selection.norm_statistics == "shared"),
     "recalibrate_norm": (False, lambda rnf: rnf.ending.selection.recalibrate_norm is False),
     "reference_samples": (100, lambda rnf: rnf.ending.reference.samples == 100),

@@ -85,7 +85,7 @@ def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
 @has("MNIST")
 def test_fast_compares_all_methods_on_a_slice_of_the_real_data(run):
     summary = run("mnist_split", "--fast", "--samples", "3000", "--tasks", "3")
-    assert list(summary["methods"]) == ["naive", "paper", "exact", "best"]
+    assert list(summary["methods"]) == ["naive", "paper", "exact", "default", "best"]
     assert "a reduced schedule on a slice of the data (--fast)" in summary["reduced"]
     assert of(summary, "naive")["free_capacity"] == []
     for method in ("paper", "exact", "best"):
@@ -297,7 +297,7 @@ def test_results_that_are_there_are_not_made_again_and_other_settings_are_refuse
         assert "were made with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("mnist_split", *QUICK, "--method", "naif")
-    assert "has the methods naive, paper, exact, best" in capsys.readouterr().err
+    assert "has the methods naive, paper, exact, default, best" in capsys.readouterr().err
 
 
 @has("MNIST")

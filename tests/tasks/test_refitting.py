@@ -225,13 +225,14 @@ class Seen(pl.Callback):
         if record is not None and batch_idx == 0 and record.recovery_epochs == 1:
             x, y = trainer.datamodule.validation.tensors
             pl_module.eval()
-            buffers = {name: value.clone() for name, value in pl_module.named_buffers()}
-            for name, value in record.norm_statistics.items():
-                pl_module.get_buffer(name).copy_(value)
+            own = dict(pl_module.named_parameters()) | dict(pl_module.named_buffers())
+            before = {name: own[name].detach().clone() for name in record.norm_statistics}
             with torch.no_grad():
+                for name, value in record.norm_statistics.items():
+                    own[name].copy_(value)
                 hits = (pl_module(x).argmax(1) == y).float().mean()
-            for name, value in buffers.items():
-                pl_module.get_buffer(name).copy_(value)
+                for name, value in before.items():
+                    own[name].copy_(value)
             pl_module.train()
             self.found.append((float(hits), record.subnetwork_accuracy))
 
