@@ -106,9 +106,8 @@ class RelevanceFreezing(BetweenFits):
             besides, frozen channels normalise with their stored statistics in training. ``"shared"``: later tasks move
             them, and recall is not exact.
         norm_parameters: ``"per_task"``: each task has scale and shift of norms of its own, which recall brings back.
-            ``"frozen"``: with their units, or whole. None: per task where recall is exact and statistics are per task.
-        recalibrate_norm: estimate the running statistics of each candidate sub-network anew, from the inputs that
-            relevance is measured on, before it is scored.
+            ``"frozen"``: with their units, or whole. None: per task where recall is exact and its statistics are.
+        recalibrate_norm: estimate each candidate's running statistics anew, from what relevance is measured on.
         reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
         fit_head: ``"auto"``: with ``retention="exact"``, the last layer of the task's head is fitted to each candidate
@@ -117,8 +116,8 @@ class RelevanceFreezing(BetweenFits):
         fit_data: what the head is fitted on, as ``reference``; None: the fit's training data in eval mode, or where
             ``predict`` can't do with them, half of the reference data.
         fit_samples: so many of them; None: all there are.
-        units: globs of the names of layers to make units of; None: all linear layers and convolutions outside the head.
-            What is left out is frozen whole after the first task.
+        units: globs of the names of layers to make units of; None: all linear, convolutional and recurrent ones outside
+            the head. What is left out is frozen whole after the first task.
         heads: globs of the names of heads; None: they are found by tracing which module makes the logits.
         predict: ``(module, batch) -> (logits, target)``: class indices of samples, pixels or tokens, 0 and 1 for each
             label, or numbers (see `Predict`); None: for batches ``(x, y)``.

@@ -48,7 +48,7 @@ def find_head(trace: Trace, globs: tuple[str, ...] | None) -> str:
     candidates: list[str] = []
     if not found or _is_all(trace, found):
         found, candidates = _behind_functions(trace)
-    several = found is None and len(trace.layout.widths or ()) > 1
+    several = found is None and len(trace.layout.heads or ()) > 1
     if several:
         found = _around(trace, candidates)
     if found is None:

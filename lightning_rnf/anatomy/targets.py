@@ -6,9 +6,9 @@ labels ``(rows, classes)`` of integers that are 0 or 1, and numbers ``(rows, col
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ FAR = 100.0
 """So far below a row's least logit stand the columns of other heads: ``exp`` of it is nothing beside 1 in float32."""
 
 
+class OneHead(NamedTuple):
+    """One of several heads at once.
+
+    Attributes:
+        key: of its logits and its labels.
+        classes: that it has.
+        axis: of its output, that counts them; None: see `class_axes`.
+    """
+
+    key: Any
+    classes: int
+    axis: int | None = None
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the first batch has shown of a task's targets, where the form of another batch alone leaves it open.
@@ -28,12 +42,12 @@ class Layout:
     Attributes:
         axis: of the output, that counts classes: 1 (torch's convention) or -1; None: not known.
         numbers: whether targets of floats are numbers, although in a batch they may all be 0 or 1; None: not known.
-        widths: classes of each of several heads at once, in the order of their columns; None: of one head.
+        heads: of several heads at once, in the order of their columns; None: there is one.
     """
 
     axis: int | None = None
     numbers: bool | None = None
-    widths: tuple[int, ...] | None = None
+    heads: tuple[OneHead, ...] | None = None
 
 
 def class_axes(output: Tensor, target: Tensor) -> tuple[int, ...]:
@@ -84,7 +98,8 @@ def flattened(
     """
     layout = layout or Layout()
     if isinstance(output, Mapping) and isinstance(target, Mapping):
-        return side_by_side(_of_each(output, target, ignored))
+        heads = layout.heads or heads_of(output, target, ignored)
+        return side_by_side(_of_each(output, target, heads, ignored), [head.classes for head in heads])
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(f"logits are {_described(output)}, expected a floating point tensor (N, classes){_way(output)}")
     if not isinstance(target, Tensor) or target.is_complex():
@@ -123,7 +138,7 @@ def in_front(
     return _of_positions(rows, target, outputs, layout, ignored)
 
 
-def side_by_side(heads: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def side_by_side(parts: Mapping[int, tuple[Tensor, Tensor]], widths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Rows of several heads as rows of one, whose classes are those of all heads, one head after the other.
 
     Each head's targets stay rows of their own. In the columns of other heads stands what is never the largest and adds
@@ -131,27 +146,48 @@ def side_by_side(heads: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     what they are in the head alone.
 
     Args:
-        heads: of each, ``(rows, classes)`` and class indices ``(rows,)``.
+        parts: by a head's place, ``(rows, classes)`` and class indices ``(rows,)``.
+        widths: classes of all heads, of those too that have no rows here.
 
-    >>> side_by_side([(torch.zeros(1, 2), torch.tensor([1])), (torch.ones(1, 1), torch.tensor([0]))])
+    >>> side_by_side({0: (torch.zeros(1, 2), torch.tensor([1])), 1: (torch.ones(1, 1), torch.tensor([0]))}, [2, 1])
     (tensor([[   0.,    0., -100.],
             [ -99.,  -99.,    1.]]), tensor([1, 2]))
     """
-    widths = [rows.shape[1] for rows, _ in heads]
     outputs, labels = [], []
-    for index, (rows, target) in enumerate(heads):
-        before, behind = sum(widths[:index]), sum(widths[index + 1 :])
-        low = rows.detach().amin(dim=1, keepdim=True) - FAR
+    for place, (rows, target) in parts.items():
+        before, behind = sum(widths[:place]), sum(widths[place + 1 :])
+        least = torch.finfo(rows.dtype).min
+        low = (rows.detach().amin(dim=1, keepdim=True).double() - FAR).clamp(min=least).to(rows)
         outputs.append(torch.cat([low.expand(-1, before), rows, low.expand(-1, behind)], dim=1))
         labels.append(target + before)
     return torch.cat(outputs), torch.cat(labels)
 
 
-def widths_of(output: object, target: object, ignored: Collection[int] = (IGNORED,)) -> tuple[int, ...] | None:
-    """Classes of each of several heads at once, in the order of their columns; None: it is one head's output."""
-    if not (isinstance(output, Mapping) and isinstance(target, Mapping)):
-        return None
-    return tuple(rows.shape[1] for rows, _ in _of_each(output, target, ignored))
+def heads_of(
+    output: Mapping[Any, object],
+    target: Mapping[Any, object],
+    ignored: Collection[int] = (IGNORED,),
+    axis_of: Callable[[Tensor], int | None] = lambda output: None,
+) -> tuple[OneHead, ...]:
+    """The heads of a batch, in the order of their keys, whichever order the batch has them in.
+
+    Args:
+        output: of each.
+        target: of each.
+        ignored: as for `flattened`.
+        axis_of: which dimension of an output counts classes where two might; None: not known.
+
+    Raises:
+        TypeError, ValueError: as `flattened`, naming the head.
+    """
+    found = []
+    for key in sorted(output, key=str):
+        one: Any = output[key]
+        known = isinstance(one, Tensor) and isinstance(target.get(key), Tensor)
+        axes = class_axes(one, target[key]) if known else ()  # type: ignore[arg-type]
+        found.append(OneHead(key, 0, axis_of(one) if len(axes) > 1 else None))
+    parts = _of_each(output, target, found, ignored)
+    return tuple(head._replace(classes=parts[place][0].shape[1]) for place, head in enumerate(found))
 
 
 def is_numbers(target: Tensor) -> bool:
@@ -166,18 +202,21 @@ def ignored_by(module: nn.Module) -> frozenset[int]:
 
 
 def _of_each(
-    outputs: Mapping[Any, object], targets: Mapping[Any, object], ignored: Collection[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each head its rows and class indices; in the order of their keys, whichever order a batch has them in."""
-    if not outputs or outputs.keys() != targets.keys():
+    outputs: Mapping[Any, object], targets: Mapping[Any, object], heads: Sequence[OneHead], ignored: Collection[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Rows and class indices of each head that a batch has, by its place."""
+    places = {head.key: place for place, head in enumerate(heads)}
+    if not outputs or outputs.keys() != targets.keys() or not outputs.keys() <= places.keys():
         raise ValueError(
-            f"logits are a dict of {list(outputs)}, labels of {list(targets)}: several heads at once have the same "
-            "keys in both; let predict leave out the others"
+            f"logits are a dict of {list(outputs)}, labels of {list(targets)}"
+            + (f", and the task's first batch had {list(places)}" if outputs.keys() - places.keys() else "")
+            + f": several heads at once have the same keys in both; labels of what a batch lacks are {IGNORED}"
         )
-    found = []
+    found = {}
     for key in sorted(outputs, key=str):
+        head = heads[places[key]]
         try:
-            rows, target = flattened(outputs[key], targets[key], None, ignored)
+            rows, target = flattened(outputs[key], targets[key], Layout(head.axis), ignored)
         except (TypeError, ValueError) as error:
             raise type(error)(f"head {key!r}: {error}") from error
         if target.ndim > 1:
@@ -186,7 +225,9 @@ def _of_each(
                 f"head {key!r} has {kind}: several heads at once are counted together where each has class indices; "
                 "let predict return this head's logits and targets alone, or leave it out"
             )
-        found.append((rows, target))
+        if head.classes and rows.shape[1] != head.classes:
+            raise ValueError(f"head {key!r} has {rows.shape[1]} outputs, and had {head.classes} in the first batch")
+        found[places[key]] = rows, target
     return found
 
 

@@ -20,7 +20,7 @@ from lightning_rnf.anatomy.coupling import Given, reaches_past
 from lightning_rnf.anatomy.kinds import LayerKind
 from lightning_rnf.anatomy.predict import Flat, Predict, check_finite
 from lightning_rnf.anatomy.recurrent import is_recurrent
-from lightning_rnf.anatomy.targets import Layout, class_axes, ignored_by, is_numbers, widths_of
+from lightning_rnf.anatomy.targets import Layout, class_axes, flattened, heads_of, ignored_by, is_numbers
 from lightning_rnf.runtime import borrowed, evaluating, forget_gradient_hooks
 
 
@@ -144,13 +144,16 @@ class Trace:
                 rows, target = Flat.like(predict, partial(_raw, predict, returned))(module, batch)
             check_finite(rows)
             logits, wanted = returned
-            widths = widths_of(logits, wanted, ignored_by(module))
-            if widths is None:
+            heads = None
+            if isinstance(logits, Mapping):
+                axis_of = partial(_axis_of_maker, module, calls, kind_of=kind_of)
+                heads = heads_of(logits, wanted, ignored_by(module), axis_of)
+                rows, _ = flattened(logits, wanted, Layout(heads=heads), ignored_by(module))
+                logits, axis = rows, None
+            else:
                 axes = class_axes(logits, wanted)
                 axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
-            else:
-                logits, axis = rows, None
-            layout = Layout(axis, is_numbers(target), widths)
+            layout = Layout(axis, is_numbers(target), heads)
             trace = cls(module, calls, reads.tensors, logits, given, layout, attending.found)
         with evaluating(module):
             for call in calls:

@@ -39,7 +39,7 @@ def silent_cells(module: nn.Module, layer: UnitLayer, relevant: Tensor) -> Itera
     """
     own: Any = module
     assert layer.cells is not None
-    cells, inner = layer.cells, own.forward
+    cells, before = layer.cells, vars(own).get("forward")
     names = parameter_names(own)
     silent = ~relevant.to(own.get_parameter(names[0]).device)
 
@@ -59,13 +59,15 @@ def silent_cells(module: nn.Module, layer: UnitLayer, relevant: Tensor) -> Itera
         given = apply_to_collection(hx, Tensor, lambda state: _masked_state(cells, state, silent))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
-            return inner.__func__(twin, input, given)
+            return type(own).forward(twin, input, given)
 
     own.forward = forward
     try:
         yield
     finally:
         del own.forward
+        if before is not None:  # of a recall around this one
+            own.forward = before
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def recall(
             stack.enter_context(harmless(module, layers, record.relevant))
             stack.enter_context(silence(module, layers, record.relevant))
             stack.enter_context(_swapped(module, record.norm_statistics))
+        stack.enter_context(_own_norms(module, record.norm_statistics))
         yield
 
 
@@ -157,21 +158,48 @@ def _filler(silent: Tensor) -> Any:
 
 
 @contextmanager
-def _swapped(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    sharding.reshard(module)  # what is written to rows that were put together for a forward is lost
-    whole = _tensors(module)
-    buffers = {name: sharding.local_rows(whole[name], value) for name, value in buffers.items()}
-    own = {name: sharding.local(whole[name]) for name in buffers}
-    # Most buffers never change, and some can't be written to (a mask that is an expanded view).
-    buffers = {name: value for name, value in buffers.items() if not torch.equal(own[name].cpu(), value.cpu())}
-    before = {name: own[name].clone() for name in buffers}
+def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    own = dict(module.named_buffers(remove_duplicate=False))
+    with _written(own, {name: value for name, value in tensors.items() if name in own}):
+        yield
+
+
+@contextmanager
+def _own_norms(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context parameters are others: the model's own are not written to, so graphs of theirs stay whole."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    tensors = {name: value for name, value in tensors.items() if name in parameters}
+    if sharding.is_sharded(module):  # FSDP has parameters of its own, and puts its rows together for each forward
+        sharding.reshard(module)
+        rows = {name: sharding.local_rows(parameters[name], value) for name, value in tensors.items()}
+        with _written({name: sharding.local(parameters[name]) for name in rows}, rows):
+            try:
+                yield
+            finally:
+                sharding.reshard(module)
+        return
+    with ExitStack() as undo:
+        for name, value in tensors.items():
+            owner, _, key = name.rpartition(".")
+            before = parameters[name]
+            others = nn.Parameter(value.to(before, copy=True), requires_grad=before.requires_grad)
+            holders = module.get_submodule(owner)._parameters
+            holders[key] = others
+            undo.callback(holders.__setitem__, key, before)
+        yield
+
+
+@contextmanager
+def _written(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    # Most never change, and some can't be written to (a mask that is an expanded view).
+    tensors = {name: value for name, value in tensors.items() if not torch.equal(own[name].cpu(), value.cpu())}
+    before = {name: own[name].clone() for name in tensors}
     with torch.no_grad():
-        for name, value in buffers.items():
+        for name, value in tensors.items():
             own[name].copy_(value)
     try:
         yield
     finally:
-        sharding.reshard(module)
         with torch.no_grad():
             for name, value in before.items():
                 own[name].copy_(value)

@@ -174,7 +174,8 @@ class Subnetworks:
             if self.fitting is not None:
                 measured, head = self._best(cutoff, self.fitting, verdict, flops)
         if self.is_shared:
-            buffers = {name: value for name, value in buffers.items() if name.rpartition(".")[0] not in self.norms}
+            moved = {name for name in self.units.buffers if name.rpartition(".")[0] in self.norms}
+            buffers = {name: value for name, value in buffers.items() if name not in moved}
         return Taken(measured, buffers, head, tuple(rows))
 
     def better(self, one: Taken, other: Taken, verdict: Callable[[Measured], bool]) -> Taken:

@@ -83,17 +83,17 @@ class FinishedTasks(KeptInFiles):
         new = unknown_modules(module, self.state.forms)
         of_task = (self.state.layers, record, self.state.widenings)
         recalled = subnetwork.recall(module, *of_task, masked=self.retention == "exact")
-        unheld = [name for name in self._unheld(module) if name not in new]
+        unheld = [name for name in self._unheld(module, record) if name not in new]
         with recalled, subnetwork.refusing(module, new, task), subnetwork.telling(module, unheld, task):
             yield
 
-    def _unheld(self, module: torch.nn.Module) -> list[str]:
+    def _unheld(self, module: torch.nn.Module, recalled: TaskRecord) -> list[str]:
         """Modules that ran on no task's reference data: recall is exact as long as they don't run in it either."""
         if self.retention != "exact":
             return []
         records = self.state.tasks.values()
         held = {name for layer in self.state.layers for name in layer.parameters}.union(
-            self.state.shared, *((*record.head_parameters, *record.norm_statistics) for record in records)
+            self.state.shared, recalled.norm_statistics, *(record.head_parameters for record in records)
         )
         return unheld_modules(module, held, [record.head for record in records])
 

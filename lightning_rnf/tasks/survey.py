@@ -33,7 +33,7 @@ class Survey:
         """The same data, seen on their way through the network; a walk is named by its cutoff."""
         is_first = not self.routes.missed
         layout = reference.predict.layout if isinstance(reference.predict, Flat) else None
-        self._widths = layout.widths if layout else None
+        self._widths = tuple(head.classes for head in layout.heads) if layout and layout.heads else None
 
         def predict(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             logits, target = Flat.like(reference.predict, reference.predict)(module, batch)

@@ -11,7 +11,7 @@ from training import trainer
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.anatomy import UnitMap
-from lightning_rnf.anatomy.targets import flattened
+from lightning_rnf.anatomy.targets import Layout, OneHead, flattened
 from lightning_rnf.streams import TaskDataModule
 
 CLASSES = {"shape": 2, "colour": 3}
@@ -156,6 +156,48 @@ def test_the_answer_that_is_always_the_same_is_one_for_each_head(recwarn):
         one.y = {key: torch.zeros_like(labels) for key, labels in one.y.items()}
     trainer(rnf, max_epochs=2).fit(model, datamodule=TaskDataModule("a", 0, *sets, batch_size=16))
     assert any("always the same has an accuracy of 1.0" in str(one.message) for one in recwarn)
+
+
+def test_heads_may_be_missing_in_a_batch_and_stand_in_columns_of_their_own():
+    layout = Layout(heads=(OneHead("colour", 3), OneHead("shape", 2)))
+    rows, target = flattened({"shape": torch.eye(2)}, {"shape": torch.tensor([1, 0])}, layout)
+    assert rows.shape == (2, 5)
+    assert torch.equal(target, torch.tensor([4, 3]))
+    with pytest.raises(ValueError, match=r"dict of \['size'\].*first batch had \['colour', 'shape'\]"):
+        flattened({"size": torch.eye(2)}, {"size": torch.tensor([1, 0])}, layout)
+    with pytest.raises(ValueError, match="'shape' has 3 outputs, and had 2"):
+        flattened({"shape": torch.eye(3)}, {"shape": torch.tensor([1, 0, 2])}, layout)
+
+
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_the_layer_that_makes_the_logits_says_where_classes_are_of_each_head(tokens):
+    """Three tokens and three classes: the form alone does not tell which is which."""
+
+    class Tagger(Learner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.ModuleDict({key: nn.Linear(24, n) for key, n in {"one": 3, "two": 3}.items()})
+
+        def forward(self, x):
+            seen = self.body(x)
+            return {key: head(seen) for key, head in self.own.items()}
+
+    model = Tagger()
+    x = torch.randn(8, tokens, 6)
+    with torch.no_grad():
+        labels = {key: logits.argmax(-1) for key, logits in model(x).items()}
+    units = UnitMap.of(model, (x, labels))
+    assert units.head == "own"
+    rows, target = flattened(model(x), labels, units.layout)
+    assert (rows.argmax(1) == target).all()
+
+
+def test_half_precision_has_a_least_number():
+    rows, _ = flattened(
+        {"a": torch.full((1, 2), -65500.0).half(), "b": torch.zeros(1, 1).half()},
+        {"a": torch.tensor([0]), "b": torch.tensor([0])},
+    )
+    assert rows.isfinite().all()
 
 
 class Scattered(Learner):

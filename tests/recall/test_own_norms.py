@@ -72,6 +72,68 @@ def test_later_tasks_train_them_and_recall_is_bit_equal(network):
     assert all(value.isnan().all() for value in scales(model, network).values()), "recall leaves what it found"
 
 
+class Plain(Classifier):
+    """A layer norm and no buffers."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.body = nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.ReLU())
+        self.heads = MultiHead(24, dict.fromkeys(TASKS, 2))
+
+
+def test_graphs_around_a_recall_stay_whole():
+    """Distillation: the old task is recalled between a forward and its backward; and what was recalled is sent back."""
+    model, rnf = built(Plain), RelevanceFreezing(**OPTIONS)
+    for task in "ab":
+        train(model, rnf, task, max_epochs=2)
+    model.requires_grad_(True)
+    own = model.get_parameter("body.1.weight")
+    now = model(inputs()).sum()
+    recalled(rnf, model, "a")
+    now.backward()
+    assert own.grad is not None
+    with rnf.recall("a", model):
+        then = model(inputs()).sum()
+        assert model.get_parameter("body.1.weight") is not own
+    then.backward()
+    assert model.get_parameter("body.1.weight") is own
+
+
+def test_one_that_no_task_but_a_later_one_has_run_is_told_of():
+    class Some(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 24), nn.ReLU())
+            self.seldom, self.runs = nn.LayerNorm(24), False
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.heads(self.seldom(x) if self.runs or self.heads.active == "b" else x)
+
+    model, rnf = Some(), RelevanceFreezing(**OPTIONS)
+    train(model, rnf, "a", max_epochs=1)
+    train(model, rnf, "b", max_epochs=1)
+    model.runs = True
+    with pytest.warns(UserWarning, match=r"'seldom' \(LayerNorm\) runs in the recall of 'a', but ran on none"):
+        recalled(rnf, model, "a")
+    recalled(rnf, model, "b")
+
+
+@pytest.mark.parametrize("options", [{"norm_statistics": "shared"}, {"retention": "paper"}])
+@pytest.mark.filterwarnings("ignore:norm_statistics='shared':UserWarning")
+def test_callbacks_of_other_kinds_go_on_with_them(options):
+    model, rnf = built(ConvClassifier), RelevanceFreezing(**OPTIONS)
+    train(model, rnf, "a", max_epochs=2)
+    of_a = scales(model, ConvClassifier)["body.4.weight"]
+    few = {} if "retention" not in options else {"ration": None}
+    other = RelevanceFreezing(**{**OPTIONS, **few}, **options)
+    other.state = rnf.state
+    train(model, other, "b", max_epochs=2)
+    assert "body.4.weight" in other.state.task("b").norm_statistics
+    with other.recall("a", model):
+        assert torch.equal(model.get_parameter("body.4.weight"), of_a)
+
+
 @pytest.mark.parametrize("network", NORMS)
 def test_frozen_ones_stay_with_their_units_and_are_nobody_s_own(network):
     model, rnf = built(network), RelevanceFreezing(**OPTIONS, norm_parameters="frozen")
