@@ -191,6 +191,21 @@ def test_recall_is_bit_equal_after_a_second_task_and_whatever_the_rest_becomes(c
         assert torch.equal(look(model, rnf), before)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_after_a_recall_inside_another_the_outer_one_goes_on(kind):
+    """A training step that recalls an old task, say, while a recovery lets only the new one's units speak."""
+    torch.manual_seed(0)
+    model, rnf = Recurrent(kind), RelevanceFreezing(recovery_epochs=0)
+    for task in "ab":
+        train(model, rnf, task, max_epochs=2)
+    expected, x = look(model, rnf), torch.randn(33, 6, generator=torch.Generator().manual_seed(7))
+    with rnf.recall("a", model), torch.no_grad():
+        with rnf.recall("b", model):
+            model(x)
+        assert torch.equal(model(x), expected)
+    assert "forward" not in vars(model.memory)
+
+
 def test_free_units_are_reset():
     torch.manual_seed(0)
     model, rnf = Recurrent(nn.GRU), RelevanceFreezing(reset_free=True)
