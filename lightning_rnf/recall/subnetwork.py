@@ -183,6 +183,7 @@ def _own_norms(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
             owner, _, key = name.rpartition(".")
             before = parameters[name]
             others = nn.Parameter(value.to(before, copy=True), requires_grad=before.requires_grad)
+            vars(others).update(vars(before))  # what the user has noted on it, and what it was before `as_it_was`
             holders = module.get_submodule(owner)._parameters
             holders[key] = others
             undo.callback(holders.__setitem__, key, before)
