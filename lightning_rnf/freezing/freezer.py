@@ -75,10 +75,14 @@ def check_globs(name: str, option: ElasticityOption, units: UnitMap) -> None:
     """
     names = [*(layer.name for layer in units.layers), *(shared.rpartition(".")[0] for shared in units.shared)]
     for glob in option if isinstance(option, Mapping) else ():
+        if any(fnmatchcase(module, glob) for module in names):
+            continue
         if any(fnmatchcase(own.rpartition(".")[0], glob) for own in units.own):
-            continue  # a norm of each task's own: it learns as a free unit does
-        if not any(fnmatchcase(module, glob) for module in names):
-            raise ValueError(f"{name}: {glob!r} matches no unit layer and no module with shared parameters: {names}")
+            raise ValueError(
+                f"{name}: {glob!r} matches nothing but norms, whose scale and shift each task has of its own, so that "
+                "no factor reaches them: leave it out, or freeze them with norm_parameters='frozen'"
+            )
+        raise ValueError(f"{name}: {glob!r} matches no unit layer and no module with shared parameters: {names}")
 
 
 def check_elasticity(name: str, option: ElasticityOption) -> ElasticityOption:

@@ -212,3 +212,12 @@ def test_one_that_another_module_has_too_is_frozen():
     assert torch.equal(recalled(rnf, model, "a"), then)
     assert "start.1.weight" not in rnf.state.task("a").norm_statistics
     assert "start.1.bias" in rnf.state.task("a").norm_statistics
+
+
+@pytest.mark.parametrize("option", ["elasticity", "irrelevant_elasticity"])
+def test_a_factor_that_would_reach_nothing_else_is_refused(option):
+    with pytest.raises(
+        ValueError, match=rf"{option}: 'block\.0' matches nothing but norms, .* norm_parameters='frozen'"
+    ):
+        train(built(Normed), RelevanceFreezing(**OPTIONS, **{option: {"block.0": 0.0}}), "a")
+    train(built(Normed), RelevanceFreezing(**OPTIONS, norm_parameters="frozen", **{option: {"block.0": 0.0}}), "a")
