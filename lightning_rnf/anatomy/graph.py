@@ -189,7 +189,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks of the user's may change what goes in or comes out: fx follows them where it follows the call.
-        hooked = any(part._forward_pre_hooks or has_foreign_hooks(part) for part in m.modules())
+        hooked = any(has_foreign_hooks(part) for part in m.modules())
         is_own = any(torch_class(part) is nn.Module for part in m.modules())
         return not hooked and not is_own and torch_class(m) is not nn.Sequential
 

@@ -166,12 +166,13 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
 
 
 class SilentHook:
-    """A forward hook of ours that changes nothing of what is computed: who asks may go on as if it were not there."""
+    """A hook of ours that changes nothing of what is computed: who asks may go on as if it were not there."""
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether forward hooks of others may change what it says."""
-    return any(not isinstance(hook, SilentHook) for hook in module._forward_hooks.values())
+    """Whether hooks of others may change what it hears or says."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not isinstance(hook, SilentHook) for hook in hooks)
 
 
 def is_suspect(module: nn.Module) -> bool:
@@ -183,7 +184,7 @@ def is_suspect(module: nn.Module) -> bool:
         return True
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
     own = {"forward", "_conv_forward"}.intersection(vars(module))
-    return not of_torch or bool(own or module._forward_pre_hooks) or has_foreign_hooks(module)
+    return not of_torch or bool(own) or has_foreign_hooks(module)
 
 
 def coupling(trace: Trace, name: str) -> str | None:

@@ -5,7 +5,7 @@ What is silent need not be computed, and what is frozen needs no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,9 @@ FEWEST = 32
 LARGEST_SHARE = 0.9
 """Of the rows, for the same reason."""
 
+FEW = 4
+"""Samples in which nearly every channel of the input speaks that speaks at all."""
+
 LARGEST_LEARNING_SHARE = {"linear": 0.75, "convolution": 0.5}
 """With more free rows than that, their gradient alone takes as long as that of all (measured on a CPU)."""
 
@@ -34,7 +37,9 @@ FEWEST_WEIGHTS = 288
 
 
 @contextmanager
-def computed(layer: Any, relevant: Tensor) -> Iterator[None]:
+def computed(
+    layer: Any, relevant: Tensor, *, by_columns: Callable[[], bool] | None = None
+) -> Iterator[Callable[[], bool]]:
     """Inside the context and without gradients, the layer computes its relevant rows; all others of its output are 0.
 
     The product of fewer rows may be rounded in another way than the same rows of the whole product. It is always the
@@ -43,32 +48,41 @@ def computed(layer: Any, relevant: Tensor) -> Iterator[None]:
     Args:
         layer: left as it is if it is no plain linear layer or ungrouped convolution, or has a forward of the user's.
         relevant: bool ``(units,)``.
+        by_columns: whether to leave out channels of the input that are zero in the whole batch, too. That rounds in
+            another way again, which depends on what is zero: for a search, and not for recall. None: never.
+
+    Yields:
+        Whether the output that it gave last has its zeros already.
     """
-    kept = int(relevant.sum())
-    if not can_choose_rows(layer) or not 0 < kept <= LARGEST_SHARE * len(relevant):
-        yield
+    kept, acted = int(relevant.sum()), False
+    if not can_choose_rows(layer) or (kept > LARGEST_SHARE * len(relevant) and by_columns is None):
+        yield lambda: False
         return
     whole = layer.forward
     chosen = relevant.nonzero().view(-1)
 
     def forward(input: Tensor) -> Tensor:
-        nonlocal chosen
+        nonlocal chosen, acted
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if torch.is_grad_enabled() or type(weight) is not nn.Parameter or not _pays(layer, input):
+        columns = by_columns is not None and by_columns() and input.device.type == "cpu"  # elsewhere one would wait
+        acted = not torch.is_grad_enabled() and type(weight) is nn.Parameter and _pays(layer, input)
+        acted = acted and (columns or kept <= LARGEST_SHARE * len(weight))
+        if not acted:
             result: Tensor = whole(input)
             return result
         chosen = chosen.to(weight.device)
-        rows = weight.index_select(0, chosen)
-        of_bias = None if bias is None else bias.index_select(0, chosen)
-        if isinstance(layer, nn.Linear):
-            some = nn.functional.linear(input, rows, of_bias)
-            return some.new_zeros(*some.shape[:-1], len(weight)).index_copy_(-1, chosen, some)
-        some = layer._conv_forward(input, rows, of_bias)
-        return _like(some, len(weight)).index_copy_(1, chosen, some)
+        rows = weight.index_select(0, chosen if kept else chosen.new_zeros(1))
+        of_bias = None if bias is None or not kept else bias.index_select(0, chosen)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        if columns:
+            input, rows = _without_zeros(input, rows, axis)
+        some = layer._conv_forward(input, rows, of_bias) if axis == 1 else nn.functional.linear(input, rows, of_bias)
+        zeros = _like(some, len(weight)) if axis == 1 else some.new_zeros(*some.shape[:-1], len(weight))
+        return zeros.index_copy_(axis, chosen, some) if kept else zeros  # one row has shown the form of the output
 
     layer.forward = forward
     try:
-        yield
+        yield lambda: acted
     finally:
         del layer.forward
 
@@ -245,6 +259,18 @@ def _pays(layer: Any, x: Tensor) -> bool:
     return bool(
         x.ndim == layer.get_parameter("weight").ndim and x.numel() >= FEWEST * x.shape[1]
     )  # a batch, no single one
+
+
+def _without_zeros(input: Tensor, rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The channels of the input that are not zero in the whole batch, at least one, and the weights for them."""
+    others = [dimension for dimension in range(input.ndim) if dimension != axis % input.ndim]
+    speaks = input[:FEW].abs().sum(others) != 0  # of NaN, too
+    silent = speaks.logical_not().nonzero().view(-1)
+    speaks[silent] = input.index_select(axis, silent).abs().amax(others) != 0  # most are seen in a few samples already
+    some = speaks.nonzero().view(-1)
+    if not 0 < len(some) <= LARGEST_SHARE * len(speaks):
+        return input, rows
+    return input.index_select(axis, some), rows.index_select(1, some)
 
 
 def _like(some: Tensor, channels: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,17 +10,24 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider
+from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, torch_class
 from lightning_rnf.freezing import harmless, rows
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
+from lightning_rnf.recall import gradients
 from lightning_rnf.recall.recurrent import silent_cells
 from lightning_rnf.recall.widened import as_it_was
 from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating, sharding
 
 
 @contextmanager
-def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[str, Tensor]) -> Iterator[None]:
+def silence(
+    module: nn.Module,
+    layers: Iterable[UnitLayer],
+    relevant: Mapping[str, Tensor],
+    *,
+    by_columns: Callable[[], bool] | None = None,
+) -> Iterator[None]:
     """Inside the context all units that are not relevant put out zero.
 
     The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled again
@@ -32,6 +39,8 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
         module: the model.
         layers: its unit layers.
         relevant: bool ``(units,)`` by layer name.
+        by_columns: whether to leave out what is zero of what layers hear, too: faster, and rounded in another way;
+            None: never.
     """
     with ExitStack() as hooks:
         hooks.enter_context(attention_by_its_parts())
@@ -44,11 +53,14 @@ def silence(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[st
                 continue
             # The layer has a weight to tell the device by; a norm may have none.
             device = module.get_parameter(layer.weight).device
-            fill = _filler(irrelevant.view(-1, *[1] * (-layer.axis - 1)).to(device))
-            for name in (layer.name, layer.norm, layer.slopes):
+            part = module.get_submodule(layer.name)
+            is_done = hooks.enter_context(rows.computed(part, relevant[layer.name], by_columns=by_columns))
+            silent = irrelevant.to(device)
+            hooks.callback(part.register_forward_hook(_filler(silent, layer.axis, is_done)).remove)
+            for name in (layer.norm, layer.slopes):
                 if name is not None:
+                    fill = _filler(silent, layer.axis)
                     hooks.callback(module.get_submodule(name).register_forward_hook(fill).remove)
-            hooks.enter_context(rows.computed(module.get_submodule(layer.name), relevant[layer.name]))
         yield
 
 
@@ -87,6 +99,8 @@ def recall(
             stack.enter_context(silence(module, layers, record.relevant))
             stack.enter_context(_swapped(module, record.norm_statistics))
         stack.enter_context(_own_norms(module, record.norm_statistics))
+        if masked and not sharding.is_sharded(module):  # the parameters that FSDP computes with have flags of their own
+            stack.enter_context(gradients.asking_none(module))
         yield
 
 
@@ -150,11 +164,29 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
-def _filler(silent: Tensor) -> Any:
+def _filler(silent: Tensor, axis: int, is_done: Callable[[], bool] = lambda: False) -> Any:
+    """A forward hook that makes units zero, ``(units,)`` along an axis, unless that is done already."""
+    as_mask, chosen = silent.view(-1, *[1] * (-axis - 1)), silent.nonzero().view(-1)
+
     def fill(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return torch.where(silent, 0.0, output)  # masked_fill would make channels_last contiguous: a slow way to pool
+        if is_done():
+            return output
+        if _is_new(output, module):
+            return output.index_fill_(axis, chosen, 0.0)  # writes to the silent ones alone
+        return torch.where(as_mask, 0.0, output)  # masked_fill would make channels_last contiguous: a slow way to pool
 
     return fill
+
+
+def _is_new(output: Tensor, module: nn.Module) -> bool:
+    """Whether nobody but torch's own module, which has just put it out, can have seen an output."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(output) is not Tensor or output.device.type != "cpu" or output.is_inference() or output._is_view():
+        return False
+    ours = __name__.partition(".")[0]
+    of_ours = [getattr(hook, "__module__", "").partition(".")[0] == ours for hook in module._forward_hooks.values()]
+    return all(of_ours) and torch_class(module) is not nn.Module
 
 
 @contextmanager

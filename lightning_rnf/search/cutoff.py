@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from lightning_rnf.search.criteria import Measured, SubnetworkScore
@@ -50,6 +51,7 @@ def search_cutoff(
     *,
     method: Method = "fewest",
     resolution: int = 1,
+    precision: float = 0.0,
 ) -> SearchResult:
     """Find a large cutoff that the criterion accepts.
 
@@ -61,7 +63,8 @@ def search_cutoff(
     - the next larger cutoff that has been measured is rejected, and no larger one is accepted;
     - no cutoff is measured twice.
 
-    If acceptance is monotone, all three return the largest accepted cutoff, to the resolution.
+    If acceptance is monotone, all three return the largest accepted cutoff, to the resolution and, from the fewest, the
+    precision.
 
     Args:
         ranking: the units in the order in which they go.
@@ -74,6 +77,7 @@ def search_cutoff(
             acceptance is not monotone it ends at the upper boundary as likely as not. ``"linear"``: the paper's loop,
             from the least relevant upwards until the first rejection.
         resolution: units per step (the paper's pruning ratio r), at least 1.
+        precision: from the fewest, how far the two sides of the boundary may be apart, as a share of what is kept.
 
     Raises:
         ValueError: if the resolution is below 1.
@@ -91,13 +95,14 @@ def search_cutoff(
     cutoffs = ranking.cutoffs(resolution)
     if ranking.beyond_ration:
         accepts(cutoffs[0])
-    walk = {"fewest": _fewest, "bisect": _bisect, "linear": _linear}[method]
-    last = cutoffs[walk(lambda step: accepts(cutoffs[step]), len(cutoffs) - 1)]
+    walks: dict[Method, Callable[[Callable[[int], bool], int], int]]
+    walks = {"fewest": partial(_fewest, precision=precision), "bisect": _bisect, "linear": _linear}
+    last = cutoffs[walks[method](lambda step: accepts(cutoffs[step]), len(cutoffs) - 1)]
     found = next(evaluation for evaluation in evaluations if evaluation.score.cutoff == last)
     return SearchResult(found, tuple(evaluations))
 
 
-def about(ranking: Ranking, method: Method, resolution: int = 1) -> int:
+def about(ranking: Ranking, method: Method, resolution: int = 1, precision: float = 0.0) -> int:
     """How many evaluations a search makes: at most, and for ``"bisect"`` within one of it."""
     steps = -(-(ranking.candidates - ranking.beyond_ration) // resolution)
     walked = steps
@@ -107,7 +112,7 @@ def about(ranking: Ranking, method: Method, resolution: int = 1) -> int:
         kept = [*_kept_counts(steps), steps]  # all are rejected up to one, which is accepted; the last is not measured
         walked = max(
             (
-                min(number + 1, len(kept) - 1) + (more - fewer - 1).bit_length()
+                min(number + 1, len(kept) - 1) + _most_between(fewer, more, precision)
                 for number, (fewer, more) in enumerate(itertools.pairwise(kept), start=1)
             ),
             default=0,
@@ -115,7 +120,7 @@ def about(ranking: Ranking, method: Method, resolution: int = 1) -> int:
     return 1 + bool(ranking.beyond_ration) + walked
 
 
-def _fewest(accepts: Callable[[int], bool], steps: int) -> int:
+def _fewest(accepts: Callable[[int], bool], steps: int, precision: float) -> int:
     """The step that keeps the fewest of those that it has seen accepted in 0 … steps; 0 is taken as accepted."""
     rejected, accepted = -1, steps
     for kept in _kept_counts(steps):
@@ -123,7 +128,7 @@ def _fewest(accepts: Callable[[int], bool], steps: int) -> int:
             accepted = kept
             break
         rejected = kept
-    return steps - _between(lambda kept: accepts(steps - kept), rejected, accepted)
+    return steps - _between(lambda kept: accepts(steps - kept), rejected, accepted, precision)
 
 
 def _kept_counts(steps: int) -> Iterator[int]:
@@ -139,15 +144,27 @@ def _bisect(accepts: Callable[[int], bool], steps: int) -> int:
     return _between(accepts, steps + 1, 0)
 
 
-def _between(accepts: Callable[[int], bool], rejected: int, accepted: int) -> int:
+def _between(accepts: Callable[[int], bool], rejected: int, accepted: int, precision: float = 0.0) -> int:
     """The accepted side of a boundary between what is rejected and what is accepted, whichever is larger."""
-    while abs(rejected - accepted) > 1:
+    while not _is_known(rejected, accepted, precision):
         middle = (accepted + rejected) // 2
         if accepts(middle):
             accepted = middle
         else:
             rejected = middle
     return accepted
+
+
+def _is_known(rejected: int, accepted: int, precision: float) -> bool:
+    return abs(rejected - accepted) <= max(1.0, precision * accepted)
+
+
+def _most_between(rejected: int, accepted: int, precision: float) -> int:
+    """How many evaluations a search from the fewest makes at most between these two."""
+    if _is_known(rejected, accepted, precision):
+        return 0
+    middle = (accepted + rejected) // 2
+    return 1 + max(_most_between(*sides, precision) for sides in ((rejected, middle), (middle, accepted)))
 
 
 def _linear(accepts: Callable[[int], bool], steps: int) -> int:

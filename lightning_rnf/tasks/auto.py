@@ -23,7 +23,10 @@ MOST = 0.5
 PARTS = (0.15, 0.5)
 """Of the tolerance: so much less accuracy, at least and at most, is as good as all; between them a standard error."""
 
-RECOVERY = 0.25
+PRECISION = 1 / 16
+"""How few units are enough is found to so small a share of them: accuracy can't tell more."""
+
+RECOVERY = 0.5
 """Of a fit's epochs, the last, train inside the sub-network."""
 
 

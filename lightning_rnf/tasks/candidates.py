@@ -27,6 +27,9 @@ from lightning_rnf.tasks.survey import Survey
 
 log = logging.getLogger(__name__)
 
+LEAST = 64
+"""Statistics of norms are taken from batches on which a head is fitted if each has so many samples."""
+
 
 @dataclass
 class Known:
@@ -118,6 +121,10 @@ class Subnetworks:
         self.resolution = resolution
         self.fitting = fitting
         self.known = known
+        # What the search has measured is measured once more where heads are fitted: until then rounding may differ.
+        self.is_quick = fitting is not None
+        # Where batches tell as much as the data, a candidate's norms and its head are found in one pass.
+        self.fits_at_once = fitting is not None and fitting.data.least_leading >= LEAST
         self.refitting = refitting
         if refitting is not None:
             refitting.look()
@@ -148,12 +155,19 @@ class Subnetworks:
         return measured
 
     def _measured(self, cutoff: int) -> Measured:
-        with self._speaking(cutoff):
+        heads: list[Head] = []
+
+        def fit() -> None:
+            heads.append(self._fitted(all_data=False))
+
+        with self._speaking(cutoff, run=fit if self.fits_at_once else None):
             by_both = cutoff == 0 or self.known.is_better_trained
             if by_both or self.fitting is None:
                 measured = self._measure(cutoff)
             if self.fitting is not None:
-                with self.fitting.wearing(self._fitted(all_data=False)):
+                if not heads:
+                    fit()
+                with self.fitting.wearing(heads[0]):
                     fitted = self._measure(cutoff, surveyed=cutoff > 0 and not by_both)
                 if cutoff == 0:
                     self.known.whole = {"trained": measured.accuracy, "fitted": fitted.accuracy}
@@ -162,40 +176,50 @@ class Subnetworks:
         return replace(measured, values={**measured.values, **self._count(cutoff)})
 
     def take(self, cutoff: int, verdict: Callable[[Measured], bool], *, refits: bool = False) -> Taken:
-        """End with a sub-network: its head is fitted to all there is to fit it on, and its rows to it, if asked.
+        """End with a sub-network: its head is fitted to all there is to fit it on, unless the task trains on with it.
 
         Of that one, the one of the search and the trained one it keeps what the verdict accepts, of those what is
         worth most to the criterion, and in doubt the first.
+
+        Args:
+            cutoff: how many candidates are silenced.
+            verdict: whether a criterion accepts what was measured.
+            refits: fit its rows to it, too, unless by heads as in the search it has been worth more without.
         """
         flops = self._count(cutoff)  # of the network as it is, with nothing silenced in it
-        with self._speaking(cutoff, refits=refits) as rows:
-            buffers = subnetwork.statistics(self.module, self.units)
-            measured = head = None
-            if self.fitting is not None:
-                measured, head = self._best(cutoff, self.fitting, verdict, flops)
+        for refitted in (True, False) if refits else (False,):
+            with self._speaking(cutoff, refits=refitted) as rows:
+                if refitted and not self._gains(cutoff, verdict, flops):
+                    continue
+                buffers = subnetwork.statistics(self.module, self.units)
+                measured = head = None
+                if self.fitting is not None:
+                    measured, head = self._best(cutoff, self.fitting, verdict, flops)
+            break
         if self.is_shared:
             moved = {name for name in self.units.buffers if name.rpartition(".")[0] in self.norms}
             buffers = {name: value for name, value in buffers.items() if name not in moved}
         return Taken(measured, buffers, head, tuple(rows))
 
-    def better(self, one: Taken, other: Taken, verdict: Callable[[Measured], bool]) -> Taken:
-        """Of a sub-network measured in two ways the one that the verdict accepts and that is worth more."""
-
-        def worth(taken: Taken) -> tuple[Any, ...]:
-            assert taken.measured is not None, "heads are fitted"
-            return verdict(taken.measured), self.worth(taken.measured)
-
-        return max(one, other, key=worth)
+    def _gains(self, cutoff: int, verdict: Callable[[Measured], bool], flops: Mapping[str, float]) -> bool:
+        """Whether a sub-network that the search has measured is worth as much as then, as it speaks now."""
+        assert self.fitting is not None, "rows are fitted where heads are"
+        with self.fitting.wearing(self._fitted(all_data=False)):
+            now = self._measure(cutoff, surveyed=False, to_the_end=True)
+        now, then = replace(now, values={**now.values, **flops}), self.known.measured[cutoff]
+        return (verdict(now), self.worth(now)) >= (verdict(then), self.worth(then))
 
     def _best(
         self, cutoff: int, fitting: Fitting, verdict: Callable[[Measured], bool], flops: Mapping[str, float]
     ) -> tuple[Measured, Head | None]:
         known, found = self.known.measured.get(cutoff), list[tuple[Measured, Head | None]]()
-        for fitted_on in ("all", "few", "trained"):
+        # A task that trains on inside of it trains its head, too.
+        for fitted_on in ("all", "few", "trained") if self.refitting is None else ("few", "trained"):
             head = None if fitted_on == "trained" else self._fitted(all_data=fitted_on == "all")
             seen: list[tuple[Tensor, Tensor]] = []
-            with nullcontext() if head is None else fitting.wearing(head):
-                measured = self._measure(cutoff, surveyed=cutoff > 0 and not found, seen=seen)
+            with nullcontext() if head is None else fitting.wearing(head), self._as_recall():
+                first = cutoff > 0 and not found
+                measured = self._measure(cutoff, surveyed=first, to_the_end=True, seen=seen)
             measured = replace(measured, values={**measured.values, **flops})
             if head is not None and not fitting.scaled:
                 every = joined(self.ranks.gather(seen))
@@ -213,10 +237,15 @@ class Subnetworks:
             return self.fitting.fit(all_data=all_data)
 
     def _measure(
-        self, cutoff: int, *, surveyed: bool = True, seen: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        cutoff: int,
+        *,
+        surveyed: bool = True,
+        to_the_end: bool = False,
+        seen: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Measured:
         # With half of its units silent a network may overflow: that is no divergence, only a bad sub-network.
-        lowest = None if cutoff in self.measured_whole or seen is not None else self.limit
+        lowest = None if cutoff in self.measured_whole or to_the_end else self.limit
         watched = self.survey.of(self.reference, cutoff) if surveyed else nullcontext(self.reference)
         with self.prefix.spared("accuracy"), watched as reference:
             if seen is not None:
@@ -243,17 +272,33 @@ class Subnetworks:
         }
 
     @contextmanager
-    def _speaking(self, cutoff: int, *, refits: bool = False) -> Iterator[Sequence[Rows]]:
+    def _speaking(
+        self, cutoff: int, *, refits: bool = False, run: Callable[[], None] | None = None
+    ) -> Iterator[Sequence[Rows]]:
+        """Inside the context it speaks, with rows that are fitted to it if asked.
+
+        Statistics of norms are estimated anew from what ``run`` sends through, if that is not the reference data.
+        """
         with ExitStack() as stack:
             speaking = self.ranking.relevant(cutoff)
             stack.enter_context(harmless(self.module, self.units.layers, speaking))
-            stack.enter_context(subnetwork.silence(self.module, self.units.layers, speaking))
+            layers = self.units.layers
+            stack.enter_context(subnetwork.silence(self.module, layers, speaking, by_columns=lambda: self.is_quick))
             rows: Sequence[Rows] = ()
             if refits and self.refitting is not None:
                 rows = stack.enter_context(self.refitting.wearing(speaking, self.recalibrated))
             if self.recalibrated and cutoff > 0:
-                stack.enter_context(norms.recalibrated(self.recalibrated, self._run, self.ranks))
+                stack.enter_context(norms.recalibrated(self.recalibrated, run or self._run, self.ranks))
             yield rows
+
+    @contextmanager
+    def _as_recall(self) -> Iterator[None]:
+        """Inside the context candidates say, bit for bit, what recall will say."""
+        before, self.is_quick = self.is_quick, False
+        try:
+            yield
+        finally:
+            self.is_quick = before
 
     def _run(self) -> None:
         with self.prefix.spared("statistics"):
@@ -303,6 +348,7 @@ def subnetworks(
     moving = [norm for norm in own.values() if isinstance(norm, _BatchNorm) and norm.training] if recalibrates else []
     counts_flops = any(criterion.counts_flops for criterion in criteria)
     with borrowed(module), evaluating(module):
+        module.requires_grad_(False)  # recall asks for no gradients either: torch's products would add up otherwise
         yield Subnetworks(
             *(module, units, reference, ranking, criteria, own, moving, show, expected, survey, fitting),
             *(resolution, counts_flops, is_shared, Known() if known is None else known, refitting),

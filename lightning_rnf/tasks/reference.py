@@ -112,6 +112,12 @@ class ReferenceData:
                 self.predict(module, batch)
 
     @property
+    def least_leading(self) -> int:
+        """Of the batches for attribution of all ranks, how many samples the smallest has; 0: nobody knows."""
+        sizes = [loaders.rows_of(batch) or 0 for batch in self.batches[: self.attributed]]
+        return min((size for of_rank in self.ranks.gather(sizes) for size in of_rank), default=0)
+
+    @property
     def of_like_size(self) -> dict[int, Any]:
         """The batches for attribution by their place, in the fit's precision, but for much smaller ones and samples."""
         batches = self.for_attribution

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.recall import norms
+from lightning_rnf.runtime import sharding
 from lightning_rnf.tasks.leastsquares import Moments, rounded, scales, spread
+from lightning_rnf.tasks.loaders import rows_of
 from lightning_rnf.tasks.reference import ReferenceData
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,12 @@ RIDGE = 0.01
 
 PLACES = 16
 """Of each sample a layer is seen at so many places at most: pixels of a feature map, or tokens."""
+
+SAMPLES = 500
+"""So many samples are enough, each of which shows many places of most layers."""
+
+ROUNDING = 1e-5
+"""What a row says too little is nothing where it is a smaller share of the largest that any row said."""
 
 WIDEST = 2048
 """A row that hears more is not fitted: what has to be solved grows with the third power."""
@@ -56,6 +64,10 @@ class Rows:
         self.parameter.data[self.units] = self.values
 
 
+class _ReachedError(BaseException):
+    """A forward has come to the layer that it was run for; no `Exception`, which a forward may handle."""
+
+
 class Refitting:
     """Fits the rows of a module's layers to its sub-networks.
 
@@ -67,7 +79,7 @@ class Refitting:
             at.
         layers: its units' layers, in the order in which they run.
         frozen: bool ``(units,)`` by layer: units of finished tasks, whose rows stay.
-        data: the first of its batches, ``data.attributed``, are run.
+        data: the first of its batches, ``data.attributed``, are run, as many as `SAMPLES` need.
     """
 
     def __init__(
@@ -80,7 +92,7 @@ class Refitting:
         self.module = module
         self.frozen = frozen
         self.data = data
-        self.batches = data.of_like_size
+        self.batches = _some(data)
         self.layers = {layer.name: layer for layer in layers if _can_be_fitted(module.get_submodule(layer.name))}
         self.said: dict[str, list[Tensor]] | None = None
 
@@ -141,7 +153,7 @@ class Refitting:
     def _run(self) -> None:
         for index, batch in self.batches.items():
             self._batch = index * self.data.ranks.size + self.data.ranks.rank  # its place in one process
-            with torch.no_grad(), self.data.forward_context():
+            with torch.no_grad(), self.data.forward_context(), suppress(_ReachedError):
                 self.data.predict(self.module, batch)
 
     def _places(self, values: Tensor, axis: int) -> Tensor:
@@ -165,7 +177,9 @@ class Refitting:
             reaches = torch.cat(self._reaching(layer))
             weight, bias = part.weight.detach()[units].flatten(1), part.bias
             says = nn.functional.linear(reaches, weight.to(reaches), None if bias is None else bias[units].to(reaches))
-            lacks = torch.cat(said)[:, units].to(reaches) - says
+            before = torch.cat(said)[:, units].to(reaches)
+            lacks = before - says
+            lacks = lacks.where(lacks.abs() > ROUNDING * before.abs().nan_to_num().amax(), 0.0)
             sizes = torch.cat([reaches, lacks], dim=1).nan_to_num().abs().amax(dim=0)
             return reaches, lacks, sizes.cpu().double()
 
@@ -200,8 +214,13 @@ class Refitting:
         part: Any = self.module.get_submodule(layer.name)
         found: list[Tensor] = []
 
+        # What comes behind the layer need not be computed, but FSDP puts its parameters away when a forward ends.
+        ends = not sharding.is_sharded(self.module)
+
         def note(part: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(self._heard(part, args[0].detach()))
+            if ends:
+                raise _ReachedError
 
         with part.register_forward_pre_hook(note):
             self._run()
@@ -222,6 +241,18 @@ class Refitting:
             index = (slice(None), slice(None), *(slice(at, at + far, step) for at, far, step in window))
             patches.append(x[index].flatten(1))
         return torch.stack(patches, dim=1).flatten(0, 1).float()
+
+
+def _some(data: ReferenceData) -> dict[int, Any]:
+    """Batches by their place in one process, whatever the number of ranks."""
+    batches = data.of_like_size
+    sizes = {index * data.ranks.size + data.ranks.rank: rows_of(batch) for index, batch in batches.items()}
+    wanted, seen = set[int](), 0
+    for place, size in sorted(one for share in data.ranks.gather(sizes) for one in share.items()):
+        if seen < SAMPLES:
+            wanted.add(place)
+        seen += size or 0
+    return {index: one for index, one in batches.items() if index * data.ranks.size + data.ranks.rank in wanted}
 
 
 def _in_rows(values: Tensor, axis: int, places: Tensor) -> Tensor:

@@ -110,6 +110,10 @@ class Selection:
             return auto.shares_of(task, self.tasks, recovers=recovers)
         return (self.ration(task),)
 
+    def _precision(self, criterion: Criterion) -> float:
+        """A criterion that is not about accuracy, or a ration of the user's, is followed to the unit."""
+        return auto.PRECISION if self.rations == "auto" and auto.takes(criterion) else 0.0
+
     def attribute(
         self, module: nn.Module, units: UnitMap, reference: ReferenceData, task: int = 0, show: Show = silent
     ) -> Attribution:
@@ -199,7 +203,7 @@ class Selection:
         for number, share in enumerate(shares, start=1):
             is_last = number == len(shares)
             ranking = reference.ranks.decided(partial(self._rank, relevance, units, state, notes, share))
-            expected = about(ranking, self.search, self.resolution)
+            expected = about(ranking, self.search, self.resolution, self._precision(criterion))
             options: dict[str, Any] = {"expected": expected, "show": show, "survey": survey, "fitting": fitting}
             with self._subnetworks(
                 module, units, reference, ranking, criterion, *later, known=known, refitting=refitting, **options
@@ -246,7 +250,7 @@ class Selection:
         """
         ranks, ranking = candidates.ranks, candidates.ranking
         enough: Enough | None = None
-        if self.rations == "auto" and auto.takes(criterion):
+        if auto.takes(criterion) and self.rations == "auto":
             enough = Enough(criterion, ranking.beyond_ration)
 
         def verdict(score: SubnetworkScore) -> bool:
@@ -258,7 +262,8 @@ class Selection:
             return accepted
 
         measure = partial(self._measure, candidates, asks=asks)
-        found = search_cutoff(ranking, measure, verdict, method=self.search, resolution=self.resolution)
+        how: dict[str, Any] = {"method": self.search, "resolution": self.resolution}
+        found = search_cutoff(ranking, measure, verdict, precision=self._precision(candidates.criterion), **how)
         whole, cutoff = found.evaluations[0].score, found.taken.score.cutoff
         baseline = Measured(whole.accuracy, whole.values, whole.samples)
 
@@ -268,9 +273,7 @@ class Selection:
         def is_met(measured: Measured) -> bool:
             return ranks.decided(lambda: criterion.met(scored(measured)))
 
-        taken = candidates.take(cutoff, is_met)
-        if candidates.refitting is not None and cutoff > 0:
-            taken = candidates.better(candidates.take(cutoff, is_met, refits=True), taken, is_met)
+        taken = candidates.take(cutoff, is_met, refits=candidates.refitting is not None and cutoff > 0)
         if taken.measured is None and enough is None:
             return found, taken
         if taken.measured is None:  # what is enough may be less than what the criterion asks for

@@ -430,7 +430,7 @@ def test_a_ration_that_costs_more_than_the_tolerance_is_said():
 
 
 def test_the_ration_that_is_said_is_the_task_s_own():
-    model, rnf = seeded(), RelevanceFreezing(ration=[0.4, 0.04], criterion=0.0)
+    model, rnf = seeded(), RelevanceFreezing(ration=[0.4, 0.04], criterion=0.0, recovery_epochs=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         fit(model, rnf, "a")

@@ -27,10 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:no free units are left"),  # some layers have but a few
     pytest.mark.filterwarnings("ignore:.*relevance is not conserved"),  # layer norms have no rule
     pytest.mark.filterwarnings("ignore:.*belong to no unit and will be frozen whole"),  # attention
-    # In ViT-B/16 at full width a run of the kept samples may round otherwise than the last one did, 2e-6 of a logit;
-    # recall of other samples is compared bit by bit below.
-    pytest.mark.filterwarnings("ignore:.*is not what it was when that task ended. a logit by .*e-0[67]"),
-    pytest.mark.filterwarnings("ignore:.*two runs of its sub-network on the same samples differ by up to .*e-0[67]"),
 ]
 
 

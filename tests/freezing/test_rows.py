@@ -109,12 +109,55 @@ def test_other_layers_are_left_alone(make):
         assert vars(layer) == before
 
 
-@pytest.mark.parametrize("kept", [0, 10])
-def test_nothing_to_gain_nothing_done(kept):
+def test_nothing_to_gain_nothing_done():
     layer = nn.Linear(6, 10)
-    with computed(layer, torch.arange(10) < kept):
+    with computed(layer, torch.ones(10, dtype=torch.bool)):
         assert "forward" not in vars(layer)
     assert LARGEST_SHARE < 1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_row_at_all_costs_what_one_costs(kind):
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(*shape)
+    whole, all_flops = counted(layer, x)
+    with torch.no_grad():
+        next(layer.parameters())[0] = torch.nan
+    with computed(layer, torch.zeros(10, dtype=torch.bool)) as is_done:
+        found, flops = counted(layer, x)
+        assert is_done()
+    assert torch.equal(found, torch.zeros_like(whole))
+    assert flops * 10 == all_flops
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kept", [4, 10])
+def test_channels_that_are_zero_need_not_be_heard(kind, kept):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(*shape)
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    x.index_fill_(axis, torch.tensor([0]), 0.0)
+    channels = x.shape[axis]
+    if channels > 2:  # spoken to by one sample alone, and not by the first
+        x.index_fill_(axis, torch.tensor([2]), 0.0)
+        x.select(axis, 2)[-1] = 1.0
+    relevant = torch.arange(10) < kept
+    with computed(layer, relevant), torch.no_grad():
+        expected = layer(x)
+    quick = [True]
+    with computed(layer, relevant, by_columns=lambda: quick[0]):
+        found, flops = counted(layer, x)
+        torch.testing.assert_close(found, expected)
+        assert flops * 10 * channels == counted(make(), x)[1] * kept * (channels - 1)
+        quick[0] = False
+        assert torch.equal(counted(layer, x)[0], expected)
+    with computed(layer, relevant, by_columns=lambda: True), torch.no_grad():
+        silent = layer(torch.zeros_like(x))
+        x.select(axis, 0).fill_(torch.nan)
+        assert layer(x).isnan().any()
+    with computed(layer, relevant), torch.no_grad():
+        torch.testing.assert_close(silent, layer(torch.zeros_like(x)))
 
 
 @pytest.mark.parametrize(("samples", "context"), [(FEWEST - 1, torch.no_grad), (40, nullcontext)])

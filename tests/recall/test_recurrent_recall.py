@@ -191,6 +191,7 @@ def test_recall_is_bit_equal_after_a_second_task_and_whatever_the_rest_becomes(c
         assert torch.equal(look(model, rnf), before)
 
 
+@pytest.mark.filterwarnings("ignore:no free units are left in memory:UserWarning")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_after_a_recall_inside_another_the_outer_one_goes_on(kind):
     """A training step that recalls an old task, say, while a recovery lets only the new one's units speak."""

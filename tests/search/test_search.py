@@ -371,7 +371,7 @@ def test_linear_is_the_paper_s_loop_and_stops_at_the_first_rejection(verdicts, r
 
 @each_method
 @quickly
-@given(candidates=st.integers(0, 70), acceptable=st.integers(0, 80), resolution=resolutions)
+@given(candidates=st.integers(0, 300), acceptable=st.integers(0, 310), resolution=resolutions)
 def test_where_acceptance_is_monotone_the_largest_cutoff_is_found_to_the_resolution(
     method, candidates, acceptable, resolution
 ):
@@ -379,6 +379,19 @@ def test_where_acceptance_is_monotone_the_largest_cutoff_is_found_to_the_resolut
     largest = max(cutoff for cutoff, accepted in enumerate(verdicts) if accepted)
     found = Network(verdicts).search(method, resolution).taken.score.cutoff
     assert 0 <= largest - found < resolution
+
+
+@quickly
+@given(st.integers(0, 300), st.integers(0, 310), resolutions, st.sampled_from([0.01, 1 / 16, 0.3]))
+def test_from_the_fewest_a_boundary_is_found_to_the_precision(candidates, acceptable, resolution, precision):
+    network = Network([cutoff <= acceptable for cutoff in range(candidates + 1)])
+    ranking = ranking_of(candidates, frozen=2)
+    options = {"resolution": resolution, "precision": precision}
+    cutoff = search_cutoff(ranking, network.measure, network.criterion, **options).taken.score.cutoff
+    kept = -(-(candidates - cutoff) // resolution)
+    assert 0 <= min(acceptable, candidates) - cutoff < resolution * max(1, precision * kept)
+    assert len(network.measured) <= about(ranking, "fewest", resolution, precision)
+    assert about(ranking, "fewest", resolution, precision) <= about(ranking, "fewest", resolution)
 
 
 @quickly
