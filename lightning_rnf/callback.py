@@ -117,7 +117,7 @@ class RelevanceFreezing(BetweenFits):
             ``predict`` can't do with them, half of the reference data.
         fit_samples: so many of them; None: all there are.
         units: globs of the names of layers to make units of; None: all linear, convolutional and recurrent ones outside
-            the head. What is left out is frozen whole after the first task.
+            the head that learn (``requires_grad``). What is left out is frozen whole after the first task.
         heads: globs of the names of heads; None: they are found by tracing which module makes the logits.
         predict: ``(module, batch) -> (logits, target)``: class indices of samples, pixels or tokens, 0 and 1 for each
             label, or numbers (see `Predict`); None: for batches ``(x, y)``.

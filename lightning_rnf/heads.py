@@ -97,6 +97,17 @@ class MultiHead(nn.Module):
         logits: Tensor = self.tasks[self.active](features)
         return logits
 
+    @staticmethod
+    def in_use(module: nn.Module) -> dict[str, MultiHead]:
+        """Those of a model that run, by name: not what ``peft`` has put aside for a copy (``modules_to_save``)."""
+        found = {name: part for name, part in module.named_modules() if isinstance(part, MultiHead)}
+        return {name: heads for name, heads in found.items() if not _is_aside(module, name)}
+
     def _require(self, task: str) -> None:
         if task not in self.tasks:
             raise KeyError(f"no head for task {task!r}: heads are {list(self.tasks)}; add(task, classes) makes one")
+
+
+def _is_aside(module: nn.Module, name: str) -> bool:
+    above, _, own = name.rpartition(".")
+    return own == "original_module" and hasattr(module.get_submodule(above), "modules_to_save")

@@ -312,7 +312,7 @@ def _tested(model: LightningModule, task: str, callback: RelevanceFreezing | Non
 
 
 def _activate(model: LightningModule, task: Any) -> None:
-    heads = [module for module in model.modules() if isinstance(module, MultiHead)]
+    heads = [*MultiHead.in_use(model).values()]
     if len(heads) != 1:
         raise ValueError(f"the model has {len(heads)} MultiHead modules, expected one: pass activate=(model, task)")
     if task.task not in heads[0].tasks and hasattr(task, "classes"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from lightning_rnf.anatomy.layers import coupling, has_rows, inside, layer_calls, matches, not_rows, why_whole
@@ -29,13 +30,16 @@ class Chosen:
     whole: Mapping[str, str]
 
 
-def choose(trace: Trace, head: str, globs: Sequence[str] | None) -> Chosen:
+def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractSet[str] = frozenset()) -> Chosen:
     """Choose the unit layers.
 
     Args:
         trace: of the model.
         head: name of the module that is none of them.
         globs: of their names, and behind a ``!`` of those that are left out; None: all.
+        kept: parameters that the user keeps from training, by name. Layers that have no others are not chosen, unless
+            globs ask for them: whatever a task uses of them costs later tasks nothing. Where no other layer can be
+            made of units, they are, for a fit that lets them go.
 
     Raises:
         ValueError: naming a glob that matches none or asks by name for one that can't be, or saying why there are none.
@@ -45,14 +49,16 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None) -> Chosen:
         for name in dict.fromkeys(call.name for call in layer_calls(trace))
         if not inside(name, head) and has_rows(trace, name)
     ]
-    whole = {name: found for name in candidates if (found := why_whole(trace, name))}
-    coupled = {name: found for name in candidates if name not in whole and (found := coupling(trace, name))}
-    names = [name for name in candidates if name not in whole and name not in coupled]
     excluding = [glob[len(EXCLUDES) :] for glob in globs or () if glob.startswith(EXCLUDES)]
     wanted = [glob for glob in globs or () if not glob.startswith(EXCLUDES)]
 
     def is_chosen(name: str) -> bool:
         return (not wanted or matches(name, wanted)) and not matches(name, excluding)
+
+    learning = [name for name in candidates if wanted or not set(trace.own_parameters(name)) <= kept]
+    names, whole, coupled = _usable(trace, learning)
+    if not any(map(is_chosen, names)):
+        names, whole, coupled = _usable(trace, candidates)
 
     for glob in wanted:
         if not any(matches(name, [glob]) for name in names):
@@ -65,12 +71,19 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None) -> Chosen:
         if not any(matches(name, [glob]) for name in candidates):
             raise ValueError(_no_match(trace, glob, head, names, {}, EXCLUDES))
     chosen = tuple(name for name in names if is_chosen(name))
-    left = {name: found for name, found in whole.items() if is_chosen(name)}
+    left = {name: found for name, found in whole.items() if is_chosen(name) and (name in learning or not chosen)}
     if not chosen:
         reasons = [f"layer {name!r} {found}" for name, found in left.items()]
         reasons += [f"{name!r}: {not_rows(trace, name, coupled[name])}" for name in coupled if is_chosen(name)]
         raise ValueError(_nothing(trace, head, reasons, globs if names else None))
     return Chosen(chosen, left)
+
+
+def _usable(trace: Trace, candidates: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Of some layers those that units can follow; and why the others can't be followed, or are not made of rows."""
+    whole = {name: found for name in candidates if (found := why_whole(trace, name))}
+    coupled = {name: found for name in candidates if name not in whole and (found := coupling(trace, name))}
+    return [name for name in candidates if name not in whole and name not in coupled], whole, coupled
 
 
 def _cannot(name: str, found: str) -> str:

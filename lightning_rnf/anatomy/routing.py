@@ -148,6 +148,7 @@ def _union(units: UnitMap, other: UnitMap) -> UnitMap:
         whole={**other.whole, **units.whole},
         ran=tuple(dict.fromkeys((*units.ran, *other.ran))),
         attention={**other.attention, **units.attention},
+        kept=tuple(dict.fromkeys((*units.kept, *other.kept))),
     )
 
 

@@ -29,6 +29,8 @@ from lightning_rnf.anatomy.wiring import Wiring
 
 __all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
 
+_KEPT = "kept from training"
+
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Whose parameters scale and shift channels, one by one, after whatever was divided by."""
 
@@ -54,6 +56,8 @@ class UnitMap:
             whole, as if it had been left out.
         layout: what the batch has shown of the task's targets.
         attention: the layers that make queries, keys and values, by name.
+        kept: parameters that took part and that the user keeps from training (``requires_grad`` is False). Those that
+            are shared cost later tasks nothing.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -71,6 +75,7 @@ class UnitMap:
     layout: Layout = field(default=Layout(), repr=False, compare=False)
     own: tuple[str, ...] = ()
     attention: Mapping[str, Projection] = field(default_factory=dict, repr=False, compare=False)
+    kept: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -80,6 +85,7 @@ class UnitMap:
         predict: Predict = supervised,
         units: str | Sequence[str] | None = None,
         heads: str | Sequence[str] | None = None,
+        learned: Collection[str] = (),
     ) -> UnitMap:
         """Trace one forward, in eval mode and eagerly, and leave the module as it was.
 
@@ -89,15 +95,20 @@ class UnitMap:
             predict: how to get logits of a batch.
             units: globs of module names, those behind a ``!`` of what is left out; None: every linear layer and
                 convolution outside the head, and every layer of a kind that is registered. What units can't follow (it
-                runs twice, shares its weight, is parametrized) is frozen whole, see ``whole``.
+                runs twice, shares its weight, is parametrized) is frozen whole, see ``whole``. Layers that are kept
+                from training (``requires_grad`` is False: what an adapter stands on) are units only if globs ask for
+                them, or if there are no others.
             heads: globs of module names; None: the module that made the logits, see `logits.find_head`.
+            learned: parameters that are no longer trained and were: they do not count as kept from training.
 
         Raises:
             ValueError: if no head or no unit layer is found, or if ``units`` or ``heads`` match nothing usable.
         """
+        still = {name for name, one in module.named_parameters(remove_duplicate=False) if not one.requires_grad}
+        still.difference_update(learned)
         trace = Trace.of(module, example_batch, predict, kind_of, is_suspect)
         head = find_head(trace, _globs(heads))
-        chosen = choose(trace, head, _globs(units))
+        chosen = choose(trace, head, _globs(units), still)
         layers = tuple(unit_layer(trace, name) for name in chosen.names)
         of_head, shared, idle = _assign(trace, layers, head)
         return cls(
@@ -107,7 +118,9 @@ class UnitMap:
             shared,
             idle,
             _buffers(trace),
-            reasons={name: why_shared(trace, name, layers, chosen.whole) for name in shared},
+            reasons={
+                name: _KEPT if name in still else why_shared(trace, name, layers, chosen.whole) for name in shared
+            },
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
             ran=tuple(name for name in trace.modules if trace.runs[name]),
             forms={name: form(parameter) for name, parameter in trace.names.items()},
@@ -115,6 +128,7 @@ class UnitMap:
             whole=chosen.whole,
             layout=trace.layout,
             attention=projections(trace, layers),
+            kept=tuple(name for name in (*shared, *(key for one in layers for key in one.parameters)) if name in still),
         )
 
     def with_own_norms(self, module: nn.Module, taken: Collection[str] = ()) -> UnitMap:
@@ -165,8 +179,15 @@ class UnitMap:
                 [(", ".join(one for one, of in self.by_rows.items() if of == why), why[:200]) for why in reasons]
             )
         lines += ["head:", *_table([(self.head, self._kind(self.head), _count(self.head_parameters, "parameter"))])]
-        if self.shared:
-            by_reason = groupby(self.shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))
+        kept = [name for name in self.shared if name in self.kept]
+        if kept:
+            modules = {name.rpartition(".")[0] for name in kept}
+            lines.append(
+                "kept from training (requires_grad is False), so every task uses all of it: "
+                f"{_count(kept, 'parameter')} of {_count([*modules], 'module')}"
+            )
+        if shared := [name for name in self.shared if name not in kept]:
+            by_reason = groupby(shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))
             lines.append("shared, frozen whole after the first task:")
             lines += _table([(module, _keys(names), reason) for (module, reason), names in by_reason])
         if self.own:

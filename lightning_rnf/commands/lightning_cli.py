@@ -94,7 +94,7 @@ def activate_head(model: nn.Module, name: str) -> None:
 
 
 def _multi_heads(model: nn.Module) -> list[MultiHead]:
-    return [module for module in model.modules() if isinstance(module, MultiHead)]
+    return [*MultiHead.in_use(model).values()]
 
 
 def built_model(config: str | Path) -> LightningModule:

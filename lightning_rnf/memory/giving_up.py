@@ -41,9 +41,11 @@ def without(state: FreezeState, task: str) -> FreezeState:
         left[heir] = replace(left[heir], rows={**left[heir].rows, **own})
     tasks = {record.name: record for record in _as_alone(left, task, later, state)}
     known_units = bool(tasks or state.initial)  # free units are to be reset though no task is left
+    shared = tuple(name for name in state.shared if tasks and (heir is not None or name not in own))
     return FreezeState(
         layers=state.layers if known_units else (),
-        shared=tuple(name for name in state.shared if tasks and (heir is not None or name not in own)),
+        shared=shared,
+        kept=tuple(name for name in state.kept if name in shared),
         tasks=tasks,
         initial=state.initial,
         resets=NOT_YET if state.initial else min(state.resets, len(tasks)),

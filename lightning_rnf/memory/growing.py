@@ -23,6 +23,7 @@ def wider(state: FreezeState, found: Wider, drawn: Mapping[str, Tensor]) -> Free
     return FreezeState(
         layers=layers_after(state.layers, found),
         shared=state.shared,
+        kept=state.kept,
         tasks={name: record_after(record, found) for name, record in state.tasks.items()},
         initial={
             name: grown(value, found.tensors[name], drawn[name]) if name in found.tensors else value

@@ -31,6 +31,7 @@ class FreezeState:
     Attributes:
         layers: unit layers in execution order; empty until the first task has ended.
         shared: names of the parameters that are frozen whole.
+        kept: those of them that the user kept from training when they were frozen: they cost no task anything.
         tasks: records by name, in the order of training.
         training: the task that a fit is training: a checkpoint with it was saved before that task had ended.
         recovering: the task that is being trained inside its sub-network, as the search left it; None: no task is.
@@ -54,6 +55,7 @@ class FreezeState:
     widenings: tuple[Wider, ...] = ()
     several: bool = False
     begun: int = 0
+    kept: tuple[str, ...] = ()
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -64,7 +66,9 @@ class FreezeState:
         if record.name in self.tasks:
             raise ValueError(f"task {record.name!r} has ended already; finished tasks: {list(self.tasks)}")
         self.layers = self.completed(units).layers
-        self.shared = tuple(dict.fromkeys((*self.shared, *units.shared)))
+        new = [name for name in units.shared if name not in self.shared]
+        self.kept = (*self.kept, *(name for name in new if name in units.kept))
+        self.shared = tuple(dict.fromkeys((*self.shared, *new)))
         self.forms = {**self.forms, **units.forms}
         stamped = record.widenings == len(self.widenings)
         self.tasks[record.name] = record if stamped else replace(record, widenings=len(self.widenings))
@@ -256,6 +260,7 @@ class FreezeState:
             **({"widenings": [widening.to_plain(one) for one in self.widenings]} if self.widenings else {}),
             **({"several": True} if self.several else {}),
             **({"begun": self.begun} if self.begun else {}),
+            **({"kept": list(self.kept)} if self.kept else {}),
         }
 
     @classmethod
@@ -300,7 +305,10 @@ class FreezeState:
             raise ValueError("not a state of lightning_rnf: it does not say where its model was made wider")
         several = get(plain, "several", bool) if "several" in plain else False
         begun = get(plain, "begun", int) if "begun" in plain else 0
-        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several, begun)
+        kept = get_names(plain, "kept") if "kept" in plain else ()
+        if not set(kept) <= set(names):
+            raise ValueError(f"not a state of lightning_rnf: 'kept' has what is not in 'shared': {kept!r:.80}")
+        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several, begun, kept)
 
 
 def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:

@@ -264,8 +264,8 @@ def propagate(
         prepare: called once with the borrowed module, which it may change.
         arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
         ranks: whose sums are added up; they all get the same.
-        embedded: what embeddings look up is an input of the network, too, so that it goes along every path from there,
-            past the first layers as well.
+        embedded: what embeddings look up is an input of the network, too, and what other layers than the units' read
+            first, so that it goes along every path from there, past the first layers as well.
         recurrent: how it flows from step to step of recurrent layers, which are `unrolled`. What arrives at their units
             is what arrives at the hidden states of all steps.
 
@@ -291,9 +291,12 @@ def propagate(
                 hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
                 if layer.recurrent is None:
                     hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
-            for submodule in module.modules() if embedded else ():
+            for name, submodule in module.named_modules() if embedded else ():
                 if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
                     hooks.callback(submodule.register_forward_hook(_looked_up(roots)).remove)
+                elif name not in sums and is_layer(submodule) and not is_recurrent(submodule):  # an adapter's base, say
+                    beside = _rooted(name, roots, is_needed=False)
+                    hooks.callback(submodule.register_forward_pre_hook(beside).remove)
 
             def of_batch(batch: Any) -> int:
                 roots.clear()
@@ -394,10 +397,12 @@ def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:
     return total
 
 
-def _rooted(name: str, roots: list[Tensor]) -> Any:
-    """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in."""
+def _rooted(name: str, roots: list[Tensor], *, is_needed: bool = True) -> Any:
+    """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in; if it is needed."""
 
     def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not is_needed and not (args and torch.is_grad_enabled() and isinstance(args[0], Tensor)):
+            return None
         if not args or not torch.is_grad_enabled():
             how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
             raise UnreachableError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")

@@ -107,6 +107,7 @@ class Ending:
         Raises:
             TypeError, ValueError: what the task's end would raise after it.
         """
+        self.tracing.rehearsed = None  # of a fit that was given up: others may be trained now
         with isolate_rng():
             example, size = self.reference.example(trainer), self.reference.size(trainer)
             how = trainer.precision_plugin.forward_context

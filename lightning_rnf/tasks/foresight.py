@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitMap
-from lightning_rnf.memory import TaskRecord
+from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.search import Criterion
 
 T = TypeVar("T")
@@ -51,12 +51,14 @@ def of_units(units: UnitMap, module: nn.Module) -> None:
             "(torch.nn.utils.parametrize.remove_parametrizations) before the first fit"
         )
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    shared = sum(parameters[name].numel() for name in units.shared)
-    of_units = sum(parameters[name].numel() for layer in units.layers for name in layer.parameters)
+    learning = [name for name in units.shared if name not in units.kept]
+    shared = sum(parameters[name].numel() for name in learning)
+    in_units = (name for layer in units.layers for name in layer.parameters)
+    of_units = sum(parameters[name].numel() for name in in_units if name not in units.kept)
     if not shared or shared <= MOST_SHARED * (shared + of_units):
         return
     sizes: Counter[str] = Counter()
-    for name in units.shared:
+    for name in learning:
         sizes[name.rpartition(".")[0]] += parameters[name].numel()
     largest = ", ".join(
         f"{where or 'the model itself'} ({size:,}, {_reason(units, where)})" for where, size in sizes.most_common(3)
@@ -67,6 +69,23 @@ def of_units(units: UnitMap, module: nn.Module) -> None:
         "batch)) has the rest. A later task then learns with the units of the other layers and its head: give those "
         "layers more units, or use layers that are made of units (Linear, convolutions, LSTM, GRU, RNN) in these places"
     )
+
+
+def of_let_go(module: nn.Module, state: FreezeState) -> None:
+    """Warn of what the user trains now and kept from training when a finished task ended, which uses all of it.
+
+    Before parameters that are frozen whole are taken out of training.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    let_go = [name for name in state.kept if name in parameters and parameters[name].requires_grad]
+    if let_go:
+        names = dict.fromkeys(name.rpartition(".")[0] or "the model itself" for name in let_go)
+        rank_zero_warn(
+            f"{_listed(names)}: kept from training (requires_grad was False) when {next(iter(state.tasks))!r} ended, "
+            "which uses all of it, so it stays frozen whole though it has requires_grad now. To train it in later "
+            "tasks, let it learn from the first task on, or name these layers in units= then: tasks are made of their "
+            "units, and free ones learn"
+        )
 
 
 def of_record(
@@ -135,9 +154,9 @@ def of_drift(name: str, seen: Sight, changed: Mapping[str, Sequence[str]]) -> No
         if parts:
             rank_zero_warn(
                 f"{name}: recall of {task!r} is not what it was when that task ended: {' and '.join(parts)} changed. "
-                "Likely causes: a head of your own was switched by hand (activate the task's before you compare), "
-                "frozen rows were written past the optimizer or before the fit (other weights were loaded), a forward "
-                "has a state of its own that is no buffer, or a layer's rows are not independent of each other"
+                "Likely causes: a head or an adapter of your own was switched by hand (activate the task's before you "
+                "compare), frozen rows were written past the optimizer or before the fit (other weights were loaded), "
+                "a forward has a state of its own that is no buffer, or rows of a layer are not independent"
             )
 
 

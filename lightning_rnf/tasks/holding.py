@@ -15,6 +15,7 @@ from lightning_rnf.memory import FreezeState, TaskRecord, moved
 from lightning_rnf.packages import LightningModule, is_overridden, rank_zero_warn
 from lightning_rnf.recall import norms, subnetwork
 from lightning_rnf.runtime import Ranks, recompiled, sharding
+from lightning_rnf.tasks import foresight
 from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters, widen_for
 
 
@@ -208,6 +209,7 @@ class Holding:
     def _begin(self) -> None:
         self._followed = None
         self.freezer = Freezer(self.module, self.factors())
+        foresight.of_let_go(self.module, self.state)
         self.freezer.stop_gradients()
 
     def _pin_norms(self) -> None:

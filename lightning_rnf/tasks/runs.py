@@ -164,8 +164,8 @@ def check_active_head(module: nn.Module, name: str) -> None:
     Raises:
         ValueError: if another head is active.
     """
-    for where, heads in module.named_modules():
-        if isinstance(heads, MultiHead) and name in heads.tasks and heads.active != name:
+    for where, heads in MultiHead.in_use(module).items():
+        if name in heads.tasks and heads.active != name:
             raise ValueError(
                 f"the fit's task is {name!r}, but the active head of {where!r} is that of {heads.active!r}: call "
                 f"{where}.activate({name!r}) before fit, or give the task another name"

@@ -122,7 +122,11 @@ class Tracing:
         return state.completed(all_units), tuple(name for name in whole if name not in said)
 
     def _map(self, module: torch.nn.Module, state: FreezeState, batch: Any) -> UnitMap:
-        return self._with_own(UnitMap.of(module, batch, self.predict, self.units, self.heads), module, state)
+        # Units stay units: those of finished tasks, which may be out of training, and those that this fit has trained.
+        layers = (*state.layers, *(self.rehearsed.layers if self.rehearsed is not None else ()))
+        learned = {name for layer in layers for name in layer.parameters}
+        units = UnitMap.of(module, batch, self.predict, self.units, self.heads, learned)
+        return self._with_own(units, module, state)
 
     def _with_own(self, units: UnitMap, module: torch.nn.Module, state: FreezeState) -> UnitMap:
         """What finished tasks have frozen stays so, and so does what each has of its own, whatever is asked for now."""

@@ -137,7 +137,9 @@ def test_parameters_kept_from_training_are_assigned_like_others():
     expected = units_of(net)
     assert expected.shared == ("table",)
 
-    assert units_of(net.requires_grad_(False)) == expected
+    found = units_of(net.requires_grad_(False))
+    assert found.reasons == {"table": "kept from training"}
+    assert replace(found, reasons=expected.reasons) == expected
 
 
 def test_a_layer_that_is_only_used_functionally_is_shared():
@@ -715,16 +717,23 @@ def test_every_parameter_belongs_to_exactly_one(plan):
     net = plan.build()
     units = units_of(net)
     own = dict(net.named_parameters())
+    kept = {name for name, parameter in own.items() if not parameter.requires_grad}
 
     assert everything(units) == parameters(net)
+    assert set(units.kept) <= kept
+    # A layer of which nothing learns is shared, if there are others.
+    of_layers = [kept.issuperset(layer.parameters[: 1 + (f"{layer.name}.bias" in own)]) for layer in units.layers]
+    assert all(of_layers) or not any(of_layers)
     assert units.head == f"heads.task{plan.active}"
     assert all(name.startswith(f"{units.head}.") for name in units.head_parameters)
     for layer in units.layers:
         assert all(len(own[name]) == layer.units for name in layer.parameters)
 
     blocks_run = [layer.name.split(".")[0] for layer in units.layers]
-    assert blocks_run[0] == "stem"
-    assert blocks_run[1:] == sorted(blocks_run[1:])  # block0, block1, ...
+    assert "stem" not in blocks_run[1:]
+    of_blocks = [name for name in blocks_run if name != "stem"]
+    assert of_blocks == sorted(of_blocks)  # block0, block1, ...
+    assert blocks_run[0] == "stem" or kept >= {"stem.weight", "stem.bias"}
 
     # Idle is exactly what the logits have no gradient by.
     net.requires_grad_(True).eval()
