@@ -387,6 +387,20 @@ def test_states_of_before_have_nothing_kept_and_lies_are_refused():
             FreezeState.from_plain({**plain, "kept": lie})
 
 
+def test_tasks_of_before_in_which_it_was_made_of_units_go_on_so():
+    model, before, x = adapted(), RelevanceFreezing(units="*", **OPTIONS), inputs()
+    train(model, before, "a", max_epochs=2)
+    plain = {key: value for key, value in before.state_dict().items() if key != "kept"}
+    rnf = RelevanceFreezing(**OPTIONS)
+    rnf.load_state_dict(plain)
+    with rnf.recall("a", model), torch.no_grad():
+        expected = model(x)
+    train(model, rnf, "b", max_epochs=2)
+    assert "body.0.base_layer" in rnf.state.tasks["b"].relevant
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
 def test_a_task_that_is_given_up_gives_it_up():
     model, rnf = adapted(), RelevanceFreezing(**OPTIONS)
     train(model, rnf, "a", "b", max_epochs=1)
