@@ -129,6 +129,7 @@ def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, opt
     [
         pytest.param("monthly_series", "statsmodels"),
         pytest.param("languages_of_names", "babel"),
+        pytest.param("adapters_on_names", "babel"),
     ],
 )
 def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
@@ -140,6 +141,24 @@ def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
     assert one["matrix"][1][0] == one["matrix"][0][0]
     naive = of(summary, "naive")["matrix"]
     assert naive[1][0] != naive[0][0]
+
+
+def test_an_adapter_for_each_task_forgets_nothing_and_is_counted(run):
+    pytest.importorskip("babel")
+    given = ["--fast", "--tasks", "2", "--samples", "1800"]
+    summary = run("adapters_on_names", *given, "--method", "naive", "default", "lora_per_task")
+    every = {of(summary, method)["adapter weights"] for method in ("naive", "default")}
+    assert every == {12 * 2 * (4 * (48 + 48) + 2 * (48 + 96))}  # rank 12 beside six layers in each of two
+    one = of(summary, "lora_per_task")
+    assert one["new adapter weights"] == [*every, *every]
+    shared = of(summary, "default")["new adapter weights"]
+    assert len(shared) == 2
+    assert 0 <= sum(shared) <= min(every)
+    for name in ("adapters_on_names", "languages_of_names"):
+        method = "lora" if name == "languages_of_names" else "lora_per_task"
+        peer = of(run(name, *given, "--method", method), method)
+        assert peer["forgetting"] == 0
+        assert peer["matrix"][1][0] == peer["matrix"][0][0]
 
 
 @has("cifar10")
