@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from training import Classifier, clusters, frozen_entries, inputs, task_data, train, trainer
 
-from lightning_rnf import FreeCapacity, RelevanceFreezing, UnitMap, UnitSummary
+from lightning_rnf import FreeCapacity, RelevanceFreezing, UnitMap
 from lightning_rnf.memory import FreezeState
 from lightning_rnf.relevance import attribute
 from lightning_rnf.relevance.conservation import INPUT
@@ -182,13 +182,6 @@ def test_no_word_of_what_is_frozen_whole_and_a_word_where_nothing_that_learns_is
     model.body = nn.Sequential(Scaled(), nn.ReLU())
     with pytest.warns(UserWarning, match="100% of the parameters outside of heads belong to no unit.*Scaled's own"):
         train(model, RelevanceFreezing(**OPTIONS), "a", max_epochs=1)
-
-
-def test_the_summary_counts_adapters_alone():
-    model, rnf = adapted(), RelevanceFreezing(**OPTIONS)
-    train(model, rnf, "a", max_epochs=1)
-    assert sum(layer.units for layer in rnf.state.layers) == 2 * (RANK + 40)
-    trainer(rnf, UnitSummary(), max_epochs=1, enable_model_summary=True)
 
 
 # -- flags that change ------------------------------------------------------------------------------------------------
