@@ -22,6 +22,7 @@ from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.anatomy.inputs import Inputs
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, is_layer, is_transposed, register_layer
 from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, check_kinds
+from lightning_rnf.anatomy.packed import OUTPUT, ROLES, Packed, by_parts, is_attention
 from lightning_rnf.anatomy.predict import (
     Flat,
     Predict,
@@ -44,8 +45,10 @@ __all__ = [
     "BATCH_NORMS",
     "CHANNEL_NORMS",
     "LAYERS",
+    "OUTPUT",
     "OUTPUT_AXIS",
     "RECURRENT",
+    "ROLES",
     "TRANSPOSED",
     "Cells",
     "Channels",
@@ -57,6 +60,7 @@ __all__ = [
     "Layout",
     "LiteralArgument",
     "NotFollowedError",
+    "Packed",
     "Places",
     "Predict",
     "Routes",
@@ -70,6 +74,7 @@ __all__ = [
     "answers",
     "bare",
     "by_group",
+    "by_parts",
     "cells_of",
     "check_kinds",
     "computes_itself",
@@ -82,6 +87,7 @@ __all__ = [
     "form",
     "ignored_by",
     "in_front",
+    "is_attention",
     "is_layer",
     "is_numbers",
     "is_recurrent",

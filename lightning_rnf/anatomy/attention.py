@@ -143,8 +143,10 @@ def projections(trace: Trace, layers: Iterable[UnitLayer]) -> dict[str, Projecti
     are cut, scaled, normalised or turned (rotary embeddings) on their way there.
 
     What is not certain is left out: layers that anything else reads, too, that have units of which attention reads
-    none, or that the graph doesn't lead back to. `nn.MultiheadAttention` has no unit layers for them.
+    none, or that the graph doesn't lead back to. Of `nn.MultiheadAttention` the rows are known.
     """
+    layers = tuple(layers)
+    packed = {layer.name: _packed(layer, trace.modules[layer.name]) for layer in layers if layer.packed}
     axes = {layer.name: layer.axis for layer in layers}
     outputs = {
         call.node: call
@@ -152,7 +154,7 @@ def projections(trace: Trace, layers: Iterable[UnitLayer]) -> dict[str, Projecti
         if call.name in axes and call.output is not None and call.node is call.output.grad_fn is not None
     }
     if not trace.attended or not outputs:
-        return {}
+        return packed
     inside = frozenset().union(*(attended.nodes for attended in trace.attended))
     elsewhere = _reached([trace.logits.grad_fn], inside)
     roles: dict[str, Tensor] = {}
@@ -174,7 +176,13 @@ def projections(trace: Trace, layers: Iterable[UnitLayer]) -> dict[str, Projecti
             of_units = torch.full_like(of_units, some[1])
         if bool(of_units.all()):
             found[name] = Projection(of_units, heads[name])
-    return found
+    return found | packed
+
+
+def _packed(layer: UnitLayer, module: Any) -> Projection:
+    """Of torch's attention."""
+    roles = torch.tensor([1 << bit for bit in range(len(ROLES))]).repeat_interleave(layer.units // len(ROLES))
+    return Projection(roles, dict.fromkeys(ROLES, (module.num_heads, module.head_dim)))
 
 
 def _reached(starts: Sequence[Any], ends: Container[Any]) -> set[Any]:

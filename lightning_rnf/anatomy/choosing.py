@@ -114,7 +114,10 @@ def _no_match(
 
 def _nothing(trace: Trace, head: str, reasons: Sequence[str], globs: Sequence[str] | None) -> str:
     """That there is no unit layer, why, where the parameters are, and what to do."""
-    found = "; ".join(reasons[:MOST_NAMED]) or f"no Linear, convolution or recurrent layer ran before the head {head!r}"
+    found = (
+        "; ".join(reasons[:MOST_NAMED])
+        or f"no Linear, convolution, recurrent layer or attention ran before the head {head!r}"
+    )
     if globs is not None:
         found = f"units={list(globs)} leaves all of them out"
     sizes = Counter(
@@ -132,7 +135,7 @@ def _nothing(trace: Trace, head: str, reasons: Sequence[str], globs: Sequence[st
     holders = f"the most parameters outside of it are those of {largest}" if largest else "nothing else has parameters"
     return (
         f"no unit layers: {found}; {holders}. A network needs a hidden layer each of whose outputs depends on its own "
-        "row alone, such as torch's Linear or convolutions, or a recurrent layer; if those are such layers, "
+        "row alone, such as torch's Linear or convolutions, a recurrent layer or attention; if those are such layers, "
         "lightning_rnf.register_layer(Kind, axis) says so"
     )
 

@@ -24,6 +24,7 @@ from lightning_rnf.anatomy.grouped import LAYERS
 from lightning_rnf.anatomy.inputs import Inputs, leaves_of, plain
 from lightning_rnf.anatomy.kinds import TRANSPOSED
 from lightning_rnf.anatomy.layers import UnitLayer
+from lightning_rnf.anatomy.packed import OUTPUT, is_attention
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _DEFAULTS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
@@ -65,12 +66,14 @@ def _recorded(module: nn.Module, layers: tuple[UnitLayer, ...], inputs: Inputs) 
         for name, part in module.named_modules():
             hooks.callback(part.register_forward_pre_hook(partial(_note, called, name)).remove)
         for layer in layers:
-            if layer.recurrent is not None:
+            if not layer.is_open:
                 continue
             speaker = module.get_submodule(layer.speaker)
             hooks.callback(speaker.register_forward_hook(partial(_mark, layer.name)).remove)
         flat = _Flat(module, inputs)
         program = _exported(flat, inputs.tensors())
+    parts = dict(module.named_modules(remove_duplicate=False))
+    called |= {f"{name}.{OUTPUT}" for name in called if is_attention(parts[name])}  # torch reads its weight
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise NotFollowedError("torch.export: the forward writes into buffers or inputs")

@@ -76,7 +76,7 @@ class Traced:
             ValueError: if a unit layer doesn't run in it.
         """
         layers = tuple(layers)
-        tracer = _Tracer({layer.speaker: layer.name for layer in layers if layer.recurrent is None})
+        tracer = _Tracer({layer.speaker: layer.name for layer in layers if layer.is_open})
         try:
             recorded = tracer.trace(module)
         except Exception as error:

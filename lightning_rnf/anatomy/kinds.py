@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_rnf.anatomy.packed import is_attention
 from lightning_rnf.anatomy.recurrent import RECURRENT, is_recurrent
 
 OUTPUT_AXIS: dict[type[nn.Module], int] = {
@@ -31,11 +32,13 @@ class LayerKind:
         axis: of its output that counts units, negative.
         transposed: whether its weight has units along its second dimension, behind what it reads.
         recurrent: whether it is a recurrent layer of torch's, whose units are those of its cells; see `recurrent`.
+        packed: whether it is torch's attention, whose units are queries, keys and values; see `packed`.
     """
 
     axis: int
     transposed: bool = False
     recurrent: bool = False
+    packed: bool = False
 
 
 _BY_NAME = {
@@ -71,7 +74,7 @@ def register_layer(kind: type[nn.Module], axis: int, *, transposed: bool = False
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"kind is {kind!r}, expected a class of modules")
-    if issubclass(kind, (*OUTPUT_AXIS, *RECURRENT)):
+    if issubclass(kind, (*OUTPUT_AXIS, *RECURRENT, nn.MultiheadAttention)):
         raise ValueError(f"{kind.__name__} is a layer of torch's, or inherits from one: it is known already")
     if isinstance(axis, bool) or axis not in OUTPUT_AXIS.values():
         raise ValueError(f"axis is {axis!r}, expected that of a layer's output, from the end: -1, -2, -3 or -4")
@@ -85,6 +88,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
             return LayerKind(axis, isinstance(module, TRANSPOSED))
     if is_recurrent(module):
         return LayerKind(-1, recurrent=True)
+    if is_attention(module):
+        return LayerKind(-1, packed=True)
     for cls in type(module).__mro__:
         found = _REGISTERED.get(cls) or _BY_NAME.get((cls.__module__, cls.__name__))
         if found is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy.coupling import why_coupled
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, class_name, is_layer, kind_of
+from lightning_rnf.anatomy.packed import Packed, is_attention, why_not_rows
 from lightning_rnf.anatomy.recurrent import Cells, cells_of, hidden_units, is_recurrent, why_not_units
 from lightning_rnf.anatomy.trace import Call, Trace
 
@@ -34,6 +37,7 @@ class UnitLayer:
         transposed: where the weight has units behind inputs, its number of groups, and of inputs per group; else None.
         recurrent: of a recurrent layer its gates, layers and directions; its units are the hidden ones of all cells, in
             the order of `recurrent`. Else None.
+        packed: whether it is torch's attention; its units are queries, keys and values, in the order of `packed`.
     """
 
     name: str
@@ -44,11 +48,22 @@ class UnitLayer:
     slopes: str | None = None
     transposed: tuple[int, int] | None = None
     recurrent: tuple[int, int, int] | None = None
+    packed: bool = False
 
     @property
     def cells(self) -> Cells | None:
         """Of a recurrent layer; None: it is none."""
         return None if self.recurrent is None else Cells(*self.recurrent)
+
+    @property
+    def blocks(self) -> Cells | Packed | None:
+        """Whose rows are whose in its parameters, where each of these is some units' only; None: each is all units'."""
+        return Packed(self.units // 3) if self.packed else self.cells
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its units are channels of what the module says: not those of recurrent layers, nor of attention."""
+        return self.blocks is None
 
     @property
     def speaker(self) -> str:
@@ -60,10 +75,12 @@ class UnitLayer:
         """Name of the parameter that says what each unit does with what it reads.
 
         Of a parametrized layer it is the last of those that its weight is computed from, of a recurrent layer that with
-        which the first cell hears itself.
+        which the first cell hears itself, of attention that of queries, which may be keys' and values', too.
         """
         if self.recurrent is not None:
             return f"{self.name}.weight_hh_l0"
+        if self.packed:
+            return next((name for name in self.parameters if name.endswith("_weight")), f"{self.name}.in_proj_weight")
         before = f"{self.name}.parametrizations.weight."
         return next((name for name in reversed(self.parameters) if name.startswith(before)), f"{self.name}.weight")
 
@@ -73,10 +90,10 @@ class UnitLayer:
         The weight of a transposed convolution is ``(groups · inputs, units / groups, …)``, and unit
         ``group · units / groups + j`` owns the column ``j`` of its group's inputs. Other layers with a transposed
         weight have one group. A recurrent layer's parameters have the rows of one cell, gate by gate: ``(gates ·
-        hidden,)``.
+        hidden,)``; those of attention ``(3 · width,)``, or ``(width,)`` where there are three weights.
         """
-        if self.cells is not None:
-            return (self.cells.gates * self.units // self.cells.count,)
+        if self.blocks is not None:
+            return tuple(self.blocks.spread(parameter, torch.empty(self.units, device="meta")).shape)
         if self.transposed is None or parameter != f"{self.name}.weight":
             return (self.units,)
         groups, inputs = self.transposed
@@ -92,8 +109,8 @@ class UnitLayer:
         Returns:
             Of `leading_shape`.
         """
-        if self.cells is not None:
-            return self.cells.spread(parameter, values)
+        if self.blocks is not None:
+            return self.blocks.spread(parameter, values)
         if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
             return values
         groups, inputs = self.transposed
@@ -108,10 +125,10 @@ class UnitLayer:
             shape: of the weight.
 
         Returns:
-            Bool, of the first two dimensions of the weight; of a recurrent layer ``(units, 1)``: whole rows of several
-            weights.
+            Bool, of the first two dimensions of the weight; of a recurrent layer and attention ``(units, 1)``: whole
+            rows of several weights.
         """
-        if self.recurrent is not None:
+        if not self.is_open:
             return units[:, None].clone()
         shape = shape[:2]
         if self.transposed is not None:
@@ -126,7 +143,7 @@ class UnitLayer:
     def by_unit(self, parameter: str, values: Tensor) -> Tensor:
         """What each unit has of a parameter, or of anything of its shape: ``(units, …)``, a copy or a view.
 
-        Not of a recurrent layer, each of whose parameters is some units' only.
+        Only of a layer that `is_open`.
         """
         if self.leading_shape(parameter) == (self.units,) or self.transposed is None:
             return values
@@ -149,9 +166,11 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
         or kind.axis != layer.axis
         or kind.transposed != (layer.transposed is not None)
         or made != layer.cells
+        or kind.packed != layer.packed
     ):
         was = "layer with a transposed weight" if layer.transposed else "layer"
         was = f"recurrent layer of {layer.cells.gates} gates" if layer.cells else was
+        was = "layer of attention" if layer.packed else was
         advice = "" if module is None or kind else "; if its class was registered then, call register_layer here, too"
         raise ValueError(
             f"layer {layer.name!r} was a {was} with its units along dimension {layer.axis} when a task ended, in this "
@@ -178,7 +197,7 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 def is_suspect(module: nn.Module) -> bool:
     """Whether a layer, a norm or slopes may do something else than torch's class: their rows have to be tried."""
     is_kind = is_layer(module) or isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU))
-    if not is_kind or is_recurrent(module):  # of a recurrent layer `why_not_units` tells
+    if not is_kind or is_recurrent(module) or is_attention(module):  # of these `why_not_units` tells, or `why_not_rows`
         return False
     if is_parametrized(module):
         return True
@@ -203,8 +222,9 @@ def why_whole(trace: Trace, name: str) -> str | None:
     """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
     calls = [call for call in trace.calls if call.name == name]
     found: str | None = None
-    if is_recurrent(trace.modules[name]):
-        if found := why_not_units(trace.modules[name]):
+    if is_recurrent(trace.modules[name]) or is_attention(trace.modules[name]):
+        why_not = why_not_units if is_recurrent(trace.modules[name]) else why_not_rows
+        if found := why_not(trace.modules[name]):
             return found
     elif is_parametrized(trace.modules[name]):
         if not calls or not _is_by_unit(_layer(trace, name), trace.own_parameters(name)):
@@ -291,7 +311,7 @@ def has_rows(trace: Trace, name: str) -> bool:
     """Whether the layer's parameters are its rows alone; an adapter's, say, compute something else and are shared."""
     module, own = trace.modules[name], trace.own_parameters(name)
     keys = {key.rpartition(".")[2] for key in own}
-    if is_parametrized(module) or is_recurrent(module):
+    if is_parametrized(module) or is_recurrent(module) or is_attention(module):
         return True
     if "weight" not in keys or any(module.children()):
         return False
@@ -308,13 +328,16 @@ def _is_by_unit(layer: UnitLayer, own: Mapping[str, nn.Parameter]) -> bool:
 
 def _layer(trace: Trace, name: str) -> UnitLayer:
     """The layer by itself, without what follows it."""
-    module, own = trace.modules[name], trace.own_parameters(name)
+    module: Any = trace.modules[name]
+    own = trace.own_parameters(name)
     kind = kind_of(module)
     assert kind is not None
     if kind.recurrent:
         cells = cells_of(module)
         form = cells.gates, cells.layers, cells.directions
         return UnitLayer(name, hidden_units(module), kind.axis, tuple(own), recurrent=form)
+    if kind.packed:
+        return UnitLayer(name, 3 * module.embed_dim, kind.axis, tuple(own), packed=True)
     if is_parametrized(module):
         said = next((call.output for call in trace.calls if call.name == name), None)
         units = 0 if said is None or said.ndim < -kind.axis else said.shape[kind.axis]

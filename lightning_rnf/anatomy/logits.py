@@ -89,6 +89,7 @@ def _is_logits(trace: Trace, call: Call) -> bool:
         and call.output.numel() == trace.logits.numel()
         and call.output.untyped_storage().data_ptr() == trace.logits.untyped_storage().data_ptr()
         and _has_parameters(trace, call.name)
+        and call.name not in trace.inner
     )
 
 
@@ -100,7 +101,8 @@ def _behind_functions(trace: Trace) -> tuple[str | None, list[str]]:
     """The module whose output the logits are a function of, and of nothing else; or candidates, the last that ran."""
     makers: dict[Any, str] = {}
     for call in trace.calls:  # the innermost ends first
-        if call.output is not None and _has_parameters(trace, call.name) and not _is_all(trace, call.name):
+        is_maker = call.name not in trace.inner and _has_parameters(trace, call.name)
+        if call.output is not None and is_maker and not _is_all(trace, call.name):
             for node in (call.node, call.output.grad_fn):
                 makers.setdefault(node, call.name)
     makers.pop(None, None)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_rnf.anatomy.attention import Attended, Attending
 from lightning_rnf.anatomy.coupling import Given, reaches_past
 from lightning_rnf.anatomy.kinds import LayerKind
+from lightning_rnf.anatomy.packed import OUTPUT, by_parts, is_attention, why_not_rows
 from lightning_rnf.anatomy.predict import Flat, Predict, check_finite
 from lightning_rnf.anatomy.recurrent import is_recurrent
 from lightning_rnf.anatomy.targets import Layout, class_axes, flattened, heads_of, ignored_by, is_numbers
@@ -33,8 +34,8 @@ class Call:
         output: what it returned, if that is a tensor.
         node: of the autograd graph, that made the output (a later in-place function changes that).
         source: the node that made its first input; None: no module or function with a graph did.
-        nodes: those that made the output or, of a recurrent layer, its outputs and last states.
-        inputs: of a recurrent layer, the nodes that made what it was given.
+        nodes: those that made the output or, of a recurrent layer and of attention, all that it returned.
+        inputs: of these, the nodes that made what it was given.
     """
 
     name: str
@@ -62,7 +63,8 @@ class Trace:
         given: what each suspect was given when it ran first, by name.
         elsewhere: parameters of layers that reach the logits past their layer, where autograd does not see it.
         coupled: what was found of suspects, by name; see `layers.coupling`.
-        attended: what attention has read, wherever it ran.
+        attended: what attention has read, wherever it ran, but for torch's own module.
+        inner: names of modules that run in a trace only: what attention of torch reads the weight of.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Trace:
         given: Mapping[str, Given],
         layout: Layout | None = None,
         attended: Sequence[Attended] = (),
+        inner: Collection[str] = (),
     ) -> None:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.calls = calls
@@ -92,6 +95,7 @@ class Trace:
         self.elsewhere: set[nn.Parameter] = set()
         self.coupled: dict[str, str | None] = {}
         self.attended = attended
+        self.inner = frozenset(inner)
 
     @classmethod
     def of(
@@ -129,6 +133,7 @@ class Trace:
                 # The graph has to show what the user keeps from training, too.
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
             forget_gradient_hooks(module)
+            inner = _taken_apart(module, attending)
             suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
                 if kind_of(submodule):
@@ -137,7 +142,7 @@ class Trace:
                     submodule.register_forward_hook(reads.leave, always_call=True)
                 if name in suspects:
                     submodule.register_forward_pre_hook(partial(_note, name, given), prepend=True, with_kwargs=True)
-                record = _recurrent_recorder if is_recurrent(submodule) else _recorder
+                record = _recorder_of_several if is_recurrent(submodule) or is_attention(submodule) else _recorder
                 submodule.register_forward_hook(record(name, calls), with_kwargs=True)
             returned: list[Any] = []
             with reads, attending:
@@ -154,7 +159,7 @@ class Trace:
                 axes = class_axes(logits, wanted)
                 axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
             layout = Layout(axis, is_numbers(target), heads)
-            trace = cls(module, calls, reads.tensors, logits, given, layout, attending.found)
+            trace = cls(module, calls, reads.tensors, logits, given, layout, attending.found, inner)
         with evaluating(module):
             for call in calls:
                 owner = trace.modules[call.name]
@@ -198,7 +203,7 @@ class Trace:
         leaf = self.leaves.get(parameter)
         if leaf is None:
             return 0
-        if is_recurrent(self.modules[call.name]):  # which read them in every step
+        if is_recurrent(self.modules[call.name]) or is_attention(self.modules[call.name]):  # in every step, each part
             return self.edges[leaf] - _edges_inside(call, self.edges)[leaf]
         if call.name not in self.given:  # torch's own layers read their parameters once
             return self.edges[leaf] - 1
@@ -307,11 +312,35 @@ def _recorder(name: str, calls: list[Call]) -> Any:
     return record
 
 
-def _recurrent_recorder(name: str, calls: list[Call]) -> Any:
+def _recorder_of_several(name: str, calls: list[Call]) -> Any:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: object) -> None:
-        calls.append(Call(name, None, None, None, tuple(_makers(output)), frozenset(_makers((args, kwargs)))))
+        found = Call(name, None, None, None, tuple(_makers(output)), frozenset(_makers((args, kwargs))))
+        behind = bool(calls) and calls[-1].name == f"{name}.{OUTPUT}"  # which has run last, but comes behind it
+        calls.insert(len(calls) - behind, found)
 
     return record
+
+
+def _taken_apart(module: nn.Module, attending: Attending) -> set[str]:
+    """For a borrowed module: attention of torch's runs by its parts. The names of modules that only run for that."""
+    found = set()
+    for name, part in module.named_modules():
+        if is_attention(part) and why_not_rows(part) is None:
+            vars(part)["forward"] = _unnoted(by_parts(part), attending)
+            found.add(f"{name}.{OUTPUT}" if name else OUTPUT)
+    return found
+
+
+def _unnoted(run: Callable[..., Any], attending: Attending) -> Callable[..., Any]:
+    """A forward of attention of which it is known by itself which rows make what."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        known = len(attending.found)
+        result = run(*args, **kwargs)
+        del attending.found[known:]
+        return result
+
+    return forward
 
 
 def _makers(value: object) -> list[Any]:

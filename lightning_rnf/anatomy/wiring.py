@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from lightning_rnf.anatomy.flow import Flow, described
 from lightning_rnf.anatomy.graph import Traced, silenced
+from lightning_rnf.anatomy.insides import insides
 from lightning_rnf.anatomy.layers import UnitLayer
 from lightning_rnf.runtime import borrowed, evaluating, sharding
 
@@ -36,6 +37,7 @@ class Wiring:
     def of(cls, module: nn.Module, layers: Iterable[UnitLayer]) -> Wiring:
         """Follow a model's forward in eval mode. The model comes back as it was."""
         layers = tuple(layers)
+        known = insides(module, layers)
         try:
             with sharding.whole(module), borrowed(module), evaluating(module):
                 _forget_own(module)
@@ -43,8 +45,8 @@ class Wiring:
                 flow = Flow.of(traced, {layer.name: torch.zeros(layer.units).bool() for layer in layers}, layers)
         except Exception as error:  # whatever a forward of the user's makes of it
             said = " ".join(str(error).split())
-            return cls(module, None, layers, {layer.name: said for layer in layers})
-        return cls(module, traced, layers, dict(_unknown(flow, layers)))
+            return cls(module, None, layers, {layer.name: said for layer in layers if layer.name not in known})
+        return cls(module, traced, layers, {name: why for name, why in _unknown(flow, layers) if name not in known})
 
     def heard(self, relevant: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which channels each layer reads that may be other than zero while only these units speak.
@@ -55,17 +57,21 @@ class Wiring:
         Returns:
             Bool ``(channels,)`` by layer; layers that read all of them, or can't be followed, are left out.
         """
+        found = {}
+        for name, inside in insides(self.module, self.layers).items():
+            if inside.source.name in relevant:
+                channels = inside.channels(relevant[inside.source.name])
+                if not channels.all():
+                    found[name] = channels
         if self.traced is None:
-            return {}
+            return found
         with suppress(KeyError), sharding.whole(self.module):  # its parts are read
             flow = Flow.of(self.traced, {layer.name: ~relevant[layer.name] for layer in self.layers}, self.layers)
-            found = {}
             for name, node in _nodes(self.traced, self.layers).items():
                 effect = flow.effects.get(node)
                 if effect is not None and effect.inputs is not None and bool((effect.inputs.constant == 0).any()):
                     found[name] = effect.inputs.constant != 0
-            return found
-        return {}
+        return found
 
 
 def _nodes(traced: Traced, layers: Iterable[UnitLayer]) -> dict[str, fx.Node]:
@@ -78,10 +84,10 @@ def _nodes(traced: Traced, layers: Iterable[UnitLayer]) -> dict[str, fx.Node]:
 def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str]]:
     layers = tuple(layers)
     nodes = _nodes(flow.traced, layers)
-    recurrent = [nodes.get(layer.name) for layer in layers if layer.recurrent is not None]
+    closed = [nodes.get(layer.name) for layer in layers if not layer.is_open]
     behind: set[fx.Node] = set()  # nodes that hear some unit
     for node in flow.traced.graph.nodes:
-        if node.target is silenced or node in recurrent or behind.intersection(node.all_input_nodes):
+        if node.target is silenced or node in closed or behind.intersection(node.all_input_nodes):
             behind.add(node)
     for layer in layers:
         node = nodes.get(layer.name)
@@ -89,6 +95,9 @@ def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str
             yield layer.name, "where it runs can't be followed"
         elif layer.recurrent is not None:
             yield layer.name, "it hears all of its units in each step"
+        elif layer.packed:
+            if behind.intersection(node.all_input_nodes):
+                yield layer.name, f"{described(node, flow.traced)} is not taken apart"
         elif node.all_input_nodes and node.all_input_nodes[0] in behind:
             effect = flow.effects.get(node)
             if effect is None or effect.inputs is None:

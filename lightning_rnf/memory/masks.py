@@ -59,7 +59,7 @@ def free_weights(state: FreezeState, of_layers: Mapping[str, float]) -> float:
     sizes = {
         layer.name: sum(
             prod(sizes_of(state.forms.get(name) or f"float32 ({layer.units},)"))
-            for name in ([layer.weight] if layer.recurrent is None else layer.parameters)
+            for name in ([layer.weight] if layer.is_open else layer.parameters)
         )
         for layer in state.layers
     }

@@ -144,6 +144,9 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
             "not a state of lightning_rnf: 'recurrent' should be gates, layers and directions, cells of equal size of "
             f"{units} units, it is {recurrent!r:.80}"
         )
+    packed: bool = get(plain, "packed", bool) if "packed" in plain else False
+    if packed and (units % 3 or recurrent is not None or transposed is not None):
+        raise ValueError(f"not a state of lightning_rnf: 'packed' are queries, keys and values, and no {units} units")
     layer = UnitLayer(
         name=get_name(plain, "name"),
         units=units,
@@ -153,6 +156,7 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
         slopes=get(plain, "slopes", (str, type(None))),
         transposed=None if transposed is None else (transposed[0], transposed[1]),
         recurrent=None if recurrent is None else (recurrent[0], recurrent[1], recurrent[2]),
+        packed=packed,
     )
     if layer.axis not in OUTPUT_AXIS.values():
         raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
@@ -162,9 +166,8 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
             f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
             f"its slopes, they are {layer.parameters!r:.80}"
         )
-    if (cells := layer.cells) is not None:
-        for name in layer.parameters:
-            cells.cell_of(name)
+    for name in layer.parameters if not layer.is_open else ():
+        layer.leading_shape(name)  # it has one of the names that torch gives
     return layer
 
 

@@ -138,7 +138,7 @@ class FreezeState:
                         f"{had!r}, in its place is one with {getattr(found[name], what)!r}; {_SOME_ONLY}"
                     )
         # Experts that no earlier task has run: the model had them, so recall of those tasks does without. And what an
-        # earlier version has frozen whole: recurrent layers.
+        # earlier version has frozen whole: recurrent layers, attention.
         held = set(self.shared)
         new = [
             layer
@@ -313,8 +313,9 @@ class FreezeState:
 
 def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:
     plain = asdict(layer)
-    if layer.recurrent is None:  # as files were before there were such
-        del plain["recurrent"]
+    for key, absent in (("recurrent", None), ("packed", False)):  # as files were before there were such
+        if plain[key] is absent:
+            del plain[key]
     return plain
 
 

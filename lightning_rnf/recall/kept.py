@@ -67,7 +67,7 @@ class Kept:
             reasons.update(why[unit] for unit in left.nonzero().flatten().tolist())
             for name in layer.parameters:
                 of_silent[0] += of_silent_units(before.get_parameter(name).numel(), name, layer, mute)
-                if layer.recurrent is None:
+                if layer.is_open:
                     of_silent[1] += _numel(after, name) * int(left.sum()) / max(units, 1)
                 else:  # nothing of it is cut
                     of_silent[1] += of_silent_units(before.get_parameter(name).numel(), name, layer, left)
@@ -125,6 +125,8 @@ def _inside(layer: UnitLayer, traced: Traced) -> str:
             return f"{name} ({type(module).__name__}) is not taken apart"
     if layer.recurrent is not None:
         return f"{layer.name} hears itself in each step, and is not taken apart"
+    if layer.packed:
+        return f"{layer.name} (MultiheadAttention) is not taken apart"
     return f"{layer.name} has a forward of its own"
 
 

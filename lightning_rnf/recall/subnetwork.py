@@ -15,6 +15,7 @@ from lightning_rnf.freezing import harmless, rows
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
 from lightning_rnf.recall import gradients
+from lightning_rnf.recall.packed import spoken_by_parts
 from lightning_rnf.recall.recurrent import silent_cells
 from lightning_rnf.recall.widened import as_it_was
 from lightning_rnf.runtime import Ranks, attention_by_its_parts, evaluating, sharding
@@ -33,7 +34,7 @@ def silence(
     The output is filled, not multiplied: zero times NaN is NaN, and a later task may have diverged. It is filled again
     after the norm and the slopes that follow: a norm's shift leaks through a zeroed filter. Without gradients, the
     silent units of a layer are not even computed where that pays, see `rows.computed`. A recurrent layer's are zero in
-    each step, see `silent_cells`.
+    each step, see `silent_cells`. Attention of torch's runs by its parts, see `spoken_by_parts`.
 
     Args:
         module: the model.
@@ -43,10 +44,12 @@ def silence(
             None: never.
     """
     with ExitStack() as hooks:
+        layers = tuple(layers)
         hooks.enter_context(attention_by_its_parts())
+        hooks.enter_context(spoken_by_parts(module, layers, relevant))
         for layer in layers:
             irrelevant = ~relevant[layer.name]
-            if not irrelevant.any():
+            if layer.packed or not irrelevant.any():
                 continue
             if layer.recurrent is not None:
                 hooks.enter_context(silent_cells(module.get_submodule(layer.name), layer, relevant[layer.name]))

@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_rnf.anatomy import (
     CHANNEL_NORMS,
     LAYERS,
+    OUTPUT,
     Inputs,
     UnitLayer,
     by_group,
     torch_class,
 )
 from lightning_rnf.recall.kept import Kept, of_silent_units
+from lightning_rnf.recall.packed import zeroed_rows
 from lightning_rnf.recall.recurrent import zeroed_cells
 
 _FOLLOWERS = (*CHANNEL_NORMS, nn.GroupNorm, nn.PReLU)  # what `UnitLayer` may name as norm and slopes
@@ -40,6 +43,11 @@ def zeroed(part: Callable[[str], Any], layer: UnitLayer, silent: Tensor) -> bool
         return True
     if layer.recurrent is not None:
         return zeroed_cells(partial(_parameter, part), layer, silent)
+    is_output = layer.name.endswith(f".{OUTPUT}") and isinstance(
+        part(layer.name), (NonDynamicallyQuantizableLinear, type(None))
+    )
+    if layer.packed or is_output:
+        return zeroed_rows(partial(_parameter, part), layer, silent)
     modules = [part(name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
     if any(module is None or torch_class(module) not in (*LAYERS, *_FOLLOWERS) for module in modules):
         return False

@@ -18,10 +18,13 @@ from zennit.rules import Pass
 
 from lightning_rnf.anatomy import (
     BATCH_NORMS,
+    OUTPUT,
     Flat,
     Predict,
     UnitLayer,
+    by_parts,
     computes_itself,
+    is_attention,
     is_layer,
     is_recurrent,
     predict_checked,
@@ -33,6 +36,7 @@ from lightning_rnf.anatomy import (
 from lightning_rnf.relevance.composite import applicable
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
+from lightning_rnf.relevance.packed import Projected, attending
 from lightning_rnf.relevance.precision import RunsAgainError, SinglePrecision, UnreachableError
 from lightning_rnf.relevance.recurrent import GRADIENTS, Gradients, Seen, SignalTakesAll, unrolled
 from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
@@ -189,10 +193,15 @@ def _bake(module: nn.Module) -> None:
     plain: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if child is not None and is_parametrized(child) and is_layer(child) and not is_recurrent(child):
+            if child is not None and is_parametrized(child) and is_layer(child) and not _is_closed(child):
                 if child not in plain:
                     plain[child] = _plain(child)
                 parent._modules[name] = plain[child]
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether its units are inside of it."""
+    return is_recurrent(module) or is_attention(module)
 
 
 def _plain(layer: Any) -> nn.Module:
@@ -286,10 +295,13 @@ def propagate(
             prepare(module)
             roots: list[Tensor] = []
             _unroll(module, sums, recurrent)
+            _take_apart(module, sums, roots)
             for layer in layers:
                 submodule = module.get_submodule(layer.name)
+                if layer.packed:
+                    continue
                 hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
-                if layer.recurrent is None:
+                if layer.is_open:
                     hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
             for name, submodule in module.named_modules() if embedded else ():
                 if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
@@ -340,7 +352,7 @@ class _Sum:
         self.reduce = reduce
         self.total: Tensor | None = None
         self.ran = False
-        self._seen: list[Seen] = []
+        self._seen: list[Seen | Projected] = []
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.ran = True
@@ -351,8 +363,8 @@ class _Sum:
 
         output.register_hook(add)
 
-    def see(self, seen: Seen) -> None:
-        """A recurrent layer has run: what arrives at its hidden states is not complete before the backward ends."""
+    def see(self, seen: Seen | Projected) -> None:
+        """A layer has run whose units are inside: what arrives at them is not complete before the backward ends."""
         self.ran = True
         self._seen.append(seen)
 
@@ -380,6 +392,15 @@ def _unroll(module: nn.Module, sums: Mapping[str, _Sum], recurrent: Gradients) -
                 vars(part)["forward"] = unrolled(part, recurrent, sums[name].see)
             elif isinstance(recurrent, SignalTakesAll):
                 vars(part)["forward"] = unrolled(part, recurrent)
+
+
+def _take_apart(module: nn.Module, sums: Mapping[str, _Sum], roots: list[Tensor]) -> None:
+    """For a borrowed module: attention of torch's with unit layers runs by its parts."""
+    for name, part in module.named_modules():
+        if is_attention(part) and name in sums:
+            vars(part)["forward"] = attending(part, name, roots, sums[name].see)
+        elif is_attention(part) and f"{name}.{OUTPUT}" in sums:
+            vars(part)["forward"] = by_parts(part)
 
 
 def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:

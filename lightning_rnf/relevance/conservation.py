@@ -125,8 +125,9 @@ class Journal:
     """Follows an attribution and makes its `Conservation`."""
 
     def __init__(self, layers: Sequence[UnitLayer]) -> None:
-        # What arrives at a recurrent layer's units arrives again in the step before: no cut of all relevance.
-        self._layers = {layer.name for layer in layers if layer.recurrent is None}
+        # What arrives at a recurrent layer's units arrives again in the step before, and beside what arrives at one of
+        # attention's there is more: no cuts of all relevance.
+        self._layers = {layer.name for layer in layers if layer.is_open}
         self._calls: list[_Call] | None = []
         self._cuts: tuple[str, ...] = ()
         self._unruled: dict[str, tuple[str, ...]] = {}
@@ -336,7 +337,7 @@ def _hands_on(node: Any, graph: _Graph) -> bool:
     if kind in {"Add", "Sub", "Maximum"} and sum(part in graph.position for part, _ in node.next_functions) > 1:
         return kind == "Maximum"  # a sum outside the reach of rules: each part gets the whole
     if kind == "Softmax":
-        return bool(node.weighing)
+        return bool(getattr(node, "weighing", False))  # beside a composite of the user's own it is torch's
     return kind in _CONSERVING.split()
 
 

@@ -94,7 +94,7 @@ def magnitude(
     """
     with torch.no_grad(), evaluating(module):  # a parametrized weight is computed now
         weights: dict[UnitLayer, Any] = {
-            layer: module.get_submodule(layer.name).weight for layer in layers if layer.recurrent is None
+            layer: module.get_submodule(layer.name).weight for layer in layers if layer.is_open
         }
     found = {}
     for layer in layers:
@@ -102,11 +102,11 @@ def magnitude(
             weight = layer.by_unit(f"{layer.name}.weight", weights[layer].detach())
             found[layer.name] = weight.abs().flatten(1).sum(dim=1).cpu().double()
         else:
-            found[layer.name] = _magnitude_of_cells(module, layer)
+            found[layer.name] = _magnitude_of_blocks(module, layer)
     return found
 
 
-def _magnitude_of_cells(module: nn.Module, layer: UnitLayer) -> Tensor:
+def _magnitude_of_blocks(module: nn.Module, layer: UnitLayer) -> Tensor:
     found = torch.zeros(layer.units, dtype=torch.float64)
     for name in layer.parameters:
         weight = module.get_parameter(name).detach()

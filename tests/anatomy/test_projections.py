@@ -195,9 +195,15 @@ class OfTorch(Net):
         return self.layers["whole"](x, x, x, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("kind", [OfTheStream, Routed, Linear, OfTorch])
+@pytest.mark.parametrize("kind", [OfTheStream, Routed, Linear])
 def test_what_is_no_attention_between_unit_layers_stays_as_it_is(kind):
     assert found(kind()) == {}
+
+
+def test_of_torchs_own_module_the_rows_are_known():
+    assert found(OfTorch()) == {"whole": [Q] * SIZE + [K] * SIZE + [V] * SIZE}
+    said = str(UnitMap.of(OfTorch().eval(), (torch.randn(3, LENGTH, 6), torch.tensor([0, 1, 2]))))
+    assert "queries, keys, values: 2 heads of 4" in said
 
 
 def test_a_layer_that_something_else_reads_has_no_role():

@@ -747,7 +747,7 @@ def test_every_parameter_belongs_to_exactly_one(plan):
 class Attentive(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x)[0]
@@ -767,8 +767,10 @@ class Attentive(nn.Module):
         (
             two_layers(lambda net, x: net.head(net.attend(net.first(x))), attend=Attentive()),
             {
-                "attend.attention.in_proj_weight": "MultiheadAttention's own, no layer's",
-                "attend.attention.in_proj_bias": "MultiheadAttention's own, no layer's",
+                **{
+                    f"attend.attention.{key}": "MultiheadAttention adds a key and a value of its own (add_bias_kv)"
+                    for key in ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
+                },
                 "attend.attention.out_proj.weight": "used functionally, the module itself did not run",
                 "attend.attention.out_proj.bias": "used functionally, the module itself did not run",
             },
@@ -950,7 +952,8 @@ def test_a_module_that_stands_in_two_places_is_one():
     ids=["only a head", "norm", "others"],
 )
 def test_a_network_without_unit_layers_is_refused_naming_what_has_the_parameters(net, message):
-    with pytest.raises(ValueError, match=f"no unit layers: no Linear, convolution or recurrent layer ran .*{message}"):
+    why = "no unit layers: no Linear, convolution, recurrent layer or attention ran"
+    with pytest.raises(ValueError, match=f"{why} .*{message}"):
         UnitMap.of(net, labelled(4, 4), heads="head" if isinstance(net, Built) else None)
 
 

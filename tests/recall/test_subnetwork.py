@@ -463,7 +463,8 @@ def test_units_in_a_transformer_are_silenced_in_spite_of_its_fast_path(norm_firs
     if padded:
         tokens[1:, 4:] = 0
     units = UnitMap.of(net, (tokens, torch.zeros(4, dtype=torch.long)))
-    assert [layer.name for layer in units.layers] == [f"encoder.layers.{n}.linear{k}" for n in (0, 1) for k in (1, 2)]
+    parts = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
+    assert [layer.name for layer in units.layers] == [f"encoder.layers.{n}.{part}" for n in (0, 1) for part in parts]
     relevant = {
         layer.name: torch.arange(layer.units) % 3 > 0
         if layer.name.split(".")[2] in silent_layers
@@ -473,9 +474,9 @@ def test_units_in_a_transformer_are_silenced_in_spite_of_its_fast_path(norm_firs
     # ReLU of nothing is nothing: rows of zeros are the same as silence.
     rowless = copy.deepcopy(net)
     with torch.no_grad():
-        for name, mask in relevant.items():
-            rowless.get_submodule(name).weight[~mask] = 0.0
-            rowless.get_submodule(name).bias[~mask] = 0.0
+        for layer in units.layers:
+            for name in layer.parameters:
+                rowless.get_parameter(name)[~layer.spread(name, relevant[layer.name])] = 0.0
 
     with evaluating(net), silence(net, units.layers, relevant), mode():
         said = net(tokens)
