@@ -19,7 +19,7 @@ from lightning_rnf.anatomy.trace import Call, Trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-"""Norms that treat each channel by itself, as a `nn.GroupNorm` of one channel per group does."""
+"""Norms that treat each channel by itself, as a `nn.GroupNorm` of one channel a group does."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
             f"layer {layer.name!r} was a {was} with its units along dimension {layer.axis} when a task ended, in this "
             f"model it is {_described(module)}{advice}"
         )
-    for role, name, is_kind in (("norm", layer.norm, _is_per_channel_norm), ("slopes", layer.slopes, _is_prelu)):
+    for role, name, is_kind in (("norm", layer.norm, _is_norm_of_channels), ("slopes", layer.slopes, _is_prelu)):
         if name is not None and (name not in modules or not is_kind(modules[name])):
             raise ValueError(
                 f"layer {layer.name!r} had {name!r} for its {role} when a task ended, in this model that is "
@@ -245,7 +245,7 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     """The layer of that name, with the norm and the slopes that are its units' own; see `why_whole`."""
     (call,) = (call for call in trace.calls if call.name == name)
     layer = _layer(trace, name)
-    norm = _follower(trace, call, layer, _is_per_channel_norm)
+    norm = _follower(trace, call, layer, _is_norm_of_channels)
     slopes = _follower(trace, norm or call, layer, _is_prelu)
     parameters = [
         key for owner in (call, norm, slopes) if owner is not None for key in trace.own_parameters(owner.name)
@@ -290,9 +290,9 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole:
         return "left out by units=" if found is None else not_rows(trace, name, found)
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return "PReLU with one slope for all channels"
-    if _is_per_channel_norm(module) or _is_prelu(module):
+    if _is_norm_of_channels(module) or _is_prelu(module):
         return f"{kind} {_why_not_a_unit_s(trace, calls, layers)}"
-    if isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return f"{kind} mixes channels"
     return f"{kind}'s own, no layer's" if any(module.children()) else f"{kind} is no unit layer"
 
@@ -368,11 +368,18 @@ def not_rows(trace: Trace, name: str, found: str) -> str:
     return f"{type(trace.modules[name]).__name__} is not made of rows, {found}"
 
 
-def _is_per_channel_norm(module: nn.Module) -> bool:
-    """Whether it treats every channel by itself. Others mix channels: what is silenced would be heard after them."""
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups == module.num_channels
-    return isinstance(module, CHANNEL_NORMS)
+def _is_norm_of_channels(module: nn.Module) -> bool:
+    """Whether it has a scale and a shift for each channel along dimension 1, as a layer has units.
+
+    A group norm of several channels a group mixes them before: units that are silenced behind it, too, are not heard,
+    and what the others are divided by knows of them as zeros, now and later.
+    """
+    return isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm))
+
+
+def mixes_channels(norm: nn.Module) -> bool:
+    """Whether it is a group norm of several channels a group."""
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups < norm.num_channels
 
 
 def _described(module: nn.Module | None) -> str:

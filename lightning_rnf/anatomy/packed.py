@@ -75,12 +75,18 @@ def why_not_rows(module: Any) -> str | None:
         return "has a forward of its own"
     if not isinstance(output, nn.Linear) or _is_own(output, nn.Linear) or any(output.children()):
         return "has an out_proj that is not torch's"
-    if output._forward_hooks or output._forward_pre_hooks:
+    if any(map(_is_foreign, (*output._forward_hooks.values(), *output._forward_pre_hooks.values()))):
         return "has hooks on its out_proj, which torch never runs"
     if module.bias_k is not None or module.bias_v is not None:
         return "adds a key and a value of its own (add_bias_kv)"
     own = {name for name, _ in module.named_parameters()} - {f"{OUTPUT}.weight", f"{OUTPUT}.bias"}
     return None if own <= set(_OWN) else "has other parameters than torch's"
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook is the user's, and not hung in for as long as we watch."""
+    origin: str = getattr(hook, "__module__", None) or type(hook).__module__
+    return origin.partition(".")[0] != __name__.partition(".")[0]
 
 
 def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:

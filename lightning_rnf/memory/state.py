@@ -129,7 +129,8 @@ class FreezeState:
         """
         if not self.tasks and self.recovering is None:
             return units
-        known, found = ({layer.name: layer for layer in layers} for layers in (self.layers, units.layers))
+        known = {layer.name: layer for layer in self.layers}
+        found = {layer.name: _as_before(layer, known.get(layer.name), units.kinds) for layer in units.layers}
         for name in known.keys() & found.keys():
             for what, had in vars(known[name]).items():
                 if getattr(found[name], what) != had:
@@ -158,6 +159,9 @@ class FreezeState:
                 f"the model's layers no longer match the finished tasks: {differing} ran for one task and not for "
                 f"another{''.join(f' (here, layer {name!r} {found})' for name, found in used.items())}; {_SOME_ONLY}"
             )
+        taken = {name for layer in self.layers for name in layer.parameters}
+        norms = {name for layer in units.layers for name in layer.parameters if layer.name in known} - taken
+        late |= dict.fromkeys(norms, "no unit's when an earlier task ended")
         at_rest = {name for layer in idle - found.keys() for name in known[layer].parameters}
         return replace(
             units,
@@ -309,6 +313,15 @@ class FreezeState:
         if not set(kept) <= set(names):
             raise ValueError(f"not a state of lightning_rnf: 'kept' has what is not in 'shared': {kept!r:.80}")
         return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several, begun, kept)
+
+
+def _as_before(layer: UnitLayer, known: UnitLayer | None, kinds: Mapping[str, str]) -> UnitLayer:
+    """A layer without the group norm that follows it, where an earlier version has not counted that as its norm."""
+    if known is None or known.norm is not None or kinds.get(layer.norm or "") != "GroupNorm":
+        return layer
+    followers = [f"{name}." for name in (layer.norm, layer.slopes) if name is not None]
+    own = tuple(name for name in layer.parameters if not name.startswith(tuple(followers)))
+    return replace(layer, norm=None, slopes=None, parameters=own)
 
 
 def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:

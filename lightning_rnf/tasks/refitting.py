@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer
+from lightning_rnf.anatomy import UnitLayer, mixes_channels
 from lightning_rnf.recall import norms
 from lightning_rnf.runtime import sharding
 from lightning_rnf.tasks.leastsquares import Moments, rounded, scales, spread
@@ -199,8 +199,9 @@ class Refitting:
             return Moments.of(reaches[:, speaks.to(reaches.device)], targets, scale_of_heard).cpu()
 
         shares = [share for share in ranks.each(of_share) if share is not None]
-        # A norm behind the layer takes means away, as a bias would.
-        shifts = part.bias is not None or layer.norm is not None
+        # A norm behind the layer takes means away, as a bias would; one of several channels does not.
+        norm = None if layer.norm is None else self.module.get_submodule(layer.norm)
+        shifts = part.bias is not None or not (norm is None or mixes_channels(norm))
         more, shift = ranks.decided(lambda: reduce(add, shares).drawn(RIDGE, bias=shifts))
         weight = part.weight.detach()[units].flatten(1)
         weight[:, speaks.to(weight.device)] += (more * scale_of_lack[:, None]).to(weight)
