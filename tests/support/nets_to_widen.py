@@ -176,7 +176,7 @@ NARROW = {
     "a size in the forward": (_OfSize, (2, 6, 6), 5, r"body\.one", r"view in body has the size 64"),
     "a branch": (_Branching, (6,), 5, "forward of Net", "can't be traced"),
     "a constant": (_Constant, (6,), 5, r"body\.one", "mul in body"),
-    "a whole module": (_Whole, (6,), 8, r"encoder\.self_attn", r"encoder \(TransformerEncoderLayer\) is not taken apart"),
+    "a whole module": (_Whole, (6,), 8, "self_attn", r"encoder \(TransformerEncoderLayer\) is not taken apart"),
     "parts that differ in size": (_Uneven, (6,), 5, r"body\.(one|two|sum)", r"add in body puts parts together"),
     "groups of the input": (_in_groups, (2, 6, 6), 4, r"body\.0", "has groups"),
 }
