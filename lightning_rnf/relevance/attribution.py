@@ -18,11 +18,9 @@ from zennit.rules import Pass
 
 from lightning_rnf.anatomy import (
     BATCH_NORMS,
-    OUTPUT,
     Flat,
     Predict,
     UnitLayer,
-    by_parts,
     computes_itself,
     is_attention,
     is_layer,
@@ -36,7 +34,7 @@ from lightning_rnf.anatomy import (
 from lightning_rnf.relevance.composite import applicable
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
-from lightning_rnf.relevance.packed import Projected, attending
+from lightning_rnf.relevance.packed import Projected, take_apart
 from lightning_rnf.relevance.precision import RunsAgainError, SinglePrecision, UnreachableError
 from lightning_rnf.relevance.recurrent import GRADIENTS, Gradients, Seen, SignalTakesAll, unrolled
 from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
@@ -295,7 +293,7 @@ def propagate(
             prepare(module)
             roots: list[Tensor] = []
             _unroll(module, sums, recurrent)
-            _take_apart(module, sums, roots)
+            take_apart(module, {name: total.see for name, total in sums.items()}, roots)
             for layer in layers:
                 submodule = module.get_submodule(layer.name)
                 if layer.packed:
@@ -392,15 +390,6 @@ def _unroll(module: nn.Module, sums: Mapping[str, _Sum], recurrent: Gradients) -
                 vars(part)["forward"] = unrolled(part, recurrent, sums[name].see)
             elif isinstance(recurrent, SignalTakesAll):
                 vars(part)["forward"] = unrolled(part, recurrent)
-
-
-def _take_apart(module: nn.Module, sums: Mapping[str, _Sum], roots: list[Tensor]) -> None:
-    """For a borrowed module: attention of torch's with unit layers runs by its parts."""
-    for name, part in module.named_modules():
-        if is_attention(part) and name in sums:
-            vars(part)["forward"] = attending(part, name, roots, sums[name].see)
-        elif is_attention(part) and f"{name}.{OUTPUT}" in sums:
-            vars(part)["forward"] = by_parts(part)
 
 
 def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:

@@ -5,7 +5,7 @@ Rules need nothing more: what runs are functions and a linear layer, which have 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import ROLES, by_parts
+from lightning_rnf.anatomy import OUTPUT, ROLES, by_parts, is_attention
 from lightning_rnf.relevance.precision import UnreachableError
 
 
@@ -83,3 +83,18 @@ def attending(
         return result
 
     return forward
+
+
+def take_apart(module: nn.Module, see: Mapping[str, Callable[[Projected], None]], roots: list[Tensor]) -> None:
+    """For a borrowed module: attention of torch's with unit layers runs by its parts.
+
+    Args:
+        module: the model.
+        see: by unit layer, what is called with the queries, keys and values of each run.
+        roots: as for `attending`.
+    """
+    for name, part in module.named_modules():
+        if is_attention(part) and name in see:
+            vars(part)["forward"] = attending(part, name, roots, see[name])
+        elif is_attention(part) and f"{name}.{OUTPUT}" in see:
+            vars(part)["forward"] = by_parts(part)
