@@ -313,7 +313,7 @@ class RelevanceFreezing(BetweenFits):
             self._witnesses.warn_of_lost(self.state.tasks)
         if self.state.recovering is not None:
             self.ending.selection.check_goes_on(self.state.recovering, units, self.state)
-        self._holding.attach(trainer.optimizers)
+        self._holding.attach(trainer.optimizers, units)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow optimizers that were put in place of others; go on inside the sub-network when it is time."""
@@ -384,7 +384,7 @@ class RelevanceFreezing(BetweenFits):
         """Keep frozen rows exact where another callback saves its averages in the model's place."""
         if not sharding.is_sharded(pl_module):
             holding = self._holding or self._hold(pl_module)
-            hold_in_copy(checkpoint["state_dict"], pl_module, holding.factors())
+            hold_in_copy(checkpoint["state_dict"], pl_module, holding.still())
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a fit: hold frozen rows before they are looked at. Else recall, as in a test."""

@@ -6,6 +6,7 @@ are read by whom. All that is learned about a network is learned here, and every
 
 from lightning_rnf.anatomy.calls import node_argument
 from lightning_rnf.anatomy.channels import Channels, Known, LiteralArgument, effect_of_function, effect_of_module
+from lightning_rnf.anatomy.embeddings import looks_up, rows_read
 from lightning_rnf.anatomy.explained import Explained
 from lightning_rnf.anatomy.exported import followed
 from lightning_rnf.anatomy.flow import Flow, Stop, described
@@ -95,6 +96,7 @@ __all__ = [
     "joined",
     "layer_form",
     "logits_of",
+    "looks_up",
     "measure",
     "mixes_channels",
     "node_argument",
@@ -102,6 +104,7 @@ __all__ = [
     "parameter_names",
     "predict_checked",
     "register_layer",
+    "rows_read",
     "silenced",
     "supervised",
     "tensor_copy",

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from torch import nn
+
 from lightning_rnf.anatomy.layers import coupling, has_rows, inside, layer_calls, matches, not_rows, why_whole
 from lightning_rnf.anatomy.trace import Trace
 
@@ -24,10 +26,12 @@ class Chosen:
     Attributes:
         names: of the unit layers, in execution order.
         whole: layers that nobody left out, but that units can't follow, and why; see `layers.why_whole`.
+        left_out: globs of what the user has left out.
     """
 
     names: tuple[str, ...]
     whole: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
 
 
 def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractSet[str] = frozenset()) -> Chosen:
@@ -67,8 +71,9 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractS
                     raise ValueError(_cannot(name, whole[name]))
             of_coupled = {name: found for name, found in coupled.items() if matches(name, [glob])}
             raise ValueError(_no_match(trace, glob, head, names, of_coupled))
+    embeddings = [name for name, module in trace.modules.items() if isinstance(module, nn.Embedding)]
     for glob in excluding:
-        if not any(matches(name, [glob]) for name in candidates):
+        if not any(matches(name, [glob]) for name in (*candidates, *embeddings)):
             raise ValueError(_no_match(trace, glob, head, names, {}, EXCLUDES))
     chosen = tuple(name for name in names if is_chosen(name))
     left = {name: found for name, found in whole.items() if is_chosen(name) and (name in learning or not chosen)}
@@ -76,7 +81,7 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractS
         reasons = [f"layer {name!r} {found}" for name, found in left.items()]
         reasons += [f"{name!r}: {not_rows(trace, name, coupled[name])}" for name in coupled if is_chosen(name)]
         raise ValueError(_nothing(trace, head, reasons, globs if names else None))
-    return Chosen(chosen, left)
+    return Chosen(chosen, left, tuple(excluding))
 
 
 def _usable(trace: Trace, candidates: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:

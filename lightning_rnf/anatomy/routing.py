@@ -137,10 +137,11 @@ def _union(units: UnitMap, other: UnitMap) -> UnitMap:
     # Neither batch has run all of them, so there is no order of execution: that of the model's modules.
     place = {name: index for index, name in enumerate(units.kinds)}
     idle = set(units.idle) & set(other.idle)
+    shared = tuple(dict.fromkeys((*units.shared, *other.shared)))
     return replace(
         units,
         layers=tuple(sorted(layers.values(), key=lambda layer: place[layer.name])),
-        shared=tuple(dict.fromkeys((*units.shared, *other.shared))),
+        shared=shared,
         idle=tuple(name for name in units.idle if name in idle),
         buffers=tuple(dict.fromkeys((*units.buffers, *other.buffers))),
         own=tuple(dict.fromkeys((*units.own, *other.own))),
@@ -149,6 +150,7 @@ def _union(units: UnitMap, other: UnitMap) -> UnitMap:
         ran=tuple(dict.fromkeys((*units.ran, *other.ran))),
         attention={**other.attention, **units.attention},
         kept=tuple(dict.fromkeys((*units.kept, *other.kept))),
+        embeddings=tuple(name for name in dict.fromkeys((*units.embeddings, *other.embeddings)) if name not in shared),
     )
 
 

@@ -54,6 +54,8 @@ class Trace:
         calls: in the order in which they ended.
         runs: how often each module ran, by name.
         read: identities of the tensors that functions were given.
+        outside: identities of parameters whose values were read while no module of theirs was running, as far as it is
+            known which those are: of layers and embeddings.
         logits: of the batch, as ``predict`` has returned them; of several heads at once as rows.
         layout: what they and their targets have shown of the task's.
         edges: how many edges lead to each node of the logits' autograd graph.
@@ -77,11 +79,13 @@ class Trace:
         layout: Layout | None = None,
         attended: Sequence[Attended] = (),
         inner: Collection[str] = (),
+        outside: Collection[int] = (),
     ) -> None:
         self.modules: dict[str, nn.Module] = dict(module.named_modules())
         self.calls = calls
         self.runs = Counter(call.name for call in calls)
         self.read = read
+        self.outside = outside
         self.logits = logits
         self.layout = layout or Layout()
         self.edges, self.leaves = _walk_graph(logits)
@@ -136,7 +140,7 @@ class Trace:
             inner = _taken_apart(module, attending)
             suspects = {name for name, submodule in module.named_modules() if is_suspect(submodule)}
             for name, submodule in module.named_modules():
-                if kind_of(submodule):
+                if kind_of(submodule) or isinstance(submodule, nn.Embedding):
                     reads.computed[id(submodule)] = {id(parameter) for parameter in submodule.parameters()}
                     submodule.register_forward_pre_hook(reads.enter, prepend=True)
                     submodule.register_forward_hook(reads.leave, always_call=True)
@@ -159,7 +163,8 @@ class Trace:
                 axes = class_axes(logits, wanted)
                 axis = axes[0] if len(axes) == 1 else _axis_of_maker(module, calls, logits, kind_of) or axes[0]
             layout = Layout(axis, is_numbers(target), heads)
-            trace = cls(module, calls, reads.tensors, logits, given, layout, attending.found, inner)
+            shown = attending.found, inner, reads.outside
+            trace = cls(module, calls, reads.tensors, logits, given, layout, *shown)
         with evaluating(module):
             for call in calls:
                 owner = trace.modules[call.name]

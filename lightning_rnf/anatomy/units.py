@@ -13,11 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_rnf.anatomy.attention import Projection, projections
 from lightning_rnf.anatomy.choosing import choose
-from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, kind_of
+from lightning_rnf.anatomy.embeddings import why_whole_embedding
+from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, class_name, kind_of
 from lightning_rnf.anatomy.layers import (
     UnitLayer,
     inside,
     is_suspect,
+    matches,
     unit_layer,
     why_shared,
 )
@@ -58,6 +60,8 @@ class UnitMap:
         attention: the layers that make queries, keys and values, by name.
         kept: parameters that took part and that the user keeps from training (``requires_grad`` is False). Those that
             are shared cost later tasks nothing.
+        embeddings: the weights of those whose rows belong to tokens, by name. One with a reason in ``reasons`` this
+            forward uses otherwise than earlier tasks did, and needs whole.
     """
 
     layers: tuple[UnitLayer, ...]
@@ -76,6 +80,7 @@ class UnitMap:
     own: tuple[str, ...] = ()
     attention: Mapping[str, Projection] = field(default_factory=dict, repr=False, compare=False)
     kept: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    embeddings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -97,7 +102,7 @@ class UnitMap:
                 convolution outside the head, and every layer of a kind that is registered. What units can't follow (it
                 runs twice, shares its weight, is parametrized) is frozen whole, see ``whole``. Layers that are kept
                 from training (``requires_grad`` is False: what an adapter stands on) are units only if globs ask for
-                them, or if there are no others.
+                them, or if there are no others. Embeddings that are left out by ``!`` are frozen whole, too.
             heads: globs of module names; None: the module that made the logits, see `logits.find_head`.
             learned: parameters that are no longer trained and were: they do not count as kept from training.
 
@@ -111,16 +116,24 @@ class UnitMap:
         chosen = choose(trace, head, _globs(units), still)
         layers = tuple(unit_layer(trace, name) for name in chosen.names)
         of_head, shared, idle = _assign(trace, layers, head)
+        reasons = {
+            name: _KEPT if name in still else why_shared(trace, name, layers, chosen.whole) for name in shared
+        }
+        by_tokens = []
+        for name in shared:
+            owner = name.rpartition(".")[0]
+            if isinstance(trace.modules[owner], nn.Embedding) and reasons[name].endswith(" is no unit layer"):
+                found = "left out by units=" if matches(owner, chosen.left_out) else why_whole_embedding(trace, name)
+                reasons[name] = f"{class_name(trace.modules[owner])} {found}"
+                by_tokens += [] if found else [name]
         return cls(
             layers,
             head,
             of_head,
-            shared,
+            tuple(name for name in shared if name not in by_tokens),
             idle,
             _buffers(trace),
-            reasons={
-                name: _KEPT if name in still else why_shared(trace, name, layers, chosen.whole) for name in shared
-            },
+            reasons={name: reason for name, reason in reasons.items() if name not in by_tokens},
             kinds={name: type(submodule).__name__ for name, submodule in trace.modules.items()},
             ran=tuple(name for name in trace.modules if trace.runs[name]),
             forms={name: form(parameter) for name, parameter in trace.names.items()},
@@ -129,6 +142,7 @@ class UnitMap:
             layout=trace.layout,
             attention=projections(trace, layers),
             kept=tuple(name for name in (*shared, *(key for one in layers for key in one.parameters)) if name in still),
+            embeddings=tuple(by_tokens),
         )
 
     def with_own_norms(self, module: nn.Module, taken: Collection[str] = ()) -> UnitMap:
@@ -152,6 +166,16 @@ class UnitMap:
             shared=tuple(name for name in self.shared if name not in own),
             reasons={name: reason for name, reason in self.reasons.items() if name not in own},
             own=tuple(dict.fromkeys((*self.own, *own))),
+        )
+
+    def with_whole(self, embeddings: Collection[str], reason: str) -> UnitMap:
+        """The same map in which some embeddings are frozen whole, and why."""
+        names = [name for name in self.embeddings if name in embeddings]
+        return replace(
+            self,
+            embeddings=tuple(name for name in self.embeddings if name not in names),
+            shared=(*self.shared, *names),
+            reasons={**self.reasons, **dict.fromkeys(names, reason)},
         )
 
     def parts(self) -> dict[str, tuple[tuple[Tensor, float], ...]]:
@@ -190,6 +214,10 @@ class UnitMap:
             by_reason = groupby(shared, lambda name: (name.rpartition(".")[0], self.reasons.get(name, "")))
             lines.append("shared, frozen whole after the first task:")
             lines += _table([(module, _keys(names), reason) for (module, reason), names in by_reason])
+        if self.embeddings:
+            lines.append("embeddings, whose rows are each frozen once a finished task has read it:")
+            owners = [(name.rpartition(".")[0], self.forms.get(name, "").partition("(")[2]) for name in self.embeddings]
+            lines += _table([(one, self._kind(one), f"{form.partition(',')[0]:>5} rows") for one, form in owners])
         if self.own:
             norms = sorted({name.rpartition(".")[0] for name in self.own})
             lines += [f"scale and shift of {_count(norms, 'norm')}: each task has its own"]

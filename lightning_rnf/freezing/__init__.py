@@ -13,6 +13,7 @@ from lightning_rnf.freezing.connections import (
     harmless,
     heard,
 )
+from lightning_rnf.freezing.embeddings import Unread
 from lightning_rnf.freezing.freezer import (
     ElasticityOption,
     Freezer,
@@ -27,6 +28,7 @@ __all__ = [
     "ElasticityOption",
     "Freezer",
     "Listening",
+    "Unread",
     "can_choose_rows",
     "check_elasticity",
     "check_globs",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitMap, is_transposed
 from lightning_rnf.freezing import rows as layer_rows
+from lightning_rnf.freezing.embeddings import Unread
 from lightning_rnf.freezing.slices import LARGEST_BLOCK, AllBut, Block, Entries, Slice
 from lightning_rnf.memory import FreezeState
 from lightning_rnf.runtime import sharding
@@ -38,8 +39,9 @@ def elasticities(
 
     Returns:
         By parameter name: one factor per slice along the dimensions that tell units apart (`UnitLayer.leading_shape`:
-        ``(units,)``, in general), per entry of the first two dimensions, or one for the whole, ``()``. Heads of
-        finished tasks are 0: they never train again.
+        ``(units,)``, in general; of embeddings ``(rows,)``: those that a finished task has read are relevant), per
+        entry of the first two dimensions, or one for the whole, ``()``. Heads of finished tasks are 0: they never train
+        again.
     """
     factors: dict[str, Tensor] = {}
     all_frozen = state.frozen()
@@ -61,6 +63,11 @@ def elasticities(
             factors[f"{layer.name}.weight"] = of_entries
     for name in state.shared:
         factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
+    for name in state.embeddings:
+        module, read = name.rpartition(".")[0], state.read(name)
+        assert read is not None
+        of_read = torch.tensor(_factor(elasticity, module, 0.0))
+        factors[name] = torch.where(read, of_read, torch.tensor(_factor(irrelevant_elasticity, module, 1.0)))
     for record in state.tasks.values():
         for name in record.head_parameters:
             factors[name] = torch.tensor(0.0)
@@ -73,7 +80,10 @@ def check_globs(name: str, option: ElasticityOption, units: UnitMap) -> None:
     Raises:
         ValueError: naming the glob that does not.
     """
-    names = [*(layer.name for layer in units.layers), *(shared.rpartition(".")[0] for shared in units.shared)]
+    names = [
+        *(layer.name for layer in units.layers),
+        *(one.rpartition(".")[0] for one in (*units.shared, *units.embeddings)),
+    ]
     for glob in option if isinstance(option, Mapping) else ():
         if any(fnmatchcase(module, glob) for module in names):
             continue
@@ -125,9 +135,13 @@ class Freezer:
     Args:
         module: the bare model.
         factors: by parameter name, as from `elasticities`.
+
+    Attributes:
+        unread: embeddings, by the weight's name, of which rows are held until they are read, too.
     """
 
     def __init__(self, module: nn.Module, factors: Mapping[str, Tensor]) -> None:
+        self.unread: dict[str, Unread] = {}
         self._module = module
         self._rows = _rows(module, factors)
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -222,6 +236,8 @@ class Freezer:
         for rows in self._rows.values():
             if not written_only or sharding.writes(rows.parameter) != rows.pinned_writes:
                 rows.pin()
+        for unread in self.unread.values():
+            unread.pin(written_only=written_only)
 
     def free_rows(self, parameter: Tensor) -> Tensor | None:
         """As `communication.FreeRows`: rows whose gradients are not masked now."""
@@ -267,6 +283,8 @@ class Freezer:
     @torch.no_grad()
     def _after_step(self, *args: object) -> None:
         self._nested_steps -= 1
+        for unread in self.unread.values():
+            unread.note()
         self.pin()
         if self._nested_steps == 0:
             for rows in self._rows.values():

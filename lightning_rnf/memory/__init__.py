@@ -5,6 +5,7 @@ whether what was frozen is still what it was.
 """
 
 from lightning_rnf.memory import hub, maskfiles, masks
+from lightning_rnf.memory.embeddings import OldRows
 from lightning_rnf.memory.fingerprints import Audit, Heard, changed, fingerprints, moved
 from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.growing import wider
@@ -19,6 +20,7 @@ __all__ = [
     "Audit",
     "FreezeState",
     "Heard",
+    "OldRows",
     "TaskRecord",
     "changed",
     "fingerprints",

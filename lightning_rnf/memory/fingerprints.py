@@ -27,8 +27,9 @@ def fingerprints(
 ) -> dict[str, str]:
     """What a task that ends now has frozen: 128 bits of BLAKE2 for the relevant rows of each layer, by its name.
 
-    Besides, by the head's name, for the head; and by parameter, for the shared ones that no earlier task has frozen. A
-    bit that changes in any of them changes the fingerprint; to which number it has changed can't be told.
+    Besides, by the head's name, for the head; by parameter, for shared ones that no earlier task has frozen, and for
+    embeddings, of which the task may hear any row. A bit that changes in any of them changes the fingerprint; to which
+    number it has changed can't be told.
 
     Args:
         module: whole, on any device.
@@ -43,7 +44,9 @@ def fingerprints(
     for layer in units.layers:
         found[layer.name] = _digest_of(own, _chosen(own, layer, record, {record.name: heard or {}}) or {}, ())
     found[record.head] = _of_all(own, record.head_parameters)
-    return found | {name: _of_all(own, [name]) for name in units.shared if name not in state.shared}
+    whole = [name for name in units.shared if name not in state.shared]
+    whole += dict.fromkeys((*state.embeddings, *units.embeddings))
+    return found | {name: _of_all(own, [name]) for name in whole}
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def moved(
         for name, own in others.items():
             if name in record.rows and name not in learning and not _is_same(parameters, state, record, name, own):
                 differing.append(name)
+        if record is next(reversed(state.tasks.values())):  # earlier ones hear the same rows, but for those kept
+            differing += _embeddings_differ(parameters, state, record, learning)
         if differing and not any(
             _of_layer_then(parameters, state, record, layer, heard or {}) != record.rows[layer.name]
             for layer in kept_later
@@ -147,11 +152,25 @@ def _compared(
     then = tensors_before({name: parameters[name] for name in record.head_parameters}, state.later(record))
     now[record.head] = _of_all(then, record.head_parameters)
     differing = [name for name, row in now.items() if row is not None and record.rows.get(name, row) != row]
+    differing += _embeddings_differ(parameters, state, record)
     unknown = [name for name in (*now, *shared) if name not in record.rows or now.get(name, "") is None]
     differing += [
         name for name in shared if name in record.rows and not _is_same(parameters, state, record, name, [name])
     ]
     return tuple(differing), tuple(unknown)
+
+
+def _embeddings_differ(
+    parameters: Mapping[str, Tensor], state: FreezeState, record: TaskRecord, learning: Collection[str] = ()
+) -> list[str]:
+    """Embeddings of which a task hears another row than at its end."""
+    old = state.recalled(record.name).old_rows
+    heard = {
+        name: old[name].written(parameters[name]) if name in old else parameters[name]
+        for name in state.embeddings
+        if name in record.rows and name not in learning
+    }
+    return [name for name in heard if _of_all(heard, [name]) != record.rows[name]]
 
 
 def _is_same(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lightning_rnf.memory.embeddings import joined
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
 from lightning_rnf.memory.widening import layers_before
@@ -39,6 +40,10 @@ def without(state: FreezeState, task: str) -> FreezeState:
         if given_up.widenings != left[heir].widenings:  # they were taken in another shape than the heir's
             own = {name: row if "@" in row else f"{row}@{given_up.widenings}" for name, row in own.items()}
         left[heir] = replace(left[heir], rows={**left[heir].rows, **own})
+    before = names[: names.index(task)]
+    if before:  # what it heard of rows that were changed after it, those from before hear, too
+        last = left[before[-1]]
+        left[last.name] = replace(last, old_rows=joined(last.old_rows, given_up.old_rows))
     tasks = {record.name: record for record in _as_alone(left, task, later, state)}
     known_units = bool(tasks or state.initial)  # free units are to be reset though no task is left
     shared = tuple(name for name in state.shared if tasks and (heir is not None or name not in own))
@@ -51,6 +56,7 @@ def without(state: FreezeState, task: str) -> FreezeState:
         resets=NOT_YET if state.initial else min(state.resets, len(tasks)),
         forms=state.forms if known_units else {},
         widenings=state.widenings,
+        embeddings=state.embeddings if tasks else (),
     )
 
 

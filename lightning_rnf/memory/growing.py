@@ -32,6 +32,7 @@ def wider(state: FreezeState, found: Wider, drawn: Mapping[str, Tensor]) -> Free
         resets=state.resets,
         forms={name: _form(form, found, name) for name, form in state.forms.items()},
         widenings=(*state.widenings, found),
+        embeddings=state.embeddings,
     )
 
 

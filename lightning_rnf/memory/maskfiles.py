@@ -27,6 +27,7 @@ LONGEST_TEXT = 2**25
 
 _STATE, _CHECKSUM = "lightning_rnf", "sha256"  # keys of the file's metadata
 _MASKS, _RELEVANCE, _STATISTICS = "masks", "relevance", "statistics"
+_TOKENS, _OLD_ROWS, _OLD_VALUES = "tokens", "old_rows", "old_values"
 
 
 def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
@@ -46,6 +47,7 @@ def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = 
     if not state.tasks:
         raise ValueError("no task has ended yet: there are no masks to save")
     plain = state.to_plain() | {"training": None, "recovering": None, "initial": {}, "resets": 0}
+    plain.pop("learned", None)
     tensors = {_MASKS: torch.stack([_packed(_flat(record["relevant"])) for record in plain["tasks"]])}
     if relevance:
         tensors[_RELEVANCE] = torch.stack([_flat(record["relevance"]) for record in plain["tasks"]])
@@ -54,6 +56,14 @@ def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = 
         for name, value in record["norm_statistics"].items():
             tensors[f"{_STATISTICS}.{index}.{name}"] = value.detach().cpu().contiguous()
         record["norm_statistics"] = list(record["norm_statistics"])
+        for name, mask in record.get("tokens", {}).items():
+            tensors[f"{_TOKENS}.{index}.{name}"] = _packed(mask)
+            record["tokens"][name] = len(mask)
+        for name, old in record.get("old_rows", {}).items():
+            tensors[f"{_OLD_ROWS}.{index}.{name}"] = old["rows"].contiguous()
+            tensors[f"{_OLD_VALUES}.{index}.{name}"] = old["values"].contiguous()
+        if "old_rows" in record:
+            record["old_rows"] = list(record["old_rows"])
     text = json.dumps(plain, separators=(",", ":"))
     _check_length(text)
     unfinished = f"{os.fspath(path)}.part"
@@ -114,10 +124,34 @@ def _read(path: str | os.PathLike[str]) -> FreezeState:
         record["norm_statistics"] = {
             name: tensors.pop(f"{_STATISTICS}.{index}.{name}") for name in dict.fromkeys(names)
         }
+        _take_rows(tensors, index, record)
     strangers = sorted(set(tensors) - {_MASKS, _RELEVANCE})
     if strangers:
         raise ValueError(f"it holds what it does not list: {strangers[:3]}")
     return FreezeState.from_plain(plain)
+
+
+def _take_rows(tensors: dict[str, Tensor], index: int, record: dict[str, Any]) -> None:
+    """Put what a file says of a task's rows of embeddings where a state has it."""
+    if "tokens" in record:
+        sizes = record["tokens"]
+        if not isinstance(sizes, dict) or not all(type(size) is int and size > 0 for size in sizes.values()):
+            raise ValueError(f"its task {index} has embeddings of no size")
+        for name, size in sizes.items():
+            key = f"{_TOKENS}.{index}.{name}"
+            sizes[name] = _unpacked(_taken(tensors, key, (-(-size // 8),), torch.uint8), size)
+            del tensors[key]
+    if "old_rows" in record:
+        names = record["old_rows"]
+        if not isinstance(names, list):
+            raise ValueError(f"its task {index} has no list of embeddings with old rows")
+        keys = [f"{kind}.{index}.{name}" for name in names for kind in (_OLD_ROWS, _OLD_VALUES)]
+        if len(set(keys)) < 2 * len(names) or not set(keys) <= set(tensors):
+            raise ValueError(f"it lacks old rows of embeddings of its task {index}")
+        of_names = ([tensors.pop(f"{kind}.{index}.{name}") for kind in (_OLD_ROWS, _OLD_VALUES)] for name in names)
+        record["old_rows"] = {
+            name: {"rows": rows, "values": values} for name, (rows, values) in zip(names, of_names, strict=True)
+        }
 
 
 def _listed(plain: Any, key: str) -> list[dict[str, Any]]:
@@ -127,7 +161,7 @@ def _listed(plain: Any, key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _taken(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _taken(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     found = tensors.get(name)
     if found is None or found.shape != shape or found.dtype != dtype:
         described = "nothing" if found is None else f"a {found.dtype} tensor of shape {tuple(found.shape)}"

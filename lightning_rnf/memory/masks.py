@@ -55,7 +55,12 @@ def free_weights_of_layers(state: FreezeState) -> dict[str, float]:
 
 
 def free_weights(state: FreezeState, of_layers: Mapping[str, float]) -> float:
-    """Share of all layers' weights that may still move, from that of each; 1 before any task has ended."""
+    """Share of all layers' and embeddings' weights that may still move, from that of each; 1 before any task has ended.
+
+    Args:
+        state: the finished tasks.
+        of_layers: by layer; of an embedding it is told by the state.
+    """
     sizes = {
         layer.name: sum(
             prod(sizes_of(state.forms.get(name) or f"float32 ({layer.units},)"))
@@ -63,8 +68,38 @@ def free_weights(state: FreezeState, of_layers: Mapping[str, float]) -> float:
         )
         for layer in state.layers
     }
+    sizes |= {name.rpartition(".")[0]: prod(sizes_of(state.forms[name])) for name in state.embeddings}
+    shares = {**of_layers, **free_rows(state)}
     total = sum(sizes.values())
-    return sum(sizes[name] * of_layers[name] for name in sizes) / total if total else 1.0
+    return sum(sizes[name] * shares[name] for name in sizes) / total if total else 1.0
+
+
+def free_rows(state: FreezeState) -> dict[str, float]:
+    """Share of each embedding's rows that no finished task has read, by the embedding's name."""
+    read = {name: state.read(name) for name in state.embeddings}
+    return {
+        name.rpartition(".")[0]: 1.0 - float(mask.double().mean()) for name, mask in read.items() if mask is not None
+    }
+
+
+def tokens_table(state: FreezeState) -> list[dict[str, Any]]:
+    """One row for each embedding: how many rows each task was the first to read, how many nobody has, and were kept.
+
+    Kept are the rows that a task has changed and that tasks before it hear as they were.
+    """
+    names = columns(list(state.tasks), {"embedding", "rows", "unread", "kept"})
+    found = []
+    for embedding in state.embeddings:
+        seen, by_task, kept = None, {}, 0
+        for name, record in zip(names, state.tasks.values(), strict=True):
+            kept += len(record.old_rows[embedding].rows) if embedding in record.old_rows else 0
+            mask = record.tokens.get(embedding)
+            by_task[name] = 0 if mask is None else int((mask if seen is None else mask & ~seen).sum())
+            seen = mask if seen is None else seen if mask is None else mask | seen
+        if seen is not None:
+            rest = {"unread": int((~seen).sum()), "kept": kept}
+            found.append({"embedding": embedding.rpartition(".")[0], "rows": len(seen), **by_task, **rest})
+    return found
 
 
 def units_at(state: FreezeState, record: TaskRecord) -> int:

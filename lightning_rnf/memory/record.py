@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rnf.anatomy import UnitLayer
+from lightning_rnf.memory.embeddings import OldRows, old_rows_from_plain, tokens_from_plain
 from lightning_rnf.memory.plain import (
     check_names,
     get,
@@ -66,6 +67,10 @@ class TaskRecord:
             all others it needs whole rows.
         free_weights: share of each layer's weight that may still move once this task's is frozen, in [0, 1]; empty in
             files from before.
+        tokens: rows of embeddings that the task has read, bool ``(rows,)`` by the weight's name: in training, as far as
+            they learned anything, and in its reference data.
+        old_rows: by the weight's name, rows that were not frozen at this task's end and that a fit has changed since,
+            before another task ended, as they were: see `FreezeState.recalled`.
     """
 
     name: str
@@ -96,14 +101,18 @@ class TaskRecord:
     connections: tuple[str, ...] = ()
     free_weights: dict[str, float] = field(default_factory=dict)
     scored: str = ""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    old_rows: dict[str, OldRows] = field(default_factory=dict)
 
 
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
     """Dicts, lists, built-in types and CPU tensors."""
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
-    for key in ("widenings", "whole", "ration", "connections", "free_weights", "scored"):
+    for key in ("widenings", "whole", "ration", "connections", "free_weights", "scored", "tokens", "old_rows"):
         if not plain[key]:
             del plain[key]  # as files were before there were any
+    if record.old_rows:
+        plain["old_rows"] = {name: rows.to_plain() for name, rows in record.old_rows.items()}
     if record.connections:
         plain["connections"] = list(record.connections)
     return plain | {
@@ -177,6 +186,8 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         connections=_get_connections(plain, layers) if "connections" in plain else (),
         free_weights=_get_free(plain, layers) if "free_weights" in plain else {},
         scored=get_name(plain, "scored") if "scored" in plain else "",
+        tokens=tokens_from_plain(plain, "tokens") if "tokens" in plain else {},
+        old_rows=old_rows_from_plain(plain, "old_rows") if "old_rows" in plain else {},
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds, norm_parameters
+from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds, looks_up, norm_parameters
+from lightning_rnf.memory import embeddings as rows_of
 from lightning_rnf.memory import widening
 from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, unknown_layer
 from lightning_rnf.memory.plain import get, get_names, get_tensors
@@ -42,6 +43,8 @@ class FreezeState:
         widenings: where the model was made wider, in order; records say how many there had been at a task's end.
         several: whether a task was ended inside the fit that is under way, which goes on with the next one.
         begun: the epoch that this fit began with: a Trainer that is used again goes on counting.
+        embeddings: names of the weights of embeddings whose rows are frozen one by one.
+        learned: rows of embeddings that have learned something in the fit that is under way, bool ``(rows,)`` by name.
     """
 
     layers: tuple[UnitLayer, ...] = ()
@@ -56,6 +59,8 @@ class FreezeState:
     several: bool = False
     begun: int = 0
     kept: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    learned: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -69,6 +74,8 @@ class FreezeState:
         new = [name for name in units.shared if name not in self.shared]
         self.kept = (*self.kept, *(name for name in new if name in units.kept))
         self.shared = tuple(dict.fromkeys((*self.shared, *new)))
+        self.embeddings = tuple(dict.fromkeys((*self.embeddings, *units.embeddings)))
+        self.learned = {}
         self.forms = {**self.forms, **units.forms}
         stamped = record.widenings == len(self.widenings)
         self.tasks[record.name] = record if stamped else replace(record, widenings=len(self.widenings))
@@ -85,7 +92,7 @@ class FreezeState:
 
     def forget_unfinished(self) -> None:
         """Forget what a fit has left that was given up: the task it was recovering and, if no task has ended, all."""
-        self.training, self.recovering, self.several, self.begun = None, None, False, 0
+        self.training, self.recovering, self.several, self.begun, self.learned = None, None, False, 0, {}
         if not self.tasks and self.resets >= 0:
             self.layers, self.initial, self.resets = (), {}, 0
 
@@ -106,6 +113,36 @@ class FreezeState:
         if name not in self.tasks:
             raise KeyError(f"no finished task {name!r}; finished tasks: {list(self.tasks)}")
         return self.tasks[name]
+
+    def recalled(self, name: str) -> TaskRecord:
+        """The record of a finished task, with all rows of embeddings that it hears otherwise than the model has them.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        record = self.task(name)
+        old: dict[str, rows_of.OldRows] = {}
+        names = list(self.tasks)
+        for later in names[names.index(name) :]:
+            old = rows_of.joined(old, self.tasks[later].old_rows)
+        return replace(record, old_rows=old)
+
+    def read(self, embedding: str) -> Tensor | None:
+        """Rows of an embedding that a finished task has read: bool ``(rows,)``; None: no task has such an embedding."""
+        return rows_of.read_by(embedding, (record.tokens for record in self.tasks.values()))
+
+    def keep_rows(self, learned: Mapping[str, Tensor], before: Mapping[str, rows_of.OldRows]) -> None:
+        """Note what the fit under way has changed of embeddings: which rows, and what the finished tasks hear of them.
+
+        Args:
+            learned: bool ``(rows,)`` by name.
+            before: the same rows as they were before the fit.
+        """
+        self.learned = dict(learned)
+        if self.tasks:
+            last = next(reversed(self.tasks.values()))
+            changed = {name: old for name, old in before.items() if len(old.rows)}
+            last.old_rows.update(rows_of.joined(last.old_rows, changed))
 
     def later(self, record: TaskRecord) -> tuple[Wider, ...]:
         """How the model was made wider since a task's end."""
@@ -141,6 +178,10 @@ class FreezeState:
         # Experts that no earlier task has run: the model had them, so recall of those tasks does without. And what an
         # earlier version has frozen whole: recurrent layers, attention.
         held = set(self.shared)
+        units = units.with_whole(held, "frozen whole since an earlier task")
+        by_rows = [name for name in units.shared if name in self.embeddings]
+        shared = tuple(name for name in units.shared if name not in by_rows)
+        units = replace(units, shared=shared, embeddings=(*units.embeddings, *by_rows))
         new = [
             layer
             for name, layer in found.items()
@@ -190,7 +231,7 @@ class FreezeState:
                     )
                 check_shape(name, parameters[name], self.forms, f"layer {layer.name!r} of the finished tasks")
         for record in self.tasks.values():
-            for name in (*record.head_parameters, *self.shared):
+            for name in (*record.head_parameters, *self.shared, *self.embeddings):
                 if name not in parameters:
                     raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
                 is_head = name in record.head_parameters
@@ -212,6 +253,12 @@ class FreezeState:
         # Recall writes them: those of no other parameter may be.
         frozen = {*self.shared, *(name for layer in self.layers for name in layer.parameters)}
         own = {*buffers, *norm_parameters(module)}.difference(frozen)
+        for name in self.embeddings:
+            if not looks_up(modules.get(name.rpartition(".")[0])):
+                raise ValueError(
+                    f"{name!r} was the weight of an embedding when a task ended, in this model it is not that of a "
+                    "plain nn.Embedding"
+                )
         for record in self.tasks.values():
             if record.head not in modules:
                 raise ValueError(f"this model lacks the module {record.head!r}, the head of task {record.name!r}")
@@ -265,6 +312,8 @@ class FreezeState:
             **({"several": True} if self.several else {}),
             **({"begun": self.begun} if self.begun else {}),
             **({"kept": list(self.kept)} if self.kept else {}),
+            **({"embeddings": list(self.embeddings)} if self.embeddings else {}),
+            **({"learned": dict(self.learned)} if self.learned else {}),
         }
 
     @classmethod
@@ -286,7 +335,8 @@ class FreezeState:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
         names = get_names(plain, "shared")
-        _check_owners(layers, names, tasks.values())
+        embeddings = get_names(plain, "embeddings") if "embeddings" in plain else ()
+        _check_owners(layers, (*names, *embeddings), tasks.values())
         training: str | None = get(plain, "training", (str, type(None)))
         recovering: dict[str, Any] | None = get(plain, "recovering", (dict, type(None)))
         initial, resets = get_tensors(plain, "initial"), get(plain, "resets", int)
@@ -303,6 +353,8 @@ class FreezeState:
             raise ValueError("not a state of lightning_rnf: 'recovering' has no 'evaluations'")
         of_heads = [name for record in tasks.values() for name in record.head_parameters]
         forms = forms_from_plain(plain, layers, (*names, *of_heads))
+        learned = rows_of.tokens_from_plain(plain, "learned") if "learned" in plain else {}
+        rows_of.check(embeddings, forms, tasks.values(), learned)
         known = {name: value for record in tasks.values() for name, value in record.norm_statistics.items()} | initial
         widenings = widening.all_from_plain(plain, layers, forms, known)
         if any(record.widenings > len(widenings) for record in tasks.values()):
@@ -312,7 +364,8 @@ class FreezeState:
         kept = get_names(plain, "kept") if "kept" in plain else ()
         if not set(kept) <= set(names):
             raise ValueError(f"not a state of lightning_rnf: 'kept' has what is not in 'shared': {kept!r:.80}")
-        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, several, begun, kept)
+        of_fit = (several, begun, kept, embeddings, learned)
+        return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, *of_fit)
 
 
 def _as_before(layer: UnitLayer, known: UnitLayer | None, kinds: Mapping[str, str]) -> UnitLayer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from lightning_rnf.anatomy import (
 )
 from lightning_rnf.freezing import harmless
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
+from lightning_rnf.recall import embeddings
 from lightning_rnf.recall.kept import Kept
 from lightning_rnf.recall.pruning import Plan, plan
 from lightning_rnf.recall.subnetwork import recall
@@ -85,7 +87,7 @@ def export(
     Args:
         module: the model.
         layers: its unit layers.
-        record: of the task.
+        record: of the task, as for `recall`.
         widenings: of the model; what came since the task's end is left out.
         masked: as in recall; if not, all units stay.
         inputs: gives some inputs of the forward; asked for if ``torch.fx`` can't trace it.
@@ -97,7 +99,18 @@ def export(
         ValueError: if ``torch.fx`` can't trace the model and there are no inputs, or no way gives recall's logits; or
             its forward runs another head than the task's.
     """
-    layers = tuple(layers)
+    with embeddings.written(module, record.old_rows):
+        return _export(module, tuple(layers), replace(record, old_rows={}), widenings, masked, inputs)
+
+
+def _export(
+    module: nn.Module,
+    layers: tuple[UnitLayer, ...],
+    record: TaskRecord,
+    widenings: Sequence[Wider],
+    masked: bool,
+    inputs: Callable[[], Inputs | None] | None,
+) -> nn.Module:
     given = (layers, record)
     asked: list[Inputs] = []
 

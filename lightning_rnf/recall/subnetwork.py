@@ -14,7 +14,7 @@ from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, torch_class
 from lightning_rnf.freezing import harmless, rows
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.memory import TaskRecord, layers_before, record_before
-from lightning_rnf.recall import gradients
+from lightning_rnf.recall import embeddings, gradients
 from lightning_rnf.recall.packed import spoken_by_parts
 from lightning_rnf.recall.recurrent import silent_cells
 from lightning_rnf.recall.widened import as_it_was
@@ -81,7 +81,7 @@ def recall(
     Args:
         module: the model.
         layers: its unit layers.
-        record: of the task.
+        record: of the task, as from `FreezeState.recalled`: with rows of embeddings that were changed since its end.
         widenings: of the model; those since the task's end are undone inside.
         masked: silence the units that are irrelevant to the task and use the statistics that its norms had at its end.
             If not, the whole network speaks (the paper).
@@ -102,6 +102,7 @@ def recall(
             stack.enter_context(silence(module, layers, record.relevant))
             stack.enter_context(_swapped(module, record.norm_statistics))
         stack.enter_context(_own_norms(module, record.norm_statistics))
+        stack.enter_context(embeddings.heard(module, record.old_rows))
         if masked and not sharding.is_sharded(module):  # the parameters that FSDP computes with have flags of their own
             stack.enter_context(gradients.asking_none(module))
         yield

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
+_TOGETHER: set[int] = set()
+"""Identities of modules that are put together for a while."""
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on the module or a part of it."""
     return any(True for _ in _wrapped(module))
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether the same holds once `whole` is left: what is whole inside of it is sharded for training."""
+    return is_sharded(module) or id(module) in _TOGETHER
 
 
 def check(module: nn.Module, processes: int) -> None:
@@ -119,6 +127,8 @@ def whole(module: nn.Module) -> Iterator[None]:
         return
     reshard(module)
     with ExitStack() as undo:
+        _TOGETHER.add(id(module))
+        undo.callback(_TOGETHER.discard, id(module))
         copies: dict[Tensor, nn.Parameter] = {}  # of a shared parameter there is one, too
         for part in module.modules():
             for name, parameter in part._parameters.items():

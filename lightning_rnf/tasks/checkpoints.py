@@ -109,7 +109,7 @@ def audit_of(checkpoint: Mapping[str, Any], state: FreezeState, module: nn.Modul
         ValueError: if the weights have another shape than the finished tasks'.
     """
     weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    needed = {name for layer in state.layers for name in layer.parameters}.union(state.shared)
+    needed = {name for layer in state.layers for name in layer.parameters}.union(state.shared, state.embeddings)
     needed.update(*(record.head_parameters for record in state.tasks.values()))
     if not needed.issubset(weights):
         return None
@@ -138,7 +138,9 @@ def restore(checkpoint: dict[str, Any], module: nn.Module) -> FreezeState:
 
 def _load(checkpoint: dict[str, Any], module: nn.Module, state: FreezeState) -> None:
     state.check_whole(module)
-    used = {name for layer in state.layers for name in layer.parameters}.union(state.shared, state.forms)
+    used = {name for layer in state.layers for name in layer.parameters}.union(
+        state.shared, state.embeddings, state.forms
+    )
     used.update(*((*record.head_parameters, *record.norm_statistics) for record in state.tasks.values()))
     check(checkpoint, module, new=set(module.state_dict()) - used)
     if isinstance(module, either(LightningModule)):

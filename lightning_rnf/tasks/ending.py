@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_rnf.anatomy import UnitMap, Wiring
+from lightning_rnf.anatomy import UnitMap, Wiring, rows_read
 from lightning_rnf.freezing import free_weights, frozen_connections, heard
 from lightning_rnf.memory import FreezeState, Heard, TaskRecord, changed, fingerprints, moved
 from lightning_rnf.packages import LightningModule, Trainer, isolate_rng, rank_zero_info, rank_zero_warn
@@ -30,6 +30,7 @@ from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSou
 from lightning_rnf.tasks.runs import check_new_name, ranks_of
 from lightning_rnf.tasks.selection import MissedError, Selection
 from lightning_rnf.tasks.survey import Survey
+from lightning_rnf.tasks.tokens import tokens
 from lightning_rnf.tasks.tracing import Tracing
 from lightning_rnf.tasks.witnesses import Witnesses
 
@@ -79,6 +80,7 @@ class Ending:
     connections: bool = True
 
     def __post_init__(self) -> None:
+        self.tracing.by_tokens = self.masked
         if self.recovery.epochs:
             _ = reduce(and_, self._criteria()).metrics  # raises where one name means two metrics
             if not self.masked and self.recovery.epochs != "auto":
@@ -143,12 +145,12 @@ class Ending:
         with isolate_rng():
             with shown(trainer) as show, sharding.whole(module):  # whole: drawing may run it
                 reference = self.reference.draw(trainer)
-                with self._measuring(module, reference):
+                with self._measuring(module, reference), rows_read(module) as read:
                     if state.recovering is None:
                         found = self._select(name, module, reference, state, self.criterion, trainer=trainer, show=show)
                     else:
                         found = self._settle(state.recovering, module, reference, state, trainer=trainer, show=show)
-                    record = self._add(found, module, reference, state)
+                    record = self._add(found, module, reference, state, read)
             self.tracing.rehearsed = None
             path = checkpoints.keep(trainer, name)
             with self._measuring(module, reference):
@@ -207,11 +209,12 @@ class Ending:
             if not module.training:
                 module.train()  # as a fit leaves it: norms that are in eval mode with all the rest are no exceptions
             drawn = self.reference.of(source).draw_alone(module)
-            found = self._select(name, module, drawn, state, held_to)
+            with rows_read(module) as read:
+                found = self._select(name, module, drawn, state, held_to)
             held_to.check_samples(found.record.samples)
             if not state.tasks:
                 foresight.of_units(found.units, module)
-            record = self._add(found, module, drawn, state)
+            record = self._add(found, module, drawn, state, read)
             self._audit(record, module, drawn, state, witnesses)
         self._announce(found, state, held_to, trained=False)
         return record
@@ -321,7 +324,9 @@ class Ending:
         """
         named = dict(module.named_parameters(remove_duplicate=False))
         of_tasks = [name for record in state.tasks.values() for name in record.head_parameters]
-        kept = [named[name] for name in (*of_tasks, *(state.shared if state.tasks else ())) if name in named]
+        if state.tasks:
+            of_tasks += [*state.shared, *state.embeddings]
+        kept = [named[name] for name in of_tasks if name in named]
         for offer in self.head_fit.offers(trainer, self.reference, reference):
             measured = offer.reference.laid_out(units.layout)
             if offer.fitted_on is None:
@@ -333,12 +338,20 @@ class Ending:
             if fitting and not any(parameter is one for parameter in fitting.layer.parameters() for one in kept):
                 yield fitting, measured
 
-    def _add(self, found: _Found, module: torch.nn.Module, reference: ReferenceData, state: FreezeState) -> TaskRecord:
+    def _add(
+        self,
+        found: _Found,
+        module: torch.nn.Module,
+        reference: ReferenceData,
+        state: FreezeState,
+        read: Mapping[str, Tensor],
+    ) -> TaskRecord:
         """Put the record into the state, with the head that was fitted and fingerprints of what is frozen."""
         found.write()
         wiring = Wiring.of(module, found.units.layers) if self.masked and self.connections else None
         of_task = {} if wiring is None else trusted(module, wiring, found.record, reference)
         record = replace(found.record, connections=tuple(of_task))
+        record.tokens.update(tokens(module, found.units, state, read, reference.ranks))
         record.rows.update(fingerprints(module, found.units, record, state, of_task))
         state.add(record, found.units)
         frozen = {} if wiring is None else frozen_connections(module, state, heard(module, state, wiring))

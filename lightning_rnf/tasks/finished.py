@@ -72,7 +72,7 @@ class FinishedTasks(KeptInFiles):
             ValueError: if there is no model, or it lacks something that the task uses; in the forward, if it runs a
                 module that it did not have when the last task ended.
         """
-        record = self.state.task(task)
+        record = self.state.recalled(task)
         module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if module is None:
             raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
@@ -93,7 +93,8 @@ class FinishedTasks(KeptInFiles):
             return []
         records = self.state.tasks.values()
         held = {name for layer in self.state.layers for name in layer.parameters}.union(
-            self.state.shared, recalled.norm_statistics, *(record.head_parameters for record in records)
+            *(self.state.shared, self.state.embeddings, recalled.norm_statistics),
+            *(record.head_parameters for record in records),
         )
         return unheld_modules(module, held, [record.head for record in records])
 
@@ -124,7 +125,7 @@ class FinishedTasks(KeptInFiles):
             ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
                 traced.
         """
-        record = self.state.task(task)
+        record = self.state.recalled(task)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if sharding.is_sharded(module):
             raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
@@ -199,12 +200,15 @@ class FinishedTasks(KeptInFiles):
 
     @property
     def free_weights(self) -> float:
-        """Share of the unit layers' weights that may still move, in [0, 1]: those that no finished task needs."""
+        """Share of the weights of unit layers and embeddings that may still move, in [0, 1].
+
+        It is what no finished task needs; of an embedding the rows that none has read.
+        """
         return masks.free_weights(self.state, self._free_weights())
 
     def weights_left(self) -> dict[str, float]:
-        """`free_weights` of each unit layer, in execution order."""
-        return self._free_weights()
+        """`free_weights` of each unit layer, in execution order, then of each embedding."""
+        return {**self._free_weights(), **masks.free_rows(self.state)}
 
     def report(
         self,
@@ -302,6 +306,8 @@ class FinishedTasks(KeptInFiles):
 
     def state_dict(self) -> dict[str, Any]:
         """The finished tasks, as plain data for a checkpoint."""
+        if self._holding is not None:
+            self._holding.note_rows()
         return self.state.to_plain()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rnf.anatomy import form
-from lightning_rnf.freezing import ElasticityOption, Freezer, elasticities, frozen_connections, heard, initial
+from lightning_rnf.anatomy import UnitMap, form
+from lightning_rnf.freezing import (
+    ElasticityOption,
+    Freezer,
+    Unread,
+    elasticities,
+    frozen_connections,
+    heard,
+    initial,
+)
 from lightning_rnf.memory import FreezeState, TaskRecord, moved
 from lightning_rnf.packages import LightningModule, is_overridden, rank_zero_warn
 from lightning_rnf.recall import norms, subnetwork
@@ -55,6 +63,9 @@ class Holding:
         self._followed: list[str] | None = None
         self._doubted: set[str] = set()
         self.heard: dict[str, dict[str, Tensor]] = {}
+        self._embeddings: tuple[str, ...] = ()  # of the task that is being trained
+        self._whole: set[str] = set()  # of the embeddings of finished tasks, those that it can't use by rows
+        self._tasks: list[str] = []  # that had ended when rows of embeddings were held
         self._silenced = ExitStack()
         self._pinned = ExitStack()
         self._waiting = ExitStack()
@@ -114,9 +125,19 @@ class Holding:
             f"give tasks up with rnf.forget({task!r}) or a new RelevanceFreezing"
         )
 
-    def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Hold rows from here on, at the values that they have now; in a recovery that is resumed, inside of it."""
+    def attach(self, optimizers: Iterable[torch.optim.Optimizer], units: UnitMap) -> None:
+        """Hold rows from here on, at the values that they have now; in a recovery that is resumed, inside of it.
+
+        Args:
+            optimizers: of the fit.
+            units: of the task that it trains.
+        """
         self._waiting.close()
+        self._embeddings = units.embeddings
+        self._whole = {name for name in units.embeddings if name in units.reasons}
+        if self._whole:
+            self.freezer.change(self.factors())
+        self._hold_unread()
         self.freezer.attach(optimizers)
         self._pin_norms()
         if self.state.recovering is not None:
@@ -129,12 +150,14 @@ class Holding:
         self.state = state
         self._begin()
         if optimizers is not None:
+            self._hold_unread()
             self.freezer.attach(optimizers)
 
     def pin(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Put rows back, whoever wrote to them, and hold them against new optimizers, too."""
+        """Put rows back, whoever wrote to them, and hold them against new optimizers, too; note what has changed."""
         self.freezer.follow(optimizers)
         self.freezer.pin()
+        self.note_rows()
 
     def stay_inside(self, record: TaskRecord) -> None:
         """Until `speak` nothing but a task's sub-network speaks, and no unit outside of it learns."""
@@ -153,8 +176,17 @@ class Holding:
         if reset:
             with sharding.whole(self.module):
                 initial.reset_free(self.state, self.module, self.followed())
+        self._hold_unread()
         self.freezer.change(self.factors())
         self._pin_norms()
+
+    def note_rows(self) -> None:
+        """Let the state know which rows of embeddings this fit has changed, and how finished tasks heard them."""
+        if self._tasks == list(self.state.tasks) and self.freezer.unread:  # if one has ended, they are its own
+            unread = self.freezer.unread.items()
+            self.state.keep_rows(
+                {name: one.learned() for name, one in unread}, {name: one.before() for name, one in unread}
+            )
 
     def distrust(self, layers: Collection[str]) -> None:
         """Freeze whole rows of layers in this fit: they read something else than the graph says."""
@@ -176,7 +208,23 @@ class Holding:
 
     def factors(self, inside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The factor on the learning rate of each parameter; ``inside`` a sub-network, if there is one."""
-        return elasticities(self.state, *self.elasticities, inside, self.followed())
+        found = elasticities(self.state, *self.elasticities, inside, self.followed())
+        is_sharded = sharding.is_sharded(self.module)  # then no process sees all rows
+        whole = [name for name in self.state.embeddings if is_sharded or name in self._whole]
+        return {**found, **{name: torch.zeros_like(found[name]) for name in whole}}
+
+    def still(self) -> dict[str, Tensor]:
+        """As `factors`, for what is not to move now: 0, too, for rows of embeddings that have not learned anything."""
+        found = self.factors()
+        unread = self.freezer.unread
+        for name in {*self.state.embeddings, *unread}:
+            before = found.get(name)
+            if name in unread:
+                learned = unread[name].learned()
+                found[name] = learned.float() if before is None else before.masked_fill(~learned, 0.0)
+            elif before is not None:
+                found[name] = torch.zeros_like(before)
+        return found
 
     def end(self) -> None:
         """Give the model back. Safe to call twice."""
@@ -184,6 +232,8 @@ class Holding:
         self._silenced.close()
         self._pinned.close()
         self.freezer.detach()
+        self.note_rows()  # also of a fit that was given up: finished tasks go on hearing what was there before it
+        self.freezer.unread.clear()
 
     def _begin_built(self, built: Callable[[], Any]) -> None:
         self.state.check_module(self.module)
@@ -201,7 +251,8 @@ class Holding:
             for layer in self.state.layers
             if (factors[layer.weight][layer.spread(layer.weight, frozen[layer.name])] != 0).any()
         }
-        return of_layers | {name for name in self.state.shared if factors[name] != 0}
+        of_embeddings = {name for name in self.state.embeddings if factors[name][self.state.read(name)].any()}
+        return of_layers | of_embeddings | {name for name in self.state.shared if factors[name] != 0}
 
     def _form(self, parameter: str) -> str:
         return self.state.forms.get(parameter, "float32 ")  # most are, and files of before don't say
@@ -211,6 +262,16 @@ class Holding:
         self.freezer = Freezer(self.module, self.factors())
         foresight.of_let_go(self.module, self.state)
         self.freezer.stop_gradients()
+
+    def _hold_unread(self) -> None:
+        """Hold rows of embeddings until they are read, from what they are now."""
+        self._tasks, self.freezer.unread = list(self.state.tasks), {}
+        if sharding.is_sharded(self.module):
+            return
+        for name in dict.fromkeys((*self.state.embeddings, *self._embeddings)):
+            if name not in self._whole and name not in self.state.shared:
+                read, learned = self.state.read(name), self.state.learned.get(name)
+                self.freezer.unread[name] = Unread(self.module.get_parameter(name), read, learned)
 
     def _pin_norms(self) -> None:
         self._pinned.close()

@@ -42,7 +42,7 @@ def drifts(module: nn.Module, state: FreezeState, probes: Mapping[str, Probe], *
     found: dict[str, float] = {}
     for name, probe in probes.items():
         if name in state.tasks and probe.dtype == dtype:
-            of_task = (state.layers, state.tasks[name], state.widenings)
+            of_task = (state.layers, state.recalled(name), state.widenings)
             drift = tried(partial(probe.drift, module, *of_task, masked=masked), name)
             if drift is not None:
                 found[name] = drift

@@ -11,7 +11,7 @@ import torch
 from lightning_rnf.anatomy import Predict, UnitMap, joined
 from lightning_rnf.memory import FreezeState
 from lightning_rnf.recall import NormParameters, NormStatistics
-from lightning_rnf.runtime import arguments
+from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.tasks.reference import ReferenceData
 from lightning_rnf.tasks.survey import Survey
 
@@ -28,6 +28,8 @@ class Tracing:
         units: which layers are made of units.
         heads: which modules are heads.
         own_norms: whether each task has scale and shift of norms of its own.
+        by_tokens: whether rows of embeddings are frozen one by one; if not, or if the model is sharded, embeddings are
+            frozen whole.
         rehearsed: the units that were found before the training.
 
     Raises:
@@ -38,6 +40,7 @@ class Tracing:
     units: Globs = None
     heads: Globs = None
     own_norms: bool = False
+    by_tokens: bool = True
     rehearsed: UnitMap | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -124,8 +127,13 @@ class Tracing:
     def _map(self, module: torch.nn.Module, state: FreezeState, batch: Any) -> UnitMap:
         # Units stay units: those of finished tasks, which may be out of training, and those that this fit has trained.
         layers = (*state.layers, *(self.rehearsed.layers if self.rehearsed is not None else ()))
-        learned = {name for layer in layers for name in layer.parameters}
+        learned = {*state.embeddings, *(name for layer in layers for name in layer.parameters)}
+        learned.update(self.rehearsed.embeddings if self.rehearsed is not None else ())
         units = UnitMap.of(module, batch, self.predict, self.units, self.heads, learned)
+        if not self.by_tokens:
+            units = units.with_whole(units.embeddings, "Embedding is frozen whole with retention='paper'")
+        elif sharding.is_spread(module):
+            units = units.with_whole(units.embeddings, "Embedding is sharded")
         return self._with_own(units, module, state)
 
     def _with_own(self, units: UnitMap, module: torch.nn.Module, state: FreezeState) -> UnitMap:

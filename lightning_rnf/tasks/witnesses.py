@@ -84,7 +84,7 @@ class Witnesses:
         for name, probe in self.probes.items():
             if name == record.name or name in drift:  # of the others another head would run
                 batch = probe.on_device(module)
-                of_task = (layers, state.tasks[name], state.widenings)
+                of_task = (layers, state.recalled(name), state.widenings)
                 with subnetwork.recall(module, *of_task, masked=masked):
                     maps = heatmaps(module, layers, batch, probe.reference.predict, composite)
                 self.gallery.add(name, record.name, images_of(batch)[:images], maps[:images])

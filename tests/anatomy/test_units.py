@@ -756,8 +756,10 @@ class Attentive(nn.Module):
     ("net", "reasons"),
     [
         (
-            two_layers(lambda net, x: net.head(net.table(x.argmax(1)) + net.first(x)), table=nn.Embedding(4, 4)),
-            {"table.weight": "Embedding is no unit layer"},
+            two_layers(
+                lambda net, x: net.head(net.table(x.argmax(1)[:, None]) + net.first(x)), table=nn.EmbeddingBag(4, 4)
+            ),
+            {"table.weight": "EmbeddingBag is no unit layer"},
         ),
         (
             two_layers(lambda net, x: net.head(net.first(x) + net.token), token=nn.Parameter(torch.ones(4))),

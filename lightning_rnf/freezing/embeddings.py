@@ -1,0 +1,77 @@
+"""Rows of an embedding that nobody has read: each stays as it is until a gradient of this fit reaches it.
+
+Weight decay would move them all, and earlier tasks hear them. A gradient tells which rows a step has read, in all
+processes alike and whatever was compiled: a row that was not read has none, and a row without one has nothing to learn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.memory import OldRows
+
+
+class Unread:
+    """One embedding's rows that no finished task has read, for the length of a fit.
+
+    Args:
+        weight: ``(rows, width)``, as it is now.
+        read: by finished tasks, bool ``(rows,)``; None: no row.
+        learned: of the others, those that have learned something before this fit was stopped and resumed; None: none.
+
+    Raises:
+        ValueError: if ``learned`` is of another embedding.
+    """
+
+    def __init__(self, weight: nn.Parameter, read: Tensor | None = None, learned: Tensor | None = None) -> None:
+        device = weight.device
+        free = torch.ones(len(weight), dtype=torch.bool, device=device) if read is None else ~read.to(device)
+        if learned is not None and len(learned) != len(weight):
+            raise ValueError(
+                f"the checkpoint is of another model: an embedding had {len(learned)} rows, here it has {len(weight)}"
+            )
+        self.weight = weight
+        self._free = None if read is None else free.nonzero().view(-1)
+        chosen = torch.zeros_like(free) if learned is None else learned.to(device) & free
+        self._learned = chosen if self._free is None else chosen[self._free]
+        self._before = self._of(weight).clone()
+        self._writes = -1  # that torch had counted when they were put back
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """After a step: what has a gradient has been read. Nothing waits for the device."""
+        gradient = self.weight.grad
+        if gradient is not None:
+            self._learned |= (self._of(gradient.to_dense() if gradient.is_sparse else gradient) != 0).any(dim=1)
+
+    @torch.no_grad()
+    def pin(self, *, written_only: bool = False) -> None:
+        """Put the others back, whoever moved them; ``written_only`` as in `Freezer.pin`."""
+        if written_only and self.weight._version == self._writes:
+            return
+        weight = self.weight.detach()
+        learned, before = self._learned.to(weight.device), self._before.to(weight)
+        rows = torch.where(learned[:, None], self._of(weight), before)
+        if self._free is None:
+            weight.copy_(rows)
+        else:
+            weight.index_copy_(0, self._free.to(weight.device), rows)
+        self._writes = self.weight._version
+
+    def learned(self) -> Tensor:
+        """Those that have learned something in this fit: bool ``(rows,)``, on the CPU."""
+        learned = self._learned.cpu()
+        if self._free is None:
+            return learned.clone()
+        return torch.zeros(len(self.weight), dtype=torch.bool).index_copy_(0, self._free.cpu(), learned)
+
+    def before(self) -> OldRows:
+        """The same as they were before the fit, or before it was resumed."""
+        chosen = self._learned.cpu()
+        rows = chosen.nonzero().view(-1) if self._free is None else self._free.cpu()[chosen]
+        return OldRows(rows, self._before[self._learned].cpu())
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor if self._free is None else tensor.index_select(0, self._free.to(tensor.device))
