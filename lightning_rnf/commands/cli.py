@@ -187,7 +187,10 @@ def _model_of(checkpoint: Any, config: Path) -> Any:
 def _show(options: argparse.Namespace) -> None:
     from lightning_rnf.memory import masks
 
-    print(masks.as_text(masks.layers_table(_state(options.file), options.task)) or "no finished task")
+    state = _state(options.file)
+    print(masks.as_text(masks.layers_table(state, options.task)) or "no finished task")
+    if rows := masks.tokens_table(state):
+        print("\n" + masks.as_text(rows))
 
 
 def _diff(options: argparse.Namespace) -> None:

@@ -154,6 +154,9 @@ class RetentionReport:
             "layers: units frozen first by each task, serving several, free": [
                 {short.get(key, key): value for key, value in row.items()} for row in masks.claims_table(self.state)
             ],
+            "embeddings: rows read first by each task, by none, and kept for earlier ones as they were": [
+                {short.get(key, key): value for key, value in row.items()} for row in masks.tokens_table(self.state)
+            ],
             "searches": self._searches(),
             "audit": self._audit(),
         }
@@ -257,6 +260,7 @@ class RetentionReport:
         found = {
             "tasks": self._tasks(),
             "layers": masks.claims_table(self.state) if self.state.tasks else [],
+            "embeddings": masks.tokens_table(self.state),
             "capacity": masks.free_capacity_over_tasks(self.state),
             "overlap": masks.overlap(self.state).tolist(),
             "searches": [{**row, "curve": curve(self.state.task(row["task"]))} for row in self._searches()],
@@ -367,7 +371,7 @@ def _without_prefix(names: Sequence[str]) -> dict[str, str]:
     prefix = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 - of strings, not of paths
     prefix = prefix[: max(prefix.rfind(mark) for mark in "-_ ./") + 1]
     short = {name: name.removeprefix(prefix) or name for name in names}
-    taken = {"layer", "units", "shared", "free", "after"}
+    taken = {"layer", "units", "shared", "free", "after", "embedding", "rows", "unread", "kept"}
     return short if len(set(short.values()) - taken) == len(names) else {name: name for name in names}
 
 

@@ -10,7 +10,9 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from launched import launched, one_thread
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from reading import stream
 from texts import LENGTH, VOCABULARY, WORDS, Attending, Reader, anything, text_data, texts
 from torch import nn
 from training import frozen_entries, trainer
@@ -230,7 +232,7 @@ def test_weights_in_which_a_word_of_nobody_has_another_meaning_are_refused_and_r
     with torch.no_grad():
         model.embedding.weight[max(NOBODY)] += 1
     assert rnf.report(model).changed == {"a": ("embedding.weight",)}
-    with pytest.raises(ValueError, match="of 'a' embedding.weight differ"):
+    with pytest.raises(ValueError, match=r"of 'a' embedding\.weight differ"):
         fit(model, rnf, "b")
 
 
@@ -402,3 +404,38 @@ def test_a_compiled_module_holds_its_rows(first):
     assert not differ(rows(model, NOBODY), nobodys).any()
     assert differ(rows(model, B - A), new).all()
     assert torch.equal(recalled(rnf, model, x), expected)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    found = launched("reading.py", 2, tmp_path_factory.mktemp("reading"))
+    assert found.codes == [0, 0], found.stderr[-5000:]
+    return found.ranks
+
+
+def test_two_processes_read_and_learn_what_one_does(processes):
+    with one_thread():
+        alone = stream()
+    for rank in processes:
+        found = rank["stream"]
+        assert found["exact"]
+        assert found["changed"] == {"a": (), "b": ()}
+        for record, other in zip(found["state"]["tasks"], alone["state"]["tasks"], strict=True):
+            for key in ("tokens", "relevant"):
+                assert record[key].keys() == other[key].keys()
+                assert all(torch.equal(mask, record[key][name]) for name, mask in other[key].items()), key
+        kept, of_one = (one["state"]["tasks"][0]["old_rows"]["embedding.weight"] for one in (found, alone))
+        assert torch.equal(kept["rows"], of_one["rows"])
+        assert torch.equal(kept["values"], of_one["values"])
+        for name, value in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], value)
+            assert torch.equal(found["weights"][name], processes[0]["stream"]["weights"][name])
+
+
+def test_a_sharded_one_is_frozen_whole_whether_it_was_before_or_not(processes):
+    for rank in processes:
+        found = rank["spread"]
+        assert found["embeddings"] == ("embedding.weight",)
+        assert found["held"]
+        assert found["exact"]
+        assert found["whole"] == ((), ("embedding.weight",), False)

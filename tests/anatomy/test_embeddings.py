@@ -12,7 +12,6 @@ from lightning_rnf import UnitMap
 from lightning_rnf.anatomy import rows_read
 
 
-
 class Other(Reader):
     def __init__(self, look_up, **parts):
         super().__init__()
@@ -38,7 +37,6 @@ def hooked(**hooks):
     for kind, hook in hooks.items():
         getattr(part, f"register_{kind}")(hook)
     return part
-
 
 
 BATCH = texts("a", 16).tensors
@@ -116,7 +114,9 @@ def test_the_map_says_it_and_a_glob_keeps_one_whole():
     net = Attending()
     units = UnitMap.of(net, BATCH)
     assert units.embeddings == ("words.weight", "places.weight")
-    assert "frozen once a finished task has read it:\n  words   Embedding     60 rows\n  places  Embedding" in str(units)
+    assert "frozen once a finished task has read it:\n  words   Embedding     60 rows\n  places  Embedding" in str(
+        units
+    )
     units = UnitMap.of(net, BATCH, units="!words")
     assert units.embeddings == ("places.weight",)
     assert units.reasons["words.weight"] == "Embedding left out by units="
