@@ -43,7 +43,8 @@ class Unread:
         """After a step: what has a gradient has been read. Nothing waits for the device."""
         gradient = self.weight.grad
         if gradient is not None:
-            self._learned |= (self._of(gradient.to_dense() if gradient.is_sparse else gradient) != 0).any(dim=1)
+            rows = self._of(gradient.to_dense() if gradient.is_sparse else gradient)
+            self._learned |= rows.any(dim=1)  # NaN counts, too
 
     @torch.no_grad()
     def pin(self, *, written_only: bool = False) -> None:
@@ -52,10 +53,9 @@ class Unread:
             return
         weight = self.weight.detach()
         learned, before = self._learned.to(weight.device), self._before.to(weight)
-        rows = torch.where(learned[:, None], self._of(weight), before)
-        if self._free is None:
-            weight.copy_(rows)
-        else:
+        rows = self._of(weight)
+        torch.where(learned[:, None], rows, before, out=rows)
+        if self._free is not None:
             weight.index_copy_(0, self._free.to(weight.device), rows)
         self._writes = self.weight._version
 

@@ -52,7 +52,7 @@ def written(module: nn.Module, old: Mapping[str, OldRows]) -> Iterator[None]:
 class _Heard:
     def __init__(self, part: nn.Module, old: OldRows) -> None:
         weight = part.get_parameter("weight")
-        self.values = old.values.to(weight)
+        self.values = old.values.to(weight.device, weight.dtype)  # of a sharded one, too
         self.place = torch.full((len(weight),), -1).index_copy_(0, old.rows, torch.arange(len(old.rows)))
         self.place = self.place.to(weight.device)
 

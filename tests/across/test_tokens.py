@@ -376,6 +376,40 @@ def test_whole_as_before(how):
     assert torch.equal(model.embedding.weight, before)
 
 
+def test_one_that_a_file_from_before_has_frozen_whole_stays_whole():
+    model, before = trained(rnf=RelevanceFreezing(units="!embedding", **QUICK))
+    assert not {"embeddings", "learned"} & set(before.state_dict())
+    assert not {"tokens", "old_rows"} & set(before.state_dict()["tasks"][0])
+    rnf, x, table = RelevanceFreezing(**QUICK), anything(), model.embedding.weight.detach().clone()
+    rnf.load_state_dict(before.state_dict())
+    expected = recalled(rnf, model, x)
+    fit(model, rnf, "b")
+    assert (rnf.state.embeddings, rnf.state.shared) == ((), ("embedding.weight",))
+    assert torch.equal(model.embedding.weight, table)
+    assert torch.equal(recalled(rnf, model, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:elasticity=:UserWarning")
+def test_elasticity_is_of_rows_that_a_task_has_read():
+    model, rnf = trained(rnf=RelevanceFreezing(elasticity={"embedding": 0.1}, **QUICK))
+    of_a, nobodys, new = rows(model, A), rows(model, NOBODY), rows(model, B - A)
+    fit(model, rnf, "b")
+    moved = (rows(model, A) - of_a).abs().sum(1)
+    assert (moved[[word in B for word in sorted(A)]] > 0).all()
+    assert not differ(rows(model, NOBODY), nobodys).any()
+    assert moved.mean() < 0.5 * (rows(model, B - A) - new).abs().sum(1).mean()
+    fit(model, rnf, "c")
+
+
+def test_the_report_has_a_table(first):
+    model, rnf = first
+    fit(model, rnf, "b")
+    (row,) = rnf.report(model).to_dict()["embeddings"]
+    assert (row["embedding"], row["rows"], row["kept"]) == ("embedding", WORDS, len(B - A))
+    assert row["a"] + row["b"] + row["unread"] == WORDS
+    assert "kept for earlier ones as they were" in str(rnf.report(model))
+
+
 def test_a_task_that_uses_it_otherwise_has_it_whole_and_earlier_ones_stay(first):
     model, rnf = first
     x, before = anything(), model.embedding.weight.detach().clone()

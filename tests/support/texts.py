@@ -20,9 +20,9 @@ VOCABULARY = {"a": range(1, 25), "b": range(17, 41), "c": range(33, 49)}
 class Reader(Classifier):
     """The mean of its words, and two hidden layers."""
 
-    def __init__(self, width: int = 6, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any):
-        super().__init__(optimizer, **{"weight_decay": 0.1, **options})
-        self.embedding = nn.Embedding(WORDS, width, padding_idx=PADDING)
+    def __init__(self, width: int = 6, words: int = WORDS, **options: Any) -> None:
+        super().__init__(**{"weight_decay": 0.1, **options})
+        self.embedding = nn.Embedding(words, width, padding_idx=PADDING)
         self.body = nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
         self.heads = MultiHead(32, dict.fromkeys(TASKS, 2))
 
@@ -34,9 +34,9 @@ class Reader(Classifier):
 class Attending(Classifier):
     """One block of attention over words and their places, without dropout."""
 
-    def __init__(self, width: int = 16, **options: Any) -> None:
+    def __init__(self, width: int = 16, words: int = WORDS, **options: Any) -> None:
         super().__init__(**{"weight_decay": 0.1, **options})
-        self.words, self.places = nn.Embedding(WORDS, width), nn.Embedding(LENGTH + 4, width)
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(LENGTH + 4, width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.body = nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, width))
         self.norm = nn.LayerNorm(width)
