@@ -272,9 +272,9 @@ class RelevanceFreezing(BetweenFits):
         # What was protected or loaded before the processes knew of each other: they go on with the same.
         self._agree(runs.ranks_of(trainer))
         self._is_resumed = self._has_trained = False
-        self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         if self._holding is not None:
             self._holding.end()
+        self.state.forget_unfinished()  # a checkpoint brings back what belongs to a fit that is resumed
         self._holding = self._hold(pl_module)
 
         def built() -> None:

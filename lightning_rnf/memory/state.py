@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds, looks_up, norm_parameters
 from lightning_rnf.memory import embeddings as rows_of
 from lightning_rnf.memory import widening
-from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, unknown_layer
+from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, sizes_of, unknown_layer
 from lightning_rnf.memory.plain import get, get_names, get_tensors
 from lightning_rnf.memory.record import TaskRecord, record_from_plain, record_to_plain
 
@@ -128,8 +128,11 @@ class FreezeState:
         return replace(record, old_rows=old)
 
     def read(self, embedding: str) -> Tensor | None:
-        """Rows of an embedding that a finished task has read: bool ``(rows,)``; None: no task has such an embedding."""
-        return rows_of.read_by(embedding, (record.tokens for record in self.tasks.values()))
+        """Rows of an embedding that a finished task has read: bool ``(rows,)``; None: it is none of `embeddings`."""
+        found = rows_of.read_by(embedding, (record.tokens for record in self.tasks.values()))
+        if found is None and embedding in self.embeddings:  # those that had it were given up
+            return torch.zeros(sizes_of(self.forms[embedding])[0], dtype=torch.bool)
+        return found
 
     def keep_rows(self, learned: Mapping[str, Tensor], before: Mapping[str, rows_of.OldRows]) -> None:
         """Note what the fit under way has changed of embeddings: which rows, and what the finished tasks hear of them.

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.anatomy import form
+from lightning_rnf.freezing import elasticities
 from lightning_rnf.memory import OldRows, maskfiles, masks
 from lightning_rnf.memory.giving_up import without
 from lightning_rnf.memory.state import FreezeState
@@ -83,6 +84,19 @@ def test_without_a_task_others_hear_the_same_and_what_is_kept_twice_is_the_older
     for name, rows in expected.items():
         assert heard(found, name) == {4: 9, 7: 9} | rows
     assert heard(without(found, last), next(iter(expected)))[4] == {4: 9, **expected[next(iter(expected))]}[4]
+
+
+def test_what_only_a_task_that_is_given_up_had_is_free_and_others_hear_it_as_it_was():
+    net, found = make(Worded), FreezeState()
+    found.add(record_of(net), replace(net.units(), embeddings=()))
+    found.keep_rows({NAME: of(3)}, {NAME: old(3, value=1)})
+    found.add(record_of(net, "second", tokens={NAME: of(3)}), net.units("second"))
+    left = without(found, "second")
+    assert not left.read(NAME).any()
+    assert heard(left, "first") == {3: 1}
+    again = FreezeState.from_plain(left.to_plain())
+    assert elasticities(again)[NAME].tolist() == [1.0] * ROWS
+    assert masks.free_rows(again) == {"words": 1.0}
 
 
 def test_an_older_row_counts_and_rows_are_in_order():
