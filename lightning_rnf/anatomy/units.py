@@ -116,9 +116,7 @@ class UnitMap:
         chosen = choose(trace, head, _globs(units), still)
         layers = tuple(unit_layer(trace, name) for name in chosen.names)
         of_head, shared, idle = _assign(trace, layers, head)
-        reasons = {
-            name: _KEPT if name in still else why_shared(trace, name, layers, chosen.whole) for name in shared
-        }
+        reasons = {name: _KEPT if name in still else why_shared(trace, name, layers, chosen.whole) for name in shared}
         by_tokens = []
         for name in shared:
             owner = name.rpartition(".")[0]

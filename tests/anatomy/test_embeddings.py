@@ -62,6 +62,11 @@ OTHERS = {
     "hook": (lambda net, x: net.embedding(x), hooked(forward_hook=lambda *call: None), "hooks of others"),
     "hook before": (lambda net, x: net.embedding(x), hooked(forward_pre_hook=lambda *call: None), "hooks of others"),
     "bag": (lambda net, x: net.embedding(x)[:, None], nn.EmbeddingBag(60, 6), "EmbeddingBag is no unit layer"),
+    "kept from training": (
+        lambda net, x: net.embedding(x),
+        nn.Embedding.from_pretrained(torch.randn(60, 6)),
+        "kept from training",
+    ),
     "parametrized": (
         lambda net, x: net.embedding(x),
         parametrizations.weight_norm(nn.Embedding(60, 6)),
@@ -91,7 +96,6 @@ def test_one_that_is_tied_is_frozen_whole():
 FINE = {
     "plain": (lambda net, x: net.embedding(x), nn.Embedding(60, 6)),
     "padding": (lambda net, x: net.embedding(x), nn.Embedding(60, 6, padding_idx=0)),
-    "kept from training": (lambda net, x: net.embedding(x), nn.Embedding.from_pretrained(torch.randn(60, 6))),
     "by name": (lambda net, x: net.embedding(input=x), nn.Embedding(60, 6)),
     "of another class": (lambda net, x: net.embedding(x), Named(60, 6)),
     "twice": (lambda net, x: net.embedding(x) * net.embedding(x.flip(1)), nn.Embedding(60, 6)),
