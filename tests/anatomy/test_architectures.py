@@ -191,7 +191,7 @@ def learn_three_tasks(architecture: str, backbone: nn.Module, features: int) -> 
 
     # Every parameter belongs to exactly one.
     of_units = [name for layer in units.layers for name in layer.parameters]
-    parts = [*of_units, *units.head_parameters, *units.shared, *units.own, *units.idle]
+    parts = [*of_units, *units.head_parameters, *units.shared, *units.own, *units.embeddings, *units.idle]
     assert Counter(parts) == Counter(list(values(model)))
     assert set(units.reasons) == set(units.shared)
 
@@ -214,7 +214,7 @@ def learn_three_tasks(architecture: str, backbone: nn.Module, features: int) -> 
     assert torch.equal(recalled("a"), logits)
     assert torch.equal(recalled("b"), of_b)
 
-    assert frozen.keys() == set(of_units)
+    assert frozen.keys() == {*of_units, *units.embeddings}
     for name, mask in frozen.items():
         assert torch.equal(after[name][mask], before[name][mask]), name
     for name in (*units.shared, *rnf.state.tasks["a"].head_parameters):
