@@ -38,7 +38,7 @@ SAMPLES = 500
 """So many samples are enough, each of which shows many places of most layers."""
 
 ROUNDING = 1e-5
-"""What a row says too little is nothing where it is a smaller share of the largest that any row said."""
+"""What rows say too little is nothing where it is a smaller share of the largest that any of them said."""
 
 WIDEST = 2048
 """A row that hears more is not fitted: what has to be solved grows with the third power."""
@@ -171,7 +171,7 @@ class Refitting:
         said, ranks = self.said[layer.name], self.data.ranks
 
         def seen() -> tuple[Tensor, Tensor, Tensor] | None:
-            """What reaches the layer, what its rows say too little, and how large both come."""
+            """What reaches the layer, what its rows say too little, how large both come and what they said before."""
             if not self.batches:
                 return None
             reaches = torch.cat(self._reaching(layer))
@@ -179,17 +179,17 @@ class Refitting:
             says = nn.functional.linear(reaches, weight.to(reaches), None if bias is None else bias[units].to(reaches))
             before = torch.cat(said)[:, units].to(reaches)
             lacks = before - says
-            lacks = lacks.where(lacks.abs() > ROUNDING * before.abs().nan_to_num().amax(), 0.0)
-            sizes = torch.cat([reaches, lacks], dim=1).nan_to_num().abs().amax(dim=0)
+            sizes = torch.cat([reaches, lacks, before], dim=1).nan_to_num().abs().amax(dim=0)
             return reaches, lacks, sizes.cpu().double()
 
         found = ranks.agreed(seen)
         sizes = torch.stack([one for one in ranks.gather(found and found[2]) if one is not None]).amax(dim=0)
-        width = len(sizes) - int(claimed.sum())
-        speaks, scale = sizes[:width] > 0, scales(sizes)
-        if not sizes[width:].any() or speaks.sum() > WIDEST:
+        rows = int(claimed.sum())
+        heard, lacking, before = sizes.split([len(sizes) - 2 * rows, rows, rows])
+        speaks = heard > 0
+        if not (lacking > ROUNDING * before.max()).any() or speaks.sum() > WIDEST:
             return []
-        scale_of_heard, scale_of_lack = scale[:width][speaks], scale[width:]
+        scale_of_heard, scale_of_lack = scales(heard)[speaks], scales(lacking)
 
         def of_share() -> Moments | None:
             if found is None:
