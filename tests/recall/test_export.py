@@ -724,7 +724,7 @@ def test_what_is_left_is_what_is_there(name):
         assert (counts["units"], counts["silent"]) == (layer.units, silent)
         stay += max(0, counts["kept"] - (layer.units - silent))
         if not name.startswith("trans"):
-            assert counts["kept"] == len(small.get_parameter(f"{layer.name}.weight"))
+            assert counts["kept"] == len(small.get_parameter(layer.weight))
     assert sum(kept["reasons"].values()) >= stay
     assert (kept["of_silent_units"] == 0) == (not kept["reasons"])
     assert json.loads(json.dumps(kept)) == kept
@@ -736,7 +736,7 @@ REASONS = {
     "grouped": "a layer keeps one unit at least, and groups an equal number",
     "encoder": "layer (TransformerEncoderLayer) is not taken apart",
     "written-through-a-view": "bn (BatchNorm2d): its output is written to in place, and read again",
-    "mixing": "add in the forward is not known, or not in this form",
+    "mixing": "attention (MultiheadAttention) mixes channels",
     "gated": "mul in the forward makes them one with what has to stay",
 }
 
@@ -796,7 +796,8 @@ def test_the_model_stays_as_it_is(name):
         module.training = number % 3 > 0
     task.net(task.x).sum().backward()
     next(task.net.parameters()).requires_grad_(False)
-    handle = task.net.get_submodule(task.layers[0].name).register_forward_hook(lambda *_: None)
+    heard = next(layer for layer in task.layers if not layer.packed)  # attention with a hook can't be followed
+    handle = task.net.get_submodule(heard.name).register_forward_hook(lambda *_: None)
     before = snapshot(task.net)
     small = task.exported()
     size_of(task.net, task.x)
