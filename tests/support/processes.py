@@ -167,7 +167,7 @@ def recovered():
     """A task whose rows are fitted to its sub-network before a recovery in which nothing moves: what it is then."""
     model, rnf = trained(), RelevanceFreezing(criterion=0.1)
     seed_everything(3, verbose=False)
-    with mock.patch.object(Subnetworks, "_gains", lambda *any: True):
+    with mock.patch.object(Subnetworks, "_gains", return_value=True):
         fit(model, rnf, "a", max_epochs=2)
     record = rnf.state.tasks["a"]
     assert record.recovery
