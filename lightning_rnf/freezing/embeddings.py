@@ -40,9 +40,13 @@ class Unread:
 
     @torch.no_grad()
     def note(self) -> None:
-        """After a step: what has a gradient has been read. Nothing waits for the device."""
+        """After a step: what has a gradient has been read; of an optimizer that drops gradients, what it has moved."""
         gradient = self.weight.grad
-        if gradient is not None:
+        if gradient is None:
+            if self.weight._version != self._writes:
+                now = self._of(self.weight)
+                self._learned |= (now != self._before.to(now)).any(dim=1).to(self._learned.device)
+        else:
             rows = self._of(gradient.to_dense() if gradient.is_sparse else gradient)
             self._learned |= rows.any(dim=1)  # NaN counts, too
 

@@ -38,17 +38,28 @@ class _Flags:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.running = 0
+        self.held = False
         self.asking: list[nn.Parameter] = []
 
     def take(self) -> None:
+        self.held = True
         self.asking = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in self.asking:
             parameter.requires_grad_(False)
 
-    def give_back(self) -> None:
-        self.running = 0
+    def put_back(self) -> None:
+        self.held = False
         while self.asking:
             self.asking.pop().requires_grad_(True)
+
+    def give_back(self) -> None:
+        self.running = 0
+        self.put_back()
+
+
+def _is_transformed() -> bool:
+    """Whether flags can't be set: inside of `torch.func`'s transforms, or of what makes a graph."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
 
 
 class _Begin(SilentHook):
@@ -56,9 +67,12 @@ class _Begin(SilentHook):
         self.flags = flags
 
     def __call__(self, part: nn.Module, args: Any) -> None:
-        if not self.flags.running and not torch.is_grad_enabled():
-            self.flags.take()
-        self.flags.running += 1
+        flags = self.flags
+        if torch.is_grad_enabled():
+            flags.put_back()  # a part that runs with gradients, inside of one without or after one that was broken off
+        elif not flags.held and not _is_transformed():
+            flags.take()
+        flags.running += 1
 
 
 class _End(SilentHook):

@@ -42,7 +42,8 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ran
 
     Args:
         norms: with running statistics.
-        run: runs the network, in eval mode but for these norms, on batches of more than one sample.
+        run: runs the network, in eval mode but for these norms, on batches of more than one sample. Of several ranks
+            it raises in all if it raises in one.
         ranks: over whose batches the mean is taken, each batch by its own statistics: a synchronised norm does not
             synchronise here.
     """
@@ -66,7 +67,7 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ran
                 norm.training, norm.momentum = True, 1.0  # what runs is the last batch's
                 flags.callback(norm.register_forward_hook(sums[norm].add).remove)
             with torch.no_grad():
-                ranks.agreed(run)
+                run()
         of_ranks = ranks.gather([one.cpu() for one in sums.values()])
         for norm, shares in zip(unique, zip(*of_ranks, strict=True), strict=True):
             if any(share.batches for share in shares):

@@ -182,10 +182,16 @@ def _filler(silent: Tensor, axis: int, is_done: Callable[[], bool] = lambda: Fal
     return fill
 
 
+def _global_hooks() -> bool:
+    return bool(nn.modules.module._global_forward_hooks)
+
+
 def _is_new(output: Tensor, module: nn.Module) -> bool:
     """Whether nobody but torch's own module, which has just put it out, can have seen an output."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or _global_hooks():
+        return False  # whoever looks on may keep what it sees
     if type(output) is not Tensor or output.device.type != "cpu" or output.is_inference() or output._is_view():
         return False
     ours = __name__.partition(".")[0]

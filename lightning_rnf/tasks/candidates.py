@@ -124,7 +124,7 @@ class Subnetworks:
         # What the search has measured is measured once more where heads are fitted: until then rounding may differ.
         self.is_quick = fitting is not None
         # Where batches tell as much as the data, a candidate's norms and its head are found in one pass.
-        self.fits_at_once = fitting is not None and fitting.data.least_leading >= LEAST
+        self.fits_at_once = fitting is not None and fitting.data.has_even_batches(LEAST)
         self.refitting = refitting
         if refitting is not None:
             refitting.look()
@@ -206,6 +206,8 @@ class Subnetworks:
         assert self.fitting is not None, "rows are fitted where heads are"
         with self.fitting.wearing(self._fitted(all_data=False)):
             now = self._measure(cutoff, surveyed=False, to_the_end=True)
+        if self.known.is_better_trained:  # the search has measured with both heads, too
+            now = max(self._measure(cutoff, surveyed=False, to_the_end=True), now, key=self.worth)
         now, then = replace(now, values={**now.values, **flops}), self.known.measured[cutoff]
         return (verdict(now), self.worth(now)) >= (verdict(then), self.worth(then))
 
@@ -302,7 +304,7 @@ class Subnetworks:
 
     def _run(self) -> None:
         with self.prefix.spared("statistics"):
-            self.reference.run(self.module)
+            self.ranks.agreed(lambda: self.reference.run(self.module))
 
 
 @contextmanager

@@ -111,11 +111,11 @@ class ReferenceData:
             with torch.no_grad(), self.forward_context():
                 self.predict(module, batch)
 
-    @property
-    def least_leading(self) -> int:
-        """Of the batches for attribution of all ranks, how many samples the smallest has; 0: nobody knows."""
+    def has_even_batches(self, least: int) -> bool:
+        """Whether the batches for attribution have so many samples each, and none half as many as another one."""
         sizes = [loaders.rows_of(batch) or 0 for batch in self.batches[: self.attributed]]
-        return min((size for of_rank in self.ranks.gather(sizes) for size in of_rank), default=0)
+        sizes = [size for of_rank in self.ranks.gather(sizes) for size in of_rank]
+        return bool(sizes) and min(sizes) >= max(least, max(sizes) / 2)
 
     @property
     def of_like_size(self) -> dict[int, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer, mixes_channels
 from lightning_rnf.recall import norms
-from lightning_rnf.runtime import sharding
 from lightning_rnf.tasks.leastsquares import Moments, rounded, scales, spread
 from lightning_rnf.tasks.loaders import rows_of
 from lightning_rnf.tasks.reference import ReferenceData
@@ -62,10 +61,6 @@ class Rows:
     def write(self) -> None:
         """Give the parameter these rows."""
         self.parameter.data[self.units] = self.values
-
-
-class _ReachedError(BaseException):
-    """A forward has come to the layer that it was run for; no `Exception`, which a forward may handle."""
 
 
 class Refitting:
@@ -153,7 +148,7 @@ class Refitting:
     def _run(self) -> None:
         for index, batch in self.batches.items():
             self._batch = index * self.data.ranks.size + self.data.ranks.rank  # its place in one process
-            with torch.no_grad(), self.data.forward_context(), suppress(_ReachedError):
+            with torch.no_grad(), self.data.forward_context():
                 self.data.predict(self.module, batch)
 
     def _places(self, values: Tensor, axis: int) -> Tensor:
@@ -215,13 +210,8 @@ class Refitting:
         part: Any = self.module.get_submodule(layer.name)
         found: list[Tensor] = []
 
-        # What comes behind the layer need not be computed, but FSDP puts its parameters away when a forward ends.
-        ends = not sharding.is_sharded(self.module)
-
         def note(part: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(self._heard(part, args[0].detach()))
-            if ends:
-                raise _ReachedError
 
         with part.register_forward_pre_hook(note):
             self._run()

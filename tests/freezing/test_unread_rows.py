@@ -102,3 +102,25 @@ def test_a_row_whose_gradient_is_nan_is_kept_and_one_that_is_infinite():
     assert unread.before().rows.tolist() == [3, 9]
     assert torch.equal(unread.before().values, before[[3, 9]])
     freezer.detach()
+
+
+class Dropping(torch.optim.SGD):
+    """Gives its gradients up when it has made its step."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("read", [None, READ_BEFORE], ids=["first task", "later task"])
+def test_rows_are_read_where_an_optimizer_drops_its_gradients(read):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(ROWS, WIDTH))
+    optimizers = [Dropping([weight], lr=0.1)]
+    before = weight.detach().clone()
+    _, unread = held(weight, optimizers, read)
+    steps(weight, optimizers, [6, 7])
+    moved = (weight != before).any(dim=1)
+    assert moved.nonzero().view(-1).tolist() == [6, 7]
+    assert torch.equal(unread.learned(), moved)

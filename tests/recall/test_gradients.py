@@ -83,3 +83,42 @@ def test_a_forward_that_is_broken_off_leaves_the_flags_as_they_were(net):
         net(x)
     handle.remove()
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_parts_that_run_with_gradients_inside_have_their_flags(net):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = net, []
+
+        def forward(self, x):
+            with torch.enable_grad():
+                self.seen.append(self.net.body(x).requires_grad)
+            return self.net(x)
+
+    whole, x = Inner(), torch.randn(2, 8, 11)
+    net.head.register_forward_hook(lambda *call: whole.seen.append(net.head.weight.requires_grad))
+    with asking_none(whole), torch.no_grad():
+        whole(x)
+    assert whole.seen == [True, False]
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+def test_transforms_of_functions_run_inside(net):
+    x = torch.randn(3, 2, 8, 11)
+    with asking_none(net), torch.no_grad():
+        found = torch.func.vmap(net)(x)
+        torch.testing.assert_close(found, torch.stack([net(one) for one in x]))
+
+
+def test_what_was_broken_off_holds_nobody_up(net):
+    def stop(*call):
+        raise KeyboardInterrupt
+
+    x = torch.randn(2, 8, 11)
+    with asking_none(net):
+        handle = net.head.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            net(x)
+        handle.remove()
+        assert net(x).requires_grad

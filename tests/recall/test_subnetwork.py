@@ -510,3 +510,15 @@ def test_units_whose_norm_has_an_activation_of_its_own_are_silent_behind_it():
     assert units.layers[0].norm == "1"
     assert not spoken[:, [1, 3]].any()
     torch.testing.assert_close(spoken[:, [0, 2]], whole[:, [0, 2]])
+
+
+def test_who_looks_on_keeps_what_it_has_seen():
+    """Hooks on all modules come before those of ours: silent units are made zero in a tensor that nobody has."""
+    net = make(ConvNet)
+    record, kept = record_of(net), []
+    x, _ = batch(net)
+    keep = nn.modules.module.register_module_forward_hook(lambda part, args, out: kept.append((out, out.clone())))
+    with keep, recall(net, net.layers, record), torch.no_grad():
+        net(x)
+    assert kept
+    assert all(torch.equal(now, then) for now, then in kept)
