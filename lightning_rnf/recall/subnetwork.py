@@ -78,6 +78,8 @@ def recall(
 ) -> Iterator[None]:
     """Run the model as a finished task's sub-network: in eval mode, with the task's head if it is in a `MultiHead`.
 
+    While it runs without gradients, no parameter has ``requires_grad``, see `gradients.asking_none`.
+
     Args:
         module: the model.
         layers: its unit layers.
