@@ -51,6 +51,8 @@ def reset_free(
     for layer in state.layers:
         free_rows.update(dict.fromkeys(_statistics(layer, own), ~frozen[layer.name]))
     for name, value in state.initial.items():
+        if name not in free_rows:  # of an expert that the first batch ran and no sub-network has: it is nobody's
+            continue
         chosen = free_rows[name].to(own[name].device)
         own[name][chosen] = value.to(own[name])[chosen]
     if is_last:

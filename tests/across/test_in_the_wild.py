@@ -124,3 +124,9 @@ def test_each_kind_by_itself(block):
     """What is deterministic is kept; what is not is warned of."""
     found = looked_at(Wild([block], own_heads=False, classes=(2, 2), targets="positions", batch_size=8))
     assert found == ("warned" if block in ("dropped", "drifting") else "kept")
+
+
+def test_experts_that_only_the_rehearsal_has_run():
+    looked_at(
+        Wild(["drifting", "experts", "experts"], own_heads=False, classes=(2, 2), targets="samples", batch_size=1)
+    )
