@@ -58,11 +58,10 @@ def silence(
             device = module.get_parameter(layer.weight).device
             part = module.get_submodule(layer.name)
             is_done = hooks.enter_context(rows.computed(part, relevant[layer.name], by_columns=by_columns))
-            silent = irrelevant.to(device)
-            hooks.callback(part.register_forward_hook(_filler(silent, layer.axis, is_done)).remove)
+            hooks.callback(part.register_forward_hook(_filler(irrelevant, layer.axis, device, is_done)).remove)
+            fill = _filler(irrelevant, layer.axis, device)
             for name in (layer.norm, layer.slopes):
                 if name is not None:
-                    fill = _filler(silent, layer.axis)
                     hooks.callback(module.get_submodule(name).register_forward_hook(fill).remove)
         yield
 
@@ -170,9 +169,10 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
-def _filler(silent: Tensor, axis: int, is_done: Callable[[], bool] = lambda: False) -> Any:
+def _filler(silent: Tensor, axis: int, device: torch.device, is_done: Callable[[], bool] = lambda: False) -> Any:
     """A forward hook that makes units zero, ``(units,)`` along an axis, unless that is done already."""
-    as_mask, chosen = silent.view(-1, *[1] * (-axis - 1)), silent.nonzero().view(-1)
+    as_mask = silent.view(-1, *[1] * (-axis - 1)).to(device)
+    chosen = silent.cpu().nonzero().view(-1)  # for outputs on the CPU alone: counting elsewhere would wait
 
     def fill(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if is_done():

@@ -250,7 +250,7 @@ class Selection:
         """
         ranks, ranking = candidates.ranks, candidates.ranking
         enough: Enough | None = None
-        if auto.takes(criterion) and self.rations == "auto":
+        if self.rations == "auto" and auto.takes(criterion):
             enough = Enough(criterion, ranking.beyond_ration)
 
         def verdict(score: SubnetworkScore) -> bool:
