@@ -82,7 +82,7 @@ def free_weights(state: FreezeState, connections: Mapping[str, Tensor]) -> dict[
 def harmless(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the context no weight matters that a relevant unit has for a silent channel, NaN and infinite ones either.
 
-    In the ordinary case nothing is written; what is, is put back.
+    In the ordinary case nothing is changed. Else the layer has another weight: nothing is written to its own.
 
     Args:
         module: the model, before anything is silenced.
@@ -90,19 +90,22 @@ def harmless(module: nn.Module, layers: Iterable[UnitLayer], relevant: Mapping[s
         relevant: bool ``(units,)`` by layer: those that will speak.
     """
     layers = () if sharding.is_sharded(module) else tuple(layers)
-    weights = {layer.name: module.get_parameter(layer.weight).detach() for layer in layers}
-    wild = [layer for layer in layers if _is_wild(weights[layer.name])]
+    wild = _wild(module, layers)
     read = Wiring.of(module, layers).heard(relevant) if wild else {}
     with ExitStack() as undo:
         for layer in wild:
             if layer.name in read:
-                weight = weights[layer.name]
+                weight = module.get_parameter(layer.weight)
                 silent = layer.connections(relevant[layer.name].cpu(), ~read[layer.name], weight.shape)
                 chosen = silent.to(weight.device)
-                entries = weight[chosen]
-                if _is_wild(entries):
-                    undo.callback(_put, weight, chosen, entries)
-                    _put(weight, chosen, torch.zeros((), dtype=weight.dtype, device=weight.device))
+                if _is_wild(weight.detach()[chosen]):
+                    tamed = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                    tamed.detach()[chosen] = 0.0
+                    vars(tamed).update(vars(weight))  # what the user has noted on it, and what it was before widening
+                    owner, _, key = layer.weight.rpartition(".")
+                    part = module.get_submodule(owner)
+                    setattr(part, key, tamed)  # not into its dict: a recurrent layer keeps a list, too
+                    undo.callback(setattr, part, key, weight)
         yield
 
 
@@ -145,13 +148,18 @@ def _is_silent(x: Tensor, axis: int, silent: Tensor) -> bool:
     return len(x) == len(silent) and not bool(x[silent.to(x.device)].count_nonzero())
 
 
+def _wild(module: nn.Module, layers: Iterable[UnitLayer]) -> list[UnitLayer]:
+    """Layers in whose weights something may be too large: their norm is an upper bound, and one look tells all."""
+    layers = list(layers)
+    if not layers:
+        return []
+    norms = [torch.linalg.vector_norm(module.get_parameter(layer.weight).detach()).double() for layer in layers]
+    together = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu()
+    return [layer for layer, norm in zip(layers, together.tolist(), strict=True) if not norm <= LARGEST]
+
+
 def _is_wild(weight: Tensor) -> bool:
     if not weight.numel():
         return False
     least, most = weight.aminmax()
     return not (bool(least >= -LARGEST) and bool(most <= LARGEST))  # NaN is neither
-
-
-@torch.no_grad()
-def _put(weight: Tensor, chosen: Tensor, entries: Tensor) -> None:
-    weight[chosen] = entries

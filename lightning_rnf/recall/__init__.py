@@ -9,6 +9,7 @@ from lightning_rnf.recall.export import export
 from lightning_rnf.recall.norms import NormParameters, NormStatistics
 from lightning_rnf.recall.prefix import Prefix
 from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
+from lightning_rnf.recall.switching import mixed
 from lightning_rnf.recall.widened import as_it_was
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SubnetworkFlops",
     "as_it_was",
     "export",
+    "mixed",
     "norms",
     "size_of",
     "subnetwork",

@@ -101,7 +101,7 @@ def recall(
         if masked:
             stack.enter_context(harmless(module, layers, record.relevant))
             stack.enter_context(silence(module, layers, record.relevant))
-            stack.enter_context(_swapped(module, record.norm_statistics))
+            stack.enter_context(_own_statistics(module, record.norm_statistics))
         stack.enter_context(_own_norms(module, record.norm_statistics))
         stack.enter_context(embeddings.heard(module, record.old_rows))
         if masked and not sharding.is_sharded(module):  # the parameters that FSDP computes with have flags of their own
@@ -209,6 +209,17 @@ def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 
 @contextmanager
+def _own_statistics(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context buffers are others, those that would not change but for them."""
+    own = dict(module.named_buffers(remove_duplicate=False))
+    # Most never change, and whoever writes to one of those in a forward is not to lose it.
+    others = {name: value for name, value in tensors.items() if name in own and not _equal(own[name], value)}
+    in_dicts = {name: value for name, value in others.items() if _can_be_replaced(module, name)}
+    with _replaced(module, in_dicts), _swapped(module, {name: others[name] for name in others.keys() - in_dicts}):
+        yield
+
+
+@contextmanager
 def _own_norms(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the context parameters are others: the model's own are not written to, so graphs of theirs stay whole."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -222,22 +233,45 @@ def _own_norms(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
             finally:
                 sharding.reshard(module)
         return
+    with _replaced(module, tensors):
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context other tensors stand in the place of parameters and buffers; nothing is written to."""
     with ExitStack() as undo:
         for name, value in tensors.items():
-            owner, _, key = name.rpartition(".")
-            before = parameters[name]
-            others = nn.Parameter(value.to(before, copy=True), requires_grad=before.requires_grad)
+            holder, key = _holder(module, name)
+            before = holder[key]
+            others = value.to(before, copy=True)
+            if isinstance(before, nn.Parameter):
+                others = nn.Parameter(others, requires_grad=before.requires_grad)
             vars(others).update(vars(before))  # what the user has noted on it, and what it was before `as_it_was`
-            holders = module.get_submodule(owner)._parameters
-            holders[key] = others
-            undo.callback(holders.__setitem__, key, before)
+            holder[key] = others
+            undo.callback(holder.__setitem__, key, before)
         yield
+
+
+def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
+    owner, _, key = name.rpartition(".")
+    part = module.get_submodule(owner)
+    return (part._parameters if key in part._parameters else part._buffers), key
+
+
+def _can_be_replaced(module: nn.Module, name: str) -> bool:
+    """Whether the buffer is in a dict that its module looks it up in: not that of a script, say."""
+    return isinstance(_holder(module, name)[0], dict)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.cpu(), other.cpu())
 
 
 @contextmanager
 def _written(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     # Most never change, and some can't be written to (a mask that is an expanded view).
-    tensors = {name: value for name, value in tensors.items() if not torch.equal(own[name].cpu(), value.cpu())}
+    tensors = {name: value for name, value in tensors.items() if not _equal(own[name], value)}
     before = {name: own[name].clone() for name in tensors}
     with torch.no_grad():
         for name, value in tensors.items():

@@ -7,9 +7,9 @@ reported, saved, exported. The Trainer's events that call all this are in `light
 from lightning_rnf.tasks import auto, checkpoints, runs
 from lightning_rnf.tasks.between_fits import BetweenFits
 from lightning_rnf.tasks.ending import Ending, Freeze
-from lightning_rnf.tasks.finished import Retention
 from lightning_rnf.tasks.fitting import FitHead, HeadFit
 from lightning_rnf.tasks.holding import Holding
+from lightning_rnf.tasks.recalling import Retention
 from lightning_rnf.tasks.recovery import CriterionOption, Recovery
 from lightning_rnf.tasks.reference import Reference, ReferenceSource, on_device, set_up
 from lightning_rnf.tasks.runs import TaskOption

@@ -1,15 +1,13 @@
-"""Finished tasks as a user meets them: recalled by name and in evaluation runs, exported, reported, given up."""
+"""Finished tasks as a user meets them: recalled in evaluation runs, reported, given up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_rnf.anatomy import Inputs
 from lightning_rnf.freezing import free_weights, frozen_connections, heard
 from lightning_rnf.memory import (
     Audit,
@@ -17,26 +15,21 @@ from lightning_rnf.memory import (
     TaskRecord,
     changed,
     masks,
-    unheld_modules,
-    unknown_modules,
     without,
 )
 from lightning_rnf.packages import TrainerFn, pl, rank_zero_warn
-from lightning_rnf.recall import as_it_was, export, subnetwork
 from lightning_rnf.report import RetentionReport
 from lightning_rnf.runtime import Ranks, sharding
 from lightning_rnf.tasks.checkpoints import widen_for
-from lightning_rnf.tasks.files import KeptInFiles
 from lightning_rnf.tasks.probes import drifts
+from lightning_rnf.tasks.recalling import Recalling, Retention
 from lightning_rnf.tasks.runs import TaskOption, batches_left_out, task_of_evaluation, tasks_of_loaders
 from lightning_rnf.tasks.witnesses import Witnesses
-
-Retention = Literal["exact", "paper"]
 
 _OF_LIGHTNING = ("log", "log_dict")  # methods of the module that the Trainer leaves in each callback
 
 
-class FinishedTasks(KeptInFiles):
+class FinishedTasks(Recalling):
     """What finished tasks can do without a fit; `RelevanceFreezing` adds the fits that finish them.
 
     Args:
@@ -45,8 +38,7 @@ class FinishedTasks(KeptInFiles):
     """
 
     def __init__(self, retention: Retention = "exact", task: TaskOption = None) -> None:
-        super().__init__()
-        self.retention = retention
+        super().__init__(retention)
         self.task = task
         self._recalled = ExitStack()
         self._watched = ExitStack()  # a model that may have to grow for the weights of a run
@@ -54,99 +46,6 @@ class FinishedTasks(KeptInFiles):
         self._has_older_weights = False
 
     # -- what a user asks ----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def recall(self, task: str, model: torch.nn.Module | None = None) -> Iterator[None]:
-        """Run the model as the sub-network of a finished task: only the units relevant to it speak.
-
-        Inside the context the model is in eval mode, has the norm statistics of that task's end, and runs that task's
-        head if the heads are a `MultiHead` (activate heads of your own yourself). Its logits are bit-identical at any
-        later time, on the same device with the same dtype, batch and kernels.
-
-        Args:
-            task: name of the task.
-            model: None: the model of the last fit, or of a `RelevanceFreezing.protect` since.
-
-        Raises:
-            KeyError: if there is no such finished task.
-            ValueError: if there is no model, or it lacks something that the task uses; in the forward, if it runs a
-                module that it did not have when the last task ended.
-        """
-        record = self.state.recalled(task)
-        module = self._model() if model is None else getattr(model, "_orig_mod", model)  # torch.compile wraps it
-        if module is None:
-            raise ValueError(f"no model to recall {task!r} in: name it, recall({task!r}, model)")
-        with as_it_was(
-            module, self.state.widenings, len(self.state.widenings)
-        ):  # inside of another recall it isn't now
-            self.state.check_module(module)
-        new = unknown_modules(module, self.state.forms)
-        of_task = (self.state.layers, record, self.state.widenings)
-        recalled = subnetwork.recall(module, *of_task, masked=self.retention == "exact")
-        unheld = [name for name in self._unheld(module, record) if name not in new]
-        with recalled, subnetwork.refusing(module, new, task), subnetwork.telling(module, unheld, task):
-            yield
-
-    def _unheld(self, module: torch.nn.Module, recalled: TaskRecord) -> list[str]:
-        """Modules that ran on no task's reference data: recall is exact as long as they don't run in it either."""
-        if self.retention != "exact":
-            return []
-        records = self.state.tasks.values()
-        held = {name for layer in self.state.layers for name in layer.parameters}.union(
-            *(self.state.shared, self.state.embeddings, recalled.norm_statistics),
-            *(record.head_parameters for record in records),
-        )
-        return unheld_modules(module, held, [record.head for record in records])
-
-    def export(self, model: torch.nn.Module, task: str, example: Any = None) -> torch.nn.Module:
-        """Cut the sub-network of a finished task out of a model, as a small, dense, ordinary module in eval mode.
-
-        Its logits are those of recall within 1e-5 of the largest; see `recall.export` for what goes and what stays,
-        and to measure both sizes. The model itself stays as it is. A warning says if much is silent and little was
-        cut: then ``kept`` of what comes back names the operations that stop the cut.
-
-        Example::
-
-            small = rnf.export(model, "digits-01")
-            torch.save(small, "digits-01.pt")                   # loads without this package
-            torch.onnx.export(small, (x,), "digits-01.onnx")
-            small.kept["reasons"]                               # {"norm (LayerNorm) mixes channels": 8}
-
-        Args:
-            model: with the weights of any later time.
-            task: name of the task.
-            example: inputs of the model's ``forward``, as in Lightning's ``example_input_array``: a tensor, a tuple of
-                what is given by position, or a dict of what is given by name. They are needed where ``torch.fx`` can't
-                trace the model, and the small one takes the same. None: those of the samples that the program keeps of
-                a finished task, or else the model's ``example_input_array``.
-
-        Raises:
-            KeyError: if there is no such finished task.
-            ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
-                traced.
-        """
-        record = self.state.recalled(task)
-        module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
-        if sharding.is_sharded(module):
-            raise ValueError("a sharded model can't be cut: load its checkpoint into one that is not, and export that")
-        self.state.check_module(module)
-        of_task = (self.state.layers, record, self.state.widenings)
-        masked = self.retention == "exact"
-        small = export(module, *of_task, masked=masked, inputs=lambda: self._inputs(module, record, example))
-        if strangers := sorted(set(unknown_modules(module, self.state.forms)) & set(dict(small.named_modules()))):
-            raise ValueError(f"the model runs {strangers[0]!r}, which it did not have when the last task ended")
-        return small
-
-    def _inputs(self, module: torch.nn.Module, record: TaskRecord, example: Any) -> Inputs | None:
-        """What the forward is called with: the given, of a task's kept samples, or the module's example."""
-        if example is not None:
-            return Inputs.of(example)
-        probes = self._witnesses.probes
-        for name in (record.name, *probes):
-            if name in probes and (found := probes[name].inputs(module)) is not None:
-                return found
-        own = getattr(module, "example_input_array", None)
-        return None if own is None else Inputs.of(own)
 
     def forget(self, task: str) -> dict[str, int]:
         """Give a finished task up: what no other task uses is free again, and its head may train again or be removed.
