@@ -45,7 +45,7 @@ class Recalling(KeptInFiles):
 
             with rnf.recall("digits-01"):
                 logits = model(x)
-            with rnf.recall(["digits-01", "digits-45", "digits-01"]):
+            with rnf.recall(["digits-01", "digits-23", "digits-01"]):
                 logits = model(three_samples)
 
         Args:
