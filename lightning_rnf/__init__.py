@@ -4,6 +4,7 @@ from lightning_rnf.anatomy import UnitLayer, UnitMap, register_layer
 from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.freezing import reduce_free_rows
 from lightning_rnf.heads import MultiHead
+from lightning_rnf.inference import TaskInference
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.recall import Size, size_of
 from lightning_rnf.relevance import Drift, compare_heatmaps, heatmaps
@@ -28,6 +29,7 @@ __all__ = [
     "Size",
     "StreamResult",
     "SubnetworkScore",
+    "TaskInference",
     "TaskRecord",
     "UnitLayer",
     "UnitMap",

@@ -19,7 +19,7 @@ from lightning_rnf.freezing import (
     initial,
 )
 from lightning_rnf.memory import FreezeState, TaskRecord
-from lightning_rnf.packages import pl, rank_zero_warn
+from lightning_rnf.packages import pl
 from lightning_rnf.recall import NormParameters, NormStatistics
 from lightning_rnf.relevance import Importance, ImportanceName, OverSamples
 from lightning_rnf.runtime import arguments, sharding
@@ -40,6 +40,7 @@ from lightning_rnf.tasks import (
     TaskOption,
     Tracing,
     auto,
+    foresight,
     runs,
 )
 
@@ -63,8 +64,8 @@ class RelevanceFreezing(BetweenFits):
     Note:
         The record of a task is made in ``on_train_end``, of the weights that the model has then, and saved as
         ``<task>-ended.ckpt`` beside the files of ``ModelCheckpoint``. A task ends only with a fit that trained to its
-        end: a skipped or interrupted one, a sanity check, ``fast_dev_run`` and the learning rate finder end none. A fit
-        that is resumed from a checkpoint of after the last epoch ends its task, too.
+        end, resumed or not: a skipped or interrupted one, a sanity check, ``fast_dev_run`` and the learning rate finder
+        end none.
 
     Args:
         reference: a data module or loader to draw reference data from, the same for every task; a function
@@ -126,6 +127,7 @@ class RelevanceFreezing(BetweenFits):
         heatmaps: of so many samples of each task, up to 8, log what in the image is relevant to the true class, after
             the task's end and after every later one (figures and their drift, to loggers). 0: none. The samples are not
             in checkpoints: tasks that ended before the program was started have none, and a warning says so.
+        portraits: remember what each task's data look like to sub-networks, for `infer_task`: ``docs/inference.md``.
 
     Raises:
         TypeError, ValueError: if an argument is out of its range.
@@ -167,6 +169,7 @@ class RelevanceFreezing(BetweenFits):
         task: TaskOption = None,
         seed: int = 0,
         heatmaps: int = 0,
+        portraits: bool = False,
     ) -> None:
         super().__init__(
             arguments.one_of("retention", retention, Retention),
@@ -190,6 +193,7 @@ class RelevanceFreezing(BetweenFits):
             HeadFit(fit_head if retention == "exact" else False, fit_data, fit_samples),
             *(retention == "exact", heatmaps),
             connections=retention == "exact" and arguments.one_of("freeze", freeze, Freeze) == "connections",
+            portraits=arguments.of_type("portraits", portraits, bool, "True or False"),
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
@@ -201,17 +205,15 @@ class RelevanceFreezing(BetweenFits):
         self._scores: dict[Any, float] = {}
         is_elastic = any(elasticity.values() if isinstance(elasticity, dict) else [elasticity])
         self.ending.is_exact = retention == "exact" and norm_statistics != "shared" and not is_elastic
-        if retention == "exact" and norm_statistics == "shared":
-            rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
-        if retention == "exact" and is_elastic:
-            rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
+        if retention == "exact":
+            foresight.of_options(norm_statistics, elasticity, is_elastic=is_elastic)
 
     @classmethod
     def paper(cls, **changes: Any) -> RelevanceFreezing:
         """The paper's own configuration: Algorithm 1, with a tolerance of 2 %."""
         paper: dict[str, Any] = {"retention": "paper", "candidates": "all", "normalize": "none", "elasticity": 0.0}
-        paper |= {"fit_head": False, "search": "bisect", "over_samples": "signed"}
-        return cls(**paper | {"recovery_epochs": 0, "recalibrate_norm": False} | changes)
+        paper |= {"fit_head": False, "search": "bisect", "over_samples": "signed", "recalibrate_norm": False}
+        return cls(**paper | {"recovery_epochs": 0} | changes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Ending.OPTIONS:  # without this it would be taken, and change nothing

@@ -12,15 +12,20 @@ from lightning_rnf.memory.growing import wider
 from lightning_rnf.memory.masks import free_capacity_over_tasks, shortened
 from lightning_rnf.memory.model import unheld_modules, unknown_modules
 from lightning_rnf.memory.plain import readable
+from lightning_rnf.memory.portraits import LEVELS, Gaussians, Portrait, Space
 from lightning_rnf.memory.record import TaskRecord
 from lightning_rnf.memory.state import FreezeState
 from lightning_rnf.memory.widening import grown, index_before, layers_before, record_before, sliced
 
 __all__ = [
+    "LEVELS",
     "Audit",
     "FreezeState",
+    "Gaussians",
     "Heard",
     "OldRows",
+    "Portrait",
+    "Space",
     "TaskRecord",
     "changed",
     "fingerprints",

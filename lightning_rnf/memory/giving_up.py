@@ -44,6 +44,9 @@ def without(state: FreezeState, task: str) -> FreezeState:
     if before:  # what it heard of rows that were changed after it, those from before hear, too
         last = left[before[-1]]
         left[last.name] = replace(last, old_rows=joined(last.old_rows, given_up.old_rows))
+    for name in later:
+        if (portrait := left[name].portrait) is not None:
+            left[name] = replace(left[name], portrait=portrait.without(task))
     tasks = {record.name: record for record in _as_alone(left, task, later, state)}
     known_units = bool(tasks or state.initial)  # free units are to be reset though no task is left
     shared = tuple(name for name in state.shared if tasks and (heir is not None or name not in own))

@@ -28,6 +28,7 @@ LONGEST_TEXT = 2**25
 _STATE, _CHECKSUM = "lightning_rnf", "sha256"  # keys of the file's metadata
 _MASKS, _RELEVANCE, _STATISTICS = "masks", "relevance", "statistics"
 _TOKENS, _OLD_ROWS, _OLD_VALUES = "tokens", "old_rows", "old_values"
+_PORTRAIT = "portrait"
 
 
 def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
@@ -64,6 +65,10 @@ def save(state: FreezeState, path: str | os.PathLike[str], *, relevance: bool = 
             tensors[f"{_OLD_VALUES}.{index}.{name}"] = old["values"].contiguous()
         if "old_rows" in record:
             record["old_rows"] = list(record["old_rows"])
+        if _PORTRAIT in record:
+            of_portrait = record[_PORTRAIT]["tensors"]
+            tensors |= {f"{_PORTRAIT}.{index}.{name}": value.contiguous() for name, value in of_portrait.items()}
+            record[_PORTRAIT]["tensors"] = list(of_portrait)
     text = json.dumps(plain, separators=(",", ":"))
     _check_length(text)
     unfinished = f"{os.fspath(path)}.part"
@@ -125,6 +130,8 @@ def _read(path: str | os.PathLike[str]) -> FreezeState:
             name: tensors.pop(f"{_STATISTICS}.{index}.{name}") for name in dict.fromkeys(names)
         }
         _take_rows(tensors, index, record)
+        if _PORTRAIT in record:
+            _take_portrait(tensors, index, record[_PORTRAIT])
     strangers = sorted(set(tensors) - {_MASKS, _RELEVANCE})
     if strangers:
         raise ValueError(f"it holds what it does not list: {strangers[:3]}")
@@ -152,6 +159,14 @@ def _take_rows(tensors: dict[str, Tensor], index: int, record: dict[str, Any]) -
         record["old_rows"] = {
             name: {"rows": rows, "values": values} for name, (rows, values) in zip(names, of_names, strict=True)
         }
+
+
+def _take_portrait(tensors: dict[str, Tensor], index: int, portrait: Any) -> None:
+    """Put the tensors of a task's portrait where a state has them."""
+    names = portrait.get("tensors") if isinstance(portrait, dict) else None
+    if not isinstance(names, list) or not all(f"{_PORTRAIT}.{index}.{name}" in tensors for name in names):
+        raise ValueError(f"it lacks what the portrait of its task {index} lists")
+    portrait["tensors"] = {name: tensors.pop(f"{_PORTRAIT}.{index}.{name}") for name in dict.fromkeys(names)}
 
 
 def _listed(plain: Any, key: str) -> list[dict[str, Any]]:

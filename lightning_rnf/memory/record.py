@@ -22,6 +22,7 @@ from lightning_rnf.memory.plain import (
     get_tensors,
     get_texts,
 )
+from lightning_rnf.memory.portraits import Portrait
 from lightning_rnf.search import Evaluation, SubnetworkScore
 
 
@@ -71,6 +72,7 @@ class TaskRecord:
             they learned anything, and in its reference data.
         old_rows: by the weight's name, rows that were not frozen at this task's end and that a fit has changed since,
             before another task ended, as they were: see `FreezeState.recalled`.
+        portrait: what its data look like to its sub-network and to those of earlier tasks; None: it was not asked for.
     """
 
     name: str
@@ -103,16 +105,29 @@ class TaskRecord:
     scored: str = ""
     tokens: dict[str, Tensor] = field(default_factory=dict)
     old_rows: dict[str, OldRows] = field(default_factory=dict)
+    portrait: Portrait | None = None
 
 
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
     """Dicts, lists, built-in types and CPU tensors."""
     plain = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(record).items()}
-    for key in ("widenings", "whole", "ration", "connections", "free_weights", "scored", "tokens", "old_rows"):
+    for key in (
+        "widenings",
+        "whole",
+        "ration",
+        "connections",
+        "free_weights",
+        "scored",
+        "tokens",
+        "old_rows",
+        "portrait",
+    ):
         if not plain[key]:
             del plain[key]  # as files were before there were any
     if record.old_rows:
         plain["old_rows"] = {name: rows.to_plain() for name, rows in record.old_rows.items()}
+    if record.portrait is not None:
+        plain["portrait"] = record.portrait.to_plain()
     if record.connections:
         plain["connections"] = list(record.connections)
     return plain | {
@@ -188,6 +203,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         scored=get_name(plain, "scored") if "scored" in plain else "",
         tokens=tokens_from_plain(plain, "tokens") if "tokens" in plain else {},
         old_rows=old_rows_from_plain(plain, "old_rows") if "old_rows" in plain else {},
+        portrait=_get_portrait(plain, relevant) if "portrait" in plain else None,
     )
 
 
@@ -196,6 +212,10 @@ def _get_evaluations(plain: object, key: str) -> tuple[Evaluation, ...]:
         Evaluation(_score_from_plain(get(evaluation, "score", dict)), get(evaluation, "accepted", bool))
         for evaluation in get(plain, key, list)
     )
+
+
+def _get_portrait(plain: Mapping[str, Any], relevant: Mapping[str, Tensor]) -> Portrait:
+    return Portrait.from_plain(plain["portrait"], {layer: int(units.sum()) for layer, units in relevant.items()})
 
 
 def _get_connections(plain: object, layers: tuple[UnitLayer, ...]) -> tuple[str, ...]:

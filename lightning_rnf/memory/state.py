@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.anatomy import UnitLayer, UnitMap, Wider, check_kinds, looks_up, norm_parameters
 from lightning_rnf.memory import embeddings as rows_of
-from lightning_rnf.memory import widening
+from lightning_rnf.memory import portraits, widening
 from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from_plain, sizes_of, unknown_layer
 from lightning_rnf.memory.plain import get, get_names, get_tensors
 from lightning_rnf.memory.record import TaskRecord, record_from_plain, record_to_plain
@@ -337,6 +337,7 @@ class FreezeState:
             if record.name in tasks:
                 raise ValueError(f"not a state of lightning_rnf: it has two records of task {record.name!r}")
             tasks[record.name] = record
+        portraits.check({name: record.portrait for name, record in tasks.items()})
         names = get_names(plain, "shared")
         embeddings = get_names(plain, "embeddings") if "embeddings" in plain else ()
         _check_owners(layers, (*names, *embeddings), tasks.values())

@@ -9,19 +9,33 @@ from lightning_rnf.recall.export import export
 from lightning_rnf.recall.norms import NormParameters, NormStatistics
 from lightning_rnf.recall.prefix import Prefix
 from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
-from lightning_rnf.recall.switching import mixed
+from lightning_rnf.recall.switching import (
+    Recalls,
+    Switch,
+    joined_outputs,
+    mixed,
+    own_forward,
+    part_of_batch,
+    switched,
+)
 from lightning_rnf.recall.widened import as_it_was
 
 __all__ = [
     "NormParameters",
     "NormStatistics",
     "Prefix",
+    "Recalls",
     "Size",
     "SubnetworkFlops",
+    "Switch",
     "as_it_was",
     "export",
+    "joined_outputs",
     "mixed",
     "norms",
+    "own_forward",
+    "part_of_batch",
     "size_of",
     "subnetwork",
+    "switched",
 ]

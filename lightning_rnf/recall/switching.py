@@ -69,6 +69,7 @@ class Switch:
 
     def __init__(self, module: nn.Module, recalls: Recalls) -> None:
         self.module = module
+        self.before = vars(module).get("forward", _ABSENT)  # for own_forward: what the model runs by itself
         self._recalls = recalls
         self._patches: dict[str, Patch] = {}
 
@@ -109,7 +110,7 @@ def mixed(module: nn.Module, recalls: Recalls, tasks: Sequence[str], heads: Mapp
     """
     with switched(module, recalls) as switch:
         run = _Mixed(switch, tasks, heads)
-        with _own_forward(module, run):
+        with own_forward(module, run):
             yield
 
 
@@ -125,7 +126,6 @@ class _Mixed:
 
     def __init__(self, switch: Switch, tasks: Sequence[str], heads: Mapping[str, str]) -> None:
         self.switch, self.tasks, self.heads = switch, tasks, heads
-        self.before = vars(switch.module).get("forward", _ABSENT)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tasks = list(self.tasks)
@@ -139,9 +139,9 @@ class _Mixed:
                 f"has {len(tasks)} entries in its first dimension"
             )
         outputs = []
-        with _own_forward(module, self.before):
+        with own_forward(module, self.switch.before):
             for task, indices in places.items():
-                given = (args, kwargs) if len(places) == 1 else _part((args, kwargs), indices, len(tasks))
+                given = (args, kwargs) if len(places) == 1 else part_of_batch((args, kwargs), indices, len(tasks))
                 with self.switch.to(task), _watched(module.get_submodule(self.heads[task])) as ran:
                     outputs.append(module(*given[0], **given[1]))
                 if not ran:
@@ -150,12 +150,12 @@ class _Mixed:
                         "be recalled only where the heads are a MultiHead, which is switched; recall one task after "
                         "the other"
                     )
-        return outputs[0] if len(outputs) == 1 else _joined(outputs, list(places.values()))
+        return joined_outputs(outputs, list(places.values()))
 
 
 @contextmanager
-def _own_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Inside the context a module has this forward of its own; ``_ABSENT``: that of its class."""
+def own_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Inside the context a module has this forward of its own, or, as `Switch.before` may say, that of its class."""
     change = _Change(vars(module), "forward", vars(module).get("forward", _ABSENT), forward, None)
     try:
         change.write(forward)
@@ -178,15 +178,27 @@ def _has_samples(given: Any, samples: int) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,) for leaf in pytree.tree_leaves(given))
 
 
-def _part(given: Any, indices: list[int], samples: int) -> Any:
+def part_of_batch(given: Any, indices: list[int], samples: int) -> Any:
+    """Some samples of a batch: of tensors with so many entries in their first dimension; all else is as it is."""
+
     def of_part(tensor: Tensor) -> Tensor:
         return tensor[indices] if tensor.shape[:1] == (samples,) else tensor
 
     return apply_to_collection(given, Tensor, of_part)
 
 
-def _joined(outputs: list[Any], places: list[list[int]]) -> Any:
-    """What came of each part of a batch, in the order of the batch."""
+def joined_outputs(outputs: list[Any], places: list[list[int]]) -> Any:
+    """What came of each part of a batch, in the order of the batch: see `mixed`.
+
+    Args:
+        outputs: of each part, of any form.
+        places: of each part's samples in the batch.
+
+    Raises:
+        ValueError: if they have different forms, or are not of samples.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
     leaves, forms = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
     if any(form != forms[0] for form in forms):
         raise ValueError(f"the outputs of two tasks have another form: {forms[0]} and {forms[-1]}")

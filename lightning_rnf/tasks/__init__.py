@@ -4,7 +4,7 @@ Reference data are drawn, units are selected, a record is made and witnessed; af
 reported, saved, exported. The Trainer's events that call all this are in `lightning_rnf.callback`.
 """
 
-from lightning_rnf.tasks import auto, checkpoints, runs
+from lightning_rnf.tasks import auto, checkpoints, foresight, runs
 from lightning_rnf.tasks.between_fits import BetweenFits
 from lightning_rnf.tasks.ending import Ending, Freeze
 from lightning_rnf.tasks.fitting import FitHead, HeadFit
@@ -36,6 +36,7 @@ __all__ = [
     "UnitSummary",
     "auto",
     "checkpoints",
+    "foresight",
     "on_device",
     "runs",
     "set_up",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from lightning_rnf.search import Criterion, as_criterion
 from lightning_rnf.tasks import checkpoints, foresight
 from lightning_rnf.tasks.connections import listened, trusted
 from lightning_rnf.tasks.fitting import Fitting, HeadFit, UnfitError
+from lightning_rnf.tasks.portraying import portrayed
 from lightning_rnf.tasks.probes import SAMPLES, taken
 from lightning_rnf.tasks.recovery import CriterionOption, Recovery
 from lightning_rnf.tasks.reference import Reference, ReferenceData, ReferenceSource
@@ -53,6 +55,7 @@ class Ending:
         heatmaps: of so many samples of each task.
         connections: whether a task needs only connections between its units, where the graph of the model can be
             followed; if not, whole rows.
+        portraits: whether it is remembered what each task's data look like to sub-networks, see `Portrait`.
         is_exact: whether recall is promised to be bit-identical for ever: then any drift is a warning.
 
     Raises:
@@ -63,7 +66,7 @@ class Ending:
         {
             *("selection", "criterion", "recovery_epochs", "recovery_criterion", "recovery_search", "units", "heads"),
             *("reference_samples", "attribution_samples", "predict", "seed", "heatmaps"),
-            *("fit_head", "fit_data", "fit_samples", "freeze"),
+            *("fit_head", "fit_data", "fit_samples", "freeze", "portraits"),
         }
     )
     """Names of those that a callback is given once, when it is made."""
@@ -78,6 +81,7 @@ class Ending:
     heatmaps: int = 0
     is_exact: bool = True
     connections: bool = True
+    portraits: bool = False
 
     def __post_init__(self) -> None:
         self.tracing.by_tokens = self.masked
@@ -283,7 +287,8 @@ class Ending:
                     units, more = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
                     constant = survey.constant_accuracy(ranks)
                     write = partial(kept.write, fitting)
-                    return _Found(record, units, (*whole, *more), constant, state.frozen(), write)
+                    data = measured if fitting is None else fitting.data
+                    return _Found(record, units, (*whole, *more), constant, state.frozen(), write, data)
         raise AssertionError("the last offer fits no head")
 
     def _settle(
@@ -307,7 +312,8 @@ class Ending:
                 record, kept = self.selection.settle(*given, **how)
                 units, whole = self.tracing.joined(units, module, state, measured, survey, record.cutoff)
                 write = partial(kept.write, fitting)
-                return _Found(record, units, whole, survey.constant_accuracy(ranks), state.frozen(), write)
+                data = measured if fitting is None else fitting.data
+                return _Found(record, units, whole, survey.constant_accuracy(ranks), state.frozen(), write, data)
         raise AssertionError("the last offer fits no head")
 
     def _fittings(
@@ -353,6 +359,12 @@ class Ending:
         record = replace(found.record, connections=tuple(of_task))
         record.tokens.update(tokens(module, found.units, state, read, reference.ranks))
         record.rows.update(fingerprints(module, found.units, record, state, of_task))
+        if self.portraits:
+            began = time.perf_counter()
+            given = (module, found.units.layers, state.widenings, replace(record, widenings=len(state.widenings)))
+            portrait = portrayed(*given, state.tasks.values(), found.data, reference, masked=self.masked)
+            record = replace(record, portrait=portrait)
+            record.seconds["portrait"] = time.perf_counter() - began
         state.add(record, found.units)
         frozen = {} if wiring is None else frozen_connections(module, state, heard(module, state, wiring))
         record.free_weights.update(free_weights(state, frozen))
@@ -421,6 +433,7 @@ class _Found:
         constant: accuracy of the best answer that is always the same.
         frozen_before: bool ``(units,)`` by layer: what earlier tasks need.
         write: gives the model the head, and the rows, that were fitted; ``trains_on``: a recovery follows.
+        data: what the head was fitted on, or else the reference data.
     """
 
     record: TaskRecord
@@ -429,3 +442,4 @@ class _Found:
     constant: float
     frozen_before: dict[str, Tensor]
     write: Callable[..., None]
+    data: ReferenceData

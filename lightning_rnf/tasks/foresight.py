@@ -184,6 +184,14 @@ def tried(work: Callable[[], T], name: str = "") -> T | None:
         return None
 
 
+def of_options(norm_statistics: str, elasticity: object, *, is_elastic: bool) -> None:
+    """Warn of options by which recall is not exact."""
+    if norm_statistics == "shared":
+        rank_zero_warn("norm_statistics='shared': later tasks move the running statistics, so recall is not exact")
+    if is_elastic:
+        rank_zero_warn(f"elasticity={elasticity}: relevant units go on learning, so recall will not be exact")
+
+
 def of_runs(name: str, left: Sequence[str]) -> None:
     """Warn of modules that are frozen whole, since only some of the task's batches run them."""
     if left:

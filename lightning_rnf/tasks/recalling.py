@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 
 from lightning_rnf.anatomy import Inputs
-from lightning_rnf.memory import TaskRecord, unheld_modules, unknown_modules
+from lightning_rnf.inference import By, TaskInference, inferring
+from lightning_rnf.memory import TaskRecord, record_before, unheld_modules, unknown_modules
 from lightning_rnf.recall import as_it_was, export, mixed, subnetwork
-from lightning_rnf.runtime import sharding
+from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.tasks.files import KeptInFiles
 
 Retention = Literal["exact", "paper"]
@@ -48,9 +49,11 @@ class Recalling(KeptInFiles):
             with rnf.recall(["digits-01", "digits-23", "digits-01"]):
                 logits = model(three_samples)
 
+        With ``"auto"`` each sample runs through the sub-network of the task that `infer_task` finds it to be of.
+
         Args:
             task: name of the task, or ``(N,)`` names: one for each sample of the batches ``(N, ...)`` that the model
-                is called with.
+                is called with. ``"auto"``, if no task has that name: nobody says.
             model: None: the model of the last fit, or of a `RelevanceFreezing.protect` since.
 
         Raises:
@@ -59,6 +62,10 @@ class Recalling(KeptInFiles):
                 module that it did not have when the last task ended, or, with the tasks of samples, if a head runs that
                 is not its task's, or outputs can't be put together.
         """
+        if task == "auto" and task not in self.state.tasks:
+            with self._inferring(self._found(model, repr(task)), as_forward=True):
+                yield
+            return
         if isinstance(task, str):
             with self._recalled_task(task, self._found(model, repr(task))):
                 yield
@@ -71,6 +78,59 @@ class Recalling(KeptInFiles):
         heads = {name: record.head for name, record in self.state.tasks.items()}
         with mixed(module, lambda name: self._recalled_task(name, module), task, heads):
             yield
+
+    def infer_task(
+        self,
+        x: Any,
+        model: torch.nn.Module | None = None,
+        *,
+        by: By = "auto",
+        grouped: bool = False,
+        unknown: bool = False,
+    ) -> TaskInference:
+        """Which finished task each sample is of, and its logits in the recall of that task.
+
+        Every task's sub-network runs on all samples. With ``RelevanceFreezing(portraits=True)`` their features are
+        compared with those of the tasks' own data; without, the task with the least entropy of its logits is taken,
+        which is right less often: ``docs/inference.md`` says how often. The model comes back as it was.
+
+        Example::
+
+            found = rnf.infer_task(x)
+            found.names                 # ("digits-01", "digits-45", ...)
+            found.logits.argmax(1)      # each sample's class in its task
+
+        Args:
+            x: what the model's ``forward`` is called with: a tensor ``(N, ...)``, a tuple of what is given by position,
+                or a dict of what is given by name.
+            model: None: the model of the last fit, or of a `RelevanceFreezing.protect` since.
+            by: what is compared, see `By`.
+            grouped: all samples are known to be of one task: they are judged together, and there is one name.
+            unknown: a sample may be of none of the tasks: its name is None if it is less usual than 95 % of the
+                reference data of the likeliest one.
+
+        Raises:
+            ValueError: if there is no model or no finished task, what is to be compared is not remembered of all tasks,
+                a head runs that is not its task's, or the model can't be called with ``x``.
+        """
+        arguments.one_of("by", by, By)
+        with self._inferring(self._found(model, "x"), by=by, grouped=grouped, unknown=unknown) as found:
+            result: TaskInference = found.infer(Inputs.of(x))
+            return result
+
+    def _inferring(self, module: torch.nn.Module, **how: Any) -> AbstractContextManager[Any]:
+        if not self.state.tasks:
+            raise ValueError("no task has ended, so no sample can be of one")
+        if sharding.is_sharded(module):
+            raise ValueError(
+                "a sharded model can't run several tasks in one batch: load its checkpoint into one that is not"
+            )
+        records = {
+            name: record_before(record, self.state.widenings[record.widenings :])
+            for name, record in self.state.tasks.items()
+        }
+        layers = {layer.name: layer for layer in self.state.layers}
+        return inferring(module, lambda name: self._recalled_task(name, module), layers, records, **how)
 
     def _found(self, model: torch.nn.Module | None, task: str) -> torch.nn.Module:
         """The given model, without what torch.compile wraps it in, or that of the last fit."""

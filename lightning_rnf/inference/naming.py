@@ -1,0 +1,184 @@
+"""One forward for each finished task, and which of them knows the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import Inputs, UnitLayer
+from lightning_rnf.inference.densities import Judge, judges, levels, posterior
+from lightning_rnf.inference.reading import reading
+from lightning_rnf.memory import TaskRecord
+from lightning_rnf.recall import Recalls, Switch, joined_outputs, own_forward, part_of_batch, switched
+
+By = Literal["auto", "gaussians", "energy", "entropy"]
+"""``"gaussians"``: what sub-networks make of a sample beside the Gaussians of their tasks' classes. ``"energy"``, the
+logsumexp of a task's logits, and ``"entropy"`` of their softmax, relative to the largest, need nothing remembered.
+``"auto"``: Gaussians if all tasks have portraits, else entropy: what found most tasks in ``docs/inference.md``."""
+
+FALSE_ALARMS = 0.05
+"""A sample of a task is said to be of none so often, if that is asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskInference:
+    """Which finished task samples are of.
+
+    Attributes:
+        names: of each sample's task; None: it is of none of them. One name for all if they were judged together.
+        scores: ``(N, tasks)``, or ``(1, tasks)`` of all together, the larger the likelier: log probabilities, summed
+            over samples that are judged together; or energies, or negative entropies in [-1, 0].
+        tasks: whose scores they are, in the order of their ends.
+        logits: what the model returns for each sample in the recall of its task, those of the likeliest where its name
+            is None. Logits are as wide as those of the task with the most classes, with ``-inf`` where one has fewer.
+        levels: ``(N,)`` in [0, 1]: share of the likeliest task's reference data that is less usual than the sample is.
+            None: scores are of logits.
+    """
+
+    names: tuple[str | None, ...]
+    scores: Tensor
+    tasks: tuple[str, ...]
+    logits: Any
+    levels: Tensor | None = None
+
+
+class _Inferring:
+    """In the place of a model's forward, or called by hand with what that gets."""
+
+    def __init__(
+        self,
+        switch: Switch,
+        layers: Mapping[str, UnitLayer],
+        records: Mapping[str, TaskRecord],
+        by: By,
+        *,
+        grouped: bool,
+        unknown: bool,
+    ) -> None:
+        self.switch, self.layers, self.records = switch, layers, records
+        self.portraits = {name: one.portrait for name, one in records.items() if one.portrait is not None}
+        self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
+        self.grouped, self.unknown = grouped, unknown
+        self.judges: list[Judge] = []
+        if self.by == "gaussians":
+            lacking = [name for name in records if name not in self.portraits]
+            if lacking:
+                raise ValueError(
+                    f"what data of {', '.join(map(repr, lacking))} look like is not remembered: end tasks with "
+                    "RelevanceFreezing(portraits=True), or infer by='entropy'"
+                )
+            self.judges = judges(self.portraits)
+        elif unknown:
+            raise ValueError("unknown=True needs what RelevanceFreezing(portraits=True) remembers of all tasks")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns, of each sample in the recall of the task that it is found to be of."""
+        return self.infer(Inputs(args, kwargs)).logits
+
+    @torch.no_grad()
+    def infer(self, inputs: Inputs) -> TaskInference:
+        sized = next((len(tensor) for tensor in inputs.tensors() if tensor.ndim), None)
+        if not sized:
+            raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
+        outputs, points, logits = self._run(inputs, sized)
+        scores, densities = self._scores(points, logits)
+        shown = scores.sum(0, keepdim=True) if self.grouped else scores
+        chosen = shown.argmax(1)
+        tasks = tuple(self.records)
+        of_samples = chosen.expand(sized) if self.grouped else chosen
+        usual = None
+        if densities is not None:
+            usual = levels([one.usual for one in self.portraits.values()], of_samples, densities)
+        names: list[str | None] = [tasks[index] for index in chosen.tolist()]
+        if self.unknown and usual is not None:
+            judged = [bool(usual.mean() < FALSE_ALARMS)] if self.grouped else (usual < FALSE_ALARMS).tolist()
+            names = [None if is_none else name for name, is_none in zip(names, judged, strict=True)]
+        places = [(of_samples == index).nonzero().view(-1).tolist() for index in range(len(tasks))]
+        used = [index for index, some in enumerate(places) if some]
+        parts = [part_of_batch(outputs[index], places[index], sized) for index in used]
+        joined = joined_outputs(parts, [places[index] for index in used])
+        return TaskInference(tuple(names), shown, tasks, joined, usual)
+
+    def _run(self, inputs: Inputs, samples: int) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+        """What each task's recall returns for the whole batch, its features in the task's space, and its logits."""
+        module, outputs, points, logits = self.switch.module, [], [], []
+        with own_forward(module, self.switch.before):
+            for name, record in self.records.items():
+                portrait = self.portraits.get(name) if self.judges else None
+                layers = [self.layers[layer] for layer in portrait.space.layers] if portrait else []
+                with self.switch.to(name), reading(module, layers, record.relevant, record.head) as read:
+                    outputs.append(module(*inputs.args, **inputs.kwargs))
+                if read.head is None:
+                    raise ValueError(
+                        f"the head of task {name!r}, {record.head!r}, did not run: tasks can be inferred only where "
+                        "the heads are a MultiHead, which is switched"
+                    )
+                if portrait:
+                    points.append(portrait.space(read.features(samples)))
+                elif read.head.ndim < 2 or len(read.head) != samples:
+                    raise ValueError(
+                        f"the head of task {name!r} says {tuple(read.head.shape)} for {samples} samples: tasks are "
+                        "inferred by logits (N, classes), or by what portraits=True remembers"
+                    )
+                else:
+                    logits.append(read.head.flatten(2).mean(2) if read.head.ndim > 2 else read.head)
+        return outputs, points, logits
+
+    def _scores(self, points: list[Tensor], logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Scores ``(N, tasks)``, and each task's largest log density in its own space."""
+        if self.judges:
+            pairs = list(zip(self.judges, points, strict=True))
+            densities = [judge(some) for judge, some in pairs]
+            largest = [judge.of_own_classes(some).amax(1) for judge, some in pairs]
+            return posterior(self.portraits, densities), torch.stack(largest, dim=1)
+        if self.by == "energy":
+            return torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1), None
+        return torch.stack([-_entropy(of_task.float()) for of_task in logits], dim=1), None
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Of the softmax, as a share of the largest that so many classes have: in [0, 1]."""
+    shares = logits.log_softmax(1)
+    most = torch.tensor(float(max(logits.shape[1], 2))).log()
+    return -(shares.exp() * shares).sum(1) / most.to(logits.device)
+
+
+@contextmanager
+def inferring(
+    module: nn.Module,
+    recalls: Recalls,
+    layers: Mapping[str, UnitLayer],
+    records: Mapping[str, TaskRecord],
+    *,
+    by: By = "auto",
+    grouped: bool = False,
+    unknown: bool = False,
+    as_forward: bool = False,
+) -> Iterator[_Inferring]:
+    """Inside the context samples can be given to what comes back, or, ``as_forward``, to the model itself.
+
+    Args:
+        module: the model.
+        recalls: by task.
+        layers: unit layers by name.
+        records: of the finished tasks, in the order of their ends.
+        by: what is compared.
+        grouped: all samples are known to be of one task.
+        unknown: they may be of none.
+        as_forward: calling the model infers.
+
+    Raises:
+        ValueError: if a task lacks what is to be compared.
+    """
+    with switched(module, recalls) as switch:
+        infers = _Inferring(switch, layers, records, by, grouped=grouped, unknown=unknown)
+        if not as_forward:
+            yield infers
+            return
+        with own_forward(module, infers):
+            yield infers

@@ -1,0 +1,186 @@
+"""What a task's data look like to sub-networks: Gaussians of its classes, by which a sample can be told to be its."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rnf.memory.plain import get_names, get_tensors
+
+LEVELS = 101
+"""Of the quantiles that a portrait keeps: 0 to 100 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """What is read of a task's sub-network: outputs of relevant units, averaged over positions.
+
+    Attributes:
+        layers: whose units they are, in execution order.
+        center: float32 ``(features,)``: their mean over the task's own samples.
+        scale: float32 ``(features,)``: by which they are divided, one number a layer.
+        projection: float32 ``(features, dimensions)``, which makes fewer of them; or ``(features, 0)``: all are kept.
+    """
+
+    layers: tuple[str, ...]
+    center: Tensor
+    scale: Tensor
+    projection: Tensor
+
+    @property
+    def dimensions(self) -> int:
+        """Of what comes out."""
+        return self.projection.shape[1] or len(self.center)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features ``(N, features)`` to float32 ``(N, dimensions)``."""
+        shares = (features.float() - self.center.to(features.device)) / self.scale.to(features.device)
+        shares = shares.nan_to_num().clamp(-LARGEST, LARGEST)
+        return shares @ self.projection.to(shares.device) if self.projection.shape[1] else shares
+
+
+LARGEST = 30.0
+"""Features are cut off at so many deviations: beyond, all that counts is that they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussians:
+    """Of the classes of a task in some `Space`.
+
+    Attributes:
+        counts: int64 ``(classes,)``, samples of each, at least one.
+        means: float32 ``(classes, dimensions)``.
+        covariances: float32 ``(classes, dimensions · (dimensions + 1) / 2)``: lower triangles, row by row.
+    """
+
+    counts: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def full(self) -> Tensor:
+        """The covariances, float64 ``(classes, dimensions, dimensions)``."""
+        size = self.means.shape[1]
+        rows, columns = torch.tril_indices(size, size)
+        found = torch.zeros(len(self.means), size, size, dtype=torch.float64)
+        found[:, rows, columns] = self.covariances.double()
+        found[:, columns, rows] = self.covariances.double()
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Portrait:
+    """What a task's data look like to its own sub-network, and to those of tasks that had ended before.
+
+    Sub-networks are recalled bit by bit for ever, so what they make of a sample can be compared with it at any time.
+
+    Attributes:
+        space: of its own sub-network.
+        classes: of its samples, by the task in whose space they are: earlier ones in the order of their ends, itself.
+        usual: float32 ``(LEVELS,)``: quantiles, over its reference data, of the largest log density of its classes.
+    """
+
+    space: Space
+    classes: Mapping[str, Gaussians]
+    usual: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by a name each."""
+        found = {"center": self.space.center, "scale": self.space.scale, "projection": self.space.projection}
+        found["usual"] = self.usual
+        for index, gaussians in enumerate(self.classes.values()):
+            found |= {f"{index}.{key}": getattr(gaussians, key) for key in _KEYS}
+        return found
+
+    def without(self, task: str) -> Portrait:
+        """The same without what is said of the space of a task that is given up."""
+        return replace(self, classes={name: one for name, one in self.classes.items() if name != task})
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists, texts and CPU tensors."""
+        return {"layers": list(self.space.layers), "spaces": list(self.classes), "tensors": self.tensors()}
+
+    @classmethod
+    def from_plain(cls, plain: object, sizes: Mapping[str, int]) -> Portrait:
+        """The opposite of `to_plain`.
+
+        Args:
+            plain: of a stranger's.
+            sizes: relevant units of the task, by layer.
+
+        Raises:
+            ValueError: if it is something else, is of other layers, or has what is no number.
+        """
+        layers, spaces = get_names(plain, "layers"), get_names(plain, "spaces")
+        tensors = get_tensors(plain, "tensors")
+        if len(set(layers)) < len(layers) or not set(layers) <= set(sizes):
+            raise ValueError(f"not a state of lightning_rnf: a portrait is of layers {layers!r:.80}")
+        if not spaces or len(set(spaces)) < len(spaces):
+            raise ValueError(f"not a state of lightning_rnf: a portrait is in the spaces of {spaces!r:.80}")
+        features = sum(sizes[layer] for layer in layers)
+        center, scale = (_taken(tensors, key, (features,)) for key in ("center", "scale"))
+        projection = _taken(tensors, "projection", (features, None))
+        usual = _taken(tensors, "usual", (LEVELS,))
+        if not bool((scale > 0).all()) or not bool((usual.diff() >= 0).all()) or projection.shape[1] > features:
+            raise ValueError("not a state of lightning_rnf: a portrait's scale, projection or quantiles are none")
+        classes = {}
+        for index, name in enumerate(spaces):
+            means = _taken(tensors, f"{index}.means", (None, None))
+            count, size = means.shape
+            counts = _taken(tensors, f"{index}.counts", (count,), torch.int64)
+            covariances = _taken(tensors, f"{index}.covariances", (count, size * (size + 1) // 2))
+            if not count or not size or not bool((counts > 0).all()):
+                raise ValueError(f"not a state of lightning_rnf: a portrait in the space of {name!r:.80} is empty")
+            classes[name] = Gaussians(counts, means, covariances)
+        return cls(Space(layers, center, scale, projection), classes, usual)
+
+
+_KEYS = ("counts", "means", "covariances")
+
+
+def _taken(
+    tensors: Mapping[str, Tensor], key: str, shape: tuple[int | None, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A tensor of this form, without NaN."""
+    found = tensors.get(key)
+    if (
+        found is None
+        or found.dtype != dtype
+        or found.ndim != len(shape)
+        or any(wanted not in (None, size) for size, wanted in zip(found.shape, shape, strict=True))
+        or not bool(found.isfinite().all())
+    ):
+        raise ValueError(
+            f"not a state of lightning_rnf: a portrait's {key!r:.40} should be finite numbers {dtype} of shape {shape}"
+        )
+    return found
+
+
+def check(portraits: Mapping[str, Portrait | None]) -> None:
+    """Check that what tasks' portraits say of earlier ones' spaces has their dimensions.
+
+    Args:
+        portraits: of all finished tasks, in the order of their ends.
+
+    Raises:
+        ValueError: if not, or a portrait is in the space of a task that had not ended.
+    """
+    before: list[str] = []
+    for name, portrait in portraits.items():
+        before.append(name)
+        for space, gaussians in portrait.classes.items() if portrait else ():
+            known = portraits.get(space)
+            if space not in before or known is None or gaussians.means.shape[1] != known.space.dimensions:
+                raise ValueError(
+                    f"not a state of lightning_rnf: the portrait of {name!r:.80} doesn't fit that of {space!r:.80}"
+                )
+        if portrait and name not in portrait.classes:
+            raise ValueError(f"not a state of lightning_rnf: the portrait of {name!r:.80} is not in its own space")

@@ -1,0 +1,155 @@
+"""What a task's data look like to its sub-network and to those of earlier tasks: measured at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rnf.anatomy import Inputs, UnitLayer, Wider
+from lightning_rnf.inference import Judge, Sums, quantiles, readable_layers, reading, space_of
+from lightning_rnf.memory import Gaussians, Portrait, Space, TaskRecord, record_before
+from lightning_rnf.packages import rank_zero_warn
+from lightning_rnf.recall import subnetwork
+from lightning_rnf.runtime import Ranks, borrowed
+from lightning_rnf.tasks.reference import ReferenceData
+
+SAMPLES = 2000
+"""Of a task's data, so many at most are sent through each sub-network."""
+
+
+def portrayed(
+    module: nn.Module,
+    layers: Sequence[UnitLayer],
+    widenings: Sequence[Wider],
+    record: TaskRecord,
+    earlier: Iterable[TaskRecord],
+    data: ReferenceData,
+    reference: ReferenceData,
+    *,
+    masked: bool,
+) -> Portrait | None:
+    """A task's portrait; None, with a warning, where its sub-network can't be read.
+
+    Args:
+        module: the model at the task's end, the task's head active.
+        layers: its unit layers.
+        widenings: of the model.
+        record: of the task.
+        earlier: finished tasks; those without a portrait are left out.
+        data: of the task, what its head was fitted on: its classes are described by them.
+        reference: held-out data of the task: how usual a sample is goes by them.
+        masked: as for `subnetwork.recall`.
+    """
+    work = _Portraying(module, layers, widenings, masked=masked)
+    try:
+        with borrowed(module), torch.no_grad():
+            return work.of(record, list(earlier), data, reference)
+    except Exception as error:  # no task is lost for it
+        said = " ".join(str(error).split())
+        rank_zero_warn(
+            f"{record.name}: its data can't be told from those of other tasks later ({type(error).__name__}: "
+            f"{said:.200}); the task is kept all the same, without a portrait"
+        )
+        return None
+
+
+class _Portraying:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[UnitLayer], widenings: Sequence[Wider], *, masked: bool
+    ) -> None:
+        self.module, self.layers, self.widenings, self.masked = module, layers, widenings, masked
+
+    def of(
+        self, record: TaskRecord, earlier: Sequence[TaskRecord], data: ReferenceData, reference: ReferenceData
+    ) -> Portrait:
+        ranks, by_name = data.ranks, {layer.name: layer for layer in self.layers}
+        read = readable_layers(self.layers, record.relevant)
+        if not read:
+            raise ValueError("no layer of plain units has any that is relevant")
+        sizes = [int(record.relevant[layer.name].sum()) for layer in read]
+        inputs, labels, features = ranks.agreed(lambda: self._own_pass(record, read, data))
+        held_out = ranks.agreed(lambda: self._own_pass(record, read, reference))[2]
+        every = torch.cat(features).double() if features else torch.zeros(0, sum(sizes)).double()
+        shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
+        count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
+        space = space_of(read, sizes, int(count), sums, squares)
+        classes = max(ranks.gather(max((int(one.max()) for one in labels), default=0))) + 1
+        in_spaces: dict[str, Gaussians] = {}
+        for other in earlier:
+            if other.portrait is not None:
+                known = other.portrait.space
+                there = [by_name[name] for name in known.layers]
+                seen = ranks.agreed(lambda: [self._read(other, there, one) for one in inputs])  # noqa: B023 - called now
+                in_spaces[other.name] = _gaussians(known, seen, labels, classes, ranks)
+        in_spaces[record.name] = _gaussians(space, features, labels, classes, ranks)
+        judge = Judge({record.name: in_spaces[record.name]})
+        own = [judge.of_classes(space(one)).amax(1).cpu() for one in held_out]
+        usual = [one for share in ranks.gather(own) for one in share]
+        return Portrait(space, in_spaces, quantiles(torch.cat(usual)))
+
+    def _own_pass(
+        self, record: TaskRecord, read: Sequence[UnitLayer], data: ReferenceData
+    ) -> tuple[list[Inputs], list[Tensor], list[Tensor]]:
+        """Of each batch what the model is called with, the class of each sample, and its features."""
+        inputs: list[Inputs] = []
+        labels, features = [], []
+
+        def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Inputs(args, kwargs))
+
+        seen, most = 0, SAMPLES // data.ranks.size
+        for batch in map(data.convert, data.batches):
+            calls: list[Inputs] = []
+            with self._recalled(record) as relevant, reading(self.module, read, relevant, record.head) as found:
+                handle = self.module.register_forward_pre_hook(note, with_kwargs=True)
+                with handle, data.forward_context():
+                    target = data.predict(self.module, batch)[1]
+            if len(calls) != 1:
+                raise ValueError(f"predict calls the model's forward {len(calls)} times for a batch, expected once")
+            samples = _samples(calls[0])
+            inputs += calls
+            labels.append(_labels(target, samples))
+            features.append(found.features(samples))
+            seen += samples
+            if seen >= most:
+                break
+        return inputs, labels, features
+
+    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs) -> Tensor:
+        with self._recalled(record) as relevant, reading(self.module, layers, relevant, record.head) as seen:
+            self.module(*inputs.args, **inputs.kwargs)
+        return seen.features(_samples(inputs))
+
+    @contextmanager
+    def _recalled(self, record: TaskRecord) -> Iterator[Mapping[str, Tensor]]:
+        """The recall of a task; its relevant units, in the shape that the model has in it."""
+        with subnetwork.recall(self.module, self.layers, record, self.widenings, masked=self.masked):
+            yield record_before(record, self.widenings[record.widenings :]).relevant
+
+
+def _samples(inputs: Inputs) -> int:
+    """How many there are, by the first tensor; 0: none."""
+    return next((len(tensor) for tensor in inputs.tensors() if tensor.ndim), 0)
+
+
+def _labels(target: Any, samples: int) -> Tensor:
+    """The class of each sample, int64 ``(N,)``; where targets are no classes of samples all are of one."""
+    if isinstance(target, Tensor) and target.shape == (samples,) and not target.is_floating_point():
+        return target.cpu().long()
+    return torch.zeros(samples, dtype=torch.long)
+
+
+def _gaussians(
+    space: Space, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, ranks: Ranks
+) -> Gaussians:
+    """Of the classes of all ranks' samples in a space."""
+    sums = Sums.none(classes, space.dimensions)
+    for some, of_samples in zip(features, labels, strict=True):
+        sums = sums.with_samples(space(some), of_samples)
+    return reduce(add, ranks.gather(sums)).gaussians()
