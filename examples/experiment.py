@@ -28,7 +28,7 @@ from results import table
 from torch import Tensor
 
 from lightning_rnf import MultiHead, RelevanceFreezing
-from lightning_rnf.memory import free_capacity_over_tasks
+from lightning_rnf.memory import TaskRecord, free_capacity_over_tasks
 from lightning_rnf.metrics import average_accuracy, backward_transfer, forgetting
 from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream
 
@@ -101,6 +101,12 @@ class Experiment:
         parser.add_argument("--tasks", type=counted, help="only so many of the tasks")
         parser.add_argument("--samples", type=counted, help="only so many training and test samples")
         parser.add_argument("--on-validation", action="store_true", help="test on validation data: to choose by")
+        parser.add_argument(
+            "--scenario",
+            choices=("task", "class"),
+            default="task",
+            help="whether tests are told the task (%(default)s)",
+        )
         parser.add_argument("--accelerator", default="auto", help="of the Trainer: cpu, gpu (%(default)s)")
         parser.add_argument("--precision", help="of the Trainer: bf16-mixed, …; none given: as the settings say")
         parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the JSON (%(default)s)")
@@ -113,7 +119,8 @@ class Experiment:
             made_with = {method: self.made_with(settings, method, options, path.name) for method in methods}
         except (OSError, ValueError, TypeError) as error:
             parser.error(str(error))
-        name = path.stem + "-fast" * options.fast + "-validation" * options.on_validation
+        is_class = options.scenario == "class"
+        name = path.stem + "-fast" * options.fast + "-validation" * options.on_validation + "-class" * is_class
         results = Results(options.output / f"{name}.json", about(settings, options))
         try:
             for method in methods:
@@ -192,7 +199,8 @@ class Experiment:
         model = self.model(**_of_model(made_with))
         add_heads(model, stream)
         self.pretrained(model, data)
-        callback = yaml_settings.freezing(made_with, **self.freezing)
+        untold = {"scenario": "class"} if options.scenario == "class" else {}
+        callback = yaml_settings.freezing(made_with, **self.freezing, **({"portraits": True} if untold else {}))
         trainer = partial(
             _trainer,
             seed,
@@ -209,7 +217,7 @@ class Experiment:
         trainer(callbacks=[])  # what it refuses, it refuses before the run has begun
         is_resumed = begun(folder, made_with)
         started = time.perf_counter()
-        found = self.fit(model, stream, callback, trainer, folder=folder)
+        found = self.fit(model, stream, callback, trainer, folder=folder, **untold)
         seconds = time.perf_counter() - started
         matrix, more = found if isinstance(found, tuple) else (found, {})
         if callback is not None and options.pages:
@@ -233,6 +241,7 @@ class Experiment:
             "capacity": [record.capacity for record in records],
             "reference_accuracy": [[record.accuracy, record.subnetwork_accuracy] for record in records],
             "accepted": [record.accepted for record in records],
+            **({"tasks_found": tasks_found(records)} if untold else {}),
             "evaluations": [len(record.evaluations) + len(record.recovery) for record in records],
             **more,
             "seconds": None if is_resumed else round(seconds, 1),  # what came before the stop was not kept
@@ -277,11 +286,18 @@ def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str,
         "stand_in": settings.get("stand_in"),
         "reduced": "; ".join(reduced) or None,
         "run_with": " ".join(given) or None,
-        "tested_on": "validation data" if options.on_validation else "test data",
+        "tested_on": ("validation data" if options.on_validation else "test data")
+        + (", of all tasks as one label space" if options.scenario == "class" else ""),
         "tuning": settings.get("tuning"),
         "goal": settings.get("goal"),
         "published": settings.get("published"),
     }
+
+
+def tasks_found(records: Sequence[TaskRecord]) -> list[float]:
+    """Share of each task's test samples that were found to be of it, after the last task; without a callback: none."""
+    last = records[-1].tests if records else {}
+    return [round(logged["tasks_found"], 6) for logged in last.values() if "tasks_found" in logged]
 
 
 def add_heads(model: LightningModule, stream: Sequence[TaskDataModule]) -> None:

@@ -176,11 +176,8 @@ class RelevanceFreezing(BetweenFits):
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
         criterion = as_criterion(criterion)
-        if ration == "auto" and (retention == "paper" or not auto.takes(criterion)):
-            ration = None
-        if retention == "paper":
-            recovery_epochs = 0 if recovery_epochs == "auto" else recovery_epochs
-            reset_free = False if reset_free == "auto" else reset_free
+        given = (ration, recovery_epochs, reset_free)
+        ration, recovery_epochs, reset_free = auto.settled(*given, paper=retention == "paper", criterion=criterion)
         self.ending = Ending(
             Selection(
                 *(importance, composite, normalize, candidates, ration, search, resolution),

@@ -122,7 +122,7 @@ class AccuracyMatrix(Metric):
         self.add_state("correct", torch.zeros(tasks, tasks, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros(tasks, tasks, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, target: Tensor, trained: int, task: int) -> None:
+    def update(self, logits: Tensor, target: Tensor, trained: int, task: int, named: Tensor | None = None) -> None:
         """Count a batch of test data.
 
         Args:
@@ -130,6 +130,7 @@ class AccuracyMatrix(Metric):
             target: as `anatomy.predict_checked` gives it.
             trained: index of the last task that was trained, from 0.
             task: index of the task that the batch belongs to.
+            named: bool ``(N,)``: whether a sample's task was found: no answer is right without; None: it was told.
 
         Raises:
             IndexError: if there is no such entry.
@@ -137,6 +138,8 @@ class AccuracyMatrix(Metric):
         if not (0 <= trained < len(self.correct) and 0 <= task < len(self.correct)):
             raise IndexError(f"entry [{trained}, {task}] is not in a matrix of {len(self.correct)} tasks")
         right = answers(logits, target)
+        if named is not None:
+            right = right & named.to(right.device).view(-1, *[1] * (right.ndim - 1))
         self.correct[trained, task] += right.sum()
         self.samples[trained, task] += right.numel()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.heads import MultiHead
 from lightning_rnf.metrics import AccuracyMatrix
 from lightning_rnf.packages import Callback, LightningDataModule, LightningModule, Trainer, callbacks, like
-from lightning_rnf.runtime import evaluating
+from lightning_rnf.runtime import arguments, evaluating
 from lightning_rnf.tasks import on_device, set_up
+
+Scenario = Literal["task", "class"]
+"""Whether tests are told which task a sample is of."""
 
 
 class TaskDataModule(LightningDataModule):
@@ -238,6 +241,7 @@ def fit_stream(
     activate: Callable[[LightningModule, Any], None] | None = None,
     predict: Predict = supervised,
     folder: str | PathLike[str] | None = None,
+    scenario: Scenario = "task",
 ) -> Tensor:
     """Train all tasks one after the other and test every task seen so far after each.
 
@@ -251,6 +255,9 @@ def fit_stream(
         predict: how to get logits and labels of a batch.
         folder: each task keeps its checkpoints in ``folder/<task>``, and a stream that was stopped goes on from them.
             None: nothing is kept but what ``trainer_factory`` keeps.
+        scenario: ``"task"``: tests are told which task a sample is of. ``"class"``: they are not, and classes of all
+            tasks so far are one label space: with a callback by `RelevanceFreezing.infer_task`, without one by the
+            largest logit of all heads. The report has the share of samples whose task was found as ``"tasks_found"``.
 
     Returns:
         The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal. It is in the callback's report,
@@ -258,8 +265,9 @@ def fit_stream(
         has as ``metric="r_squared"``.
 
     Raises:
-        ValueError: if the model has not exactly one `MultiHead` and ``activate`` is None.
+        ValueError: if the model has not exactly one `MultiHead` and ``activate`` is None; or the scenario is unknown.
     """
+    arguments.one_of("scenario", scenario, Scenario)
     tasks: list[Any] = list(stream)
     activate = activate or _activate
     matrix = AccuracyMatrix(len(tasks))
@@ -280,35 +288,74 @@ def fit_stream(
         for index, seen in enumerate(tasks[: trained + 1]):
             activate(model, seen)
             precision = trainer.precision_plugin
-            with set_up(seen, trainer, "test"), _tested(model, seen.task, callback), torch.no_grad():
+            sofar = tasks[: trained + 1] if scenario == "class" else None
+            found: list[Tensor] = []
+            with set_up(seen, trainer, "test"), _asking(model, seen, sofar, callback, activate) as ask, torch.no_grad():
                 explained: list[Explained] = []
                 numbers: bool | None = None  # as the first batch shows: one of another may all be 0 or 1
                 for batch in seen.test_dataloader():
                     converted = precision.convert_input(on_device(batch, trainer))
                     with precision.forward_context():
-                        logits, target = predict_checked(Flat(predict, Layout(numbers=numbers)), model, converted)
+                        logits, target, named = ask(Flat(predict, Layout(numbers=numbers)), converted)
                     numbers = is_numbers(target) if numbers is None else numbers
+                    found += [] if named is None else [named]
                     if is_numbers(target):
                         explained.append(Explained.of(logits, target))
                     else:
-                        matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index)
+                        matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index, named=named)
             if explained:
                 scored, score = "r_squared", reduce(add, explained).share
                 shares[trained, index] = score
             else:
                 scored, score = "accuracy", float(matrix.correct[trained, index] / matrix.samples[trained, index])
             if callback is not None and task.task in callback.state.tasks:
-                callback.state.task(task.task).tests[seen.task] = {scored: score}
+                shown = {scored: score} | ({"tasks_found": float(torch.cat(found).float().mean())} if found else {})
+                callback.state.task(task.task).tests[seen.task] = shown
         model.cpu()
     # torchmetrics makes a number of a matrix of one entry, and warns of one that was never updated
-    found = matrix.compute().reshape(len(tasks), len(tasks)) if matrix.samples.any() else shares
-    return torch.where(shares.isnan(), found, shares)
+    of_classes = matrix.compute().reshape(len(tasks), len(tasks)) if matrix.samples.any() else shares
+    return torch.where(shares.isnan(), of_classes, shares)
 
 
-def _tested(model: LightningModule, task: str, callback: RelevanceFreezing | None) -> AbstractContextManager[None]:
-    if callback is not None and task in callback.state.tasks:
-        return callback.recall(task, model)
-    return evaluating(model)
+_Ask = Callable[[Predict, Any], tuple[Tensor, Tensor, Tensor | None]]
+"""``(predict, batch)`` to logits, target, and whether each sample's task was found: bool ``(N,)``; None: told."""
+
+
+@contextmanager
+def _asking(
+    model: LightningModule,
+    task: Any,
+    sofar: list[Any] | None,
+    callback: RelevanceFreezing | None,
+    activate: Callable[[LightningModule, Any], None],
+) -> Iterator[_Ask]:
+    """Inside the context a model answers for one task's test data; of which task they are is not told if ``sofar``."""
+    finished = callback is not None and task.task in callback.state.tasks
+    if sofar is None:
+        with callback.recall(task.task, model) if callback is not None and finished else evaluating(model):
+            yield lambda predict, batch: (*predict_checked(predict, model, batch), None)
+    elif callback is not None and finished:
+        with callback.recall("auto", model) as inferred:
+
+            def ask(predict: Predict, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+                logits, target = predict(model, batch)  # not checked: a label may be outside of another task's head
+                return logits, target, torch.tensor([name == task.task for name in inferred.last.names])
+
+            yield ask
+    else:
+        with evaluating(model):
+
+            def ask_all(predict: Predict, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+                largest = {}
+                for other in sofar:
+                    activate(model, other)
+                    largest[other.task] = predict(model, batch)[0].amax(1)
+                activate(model, task)
+                own = largest.pop(task.task)
+                others = torch.stack([*largest.values(), torch.full_like(own, -torch.inf)]).amax(0)
+                return (*predict_checked(predict, model, batch), (own > others).cpu())
+
+            yield ask_all
 
 
 def _activate(model: LightningModule, task: Any) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from positions import Regressor, data, numbers
 from torch.utils.data import Dataset, TensorDataset
-from training import Classifier, plain, task_data, trainer
+from training import Classifier, clusters, plain, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.streams import fit_stream, permute_pixels, split_by_class
+from lightning_rnf.streams import TaskDataModule, fit_stream, permute_pixels, split_by_class
 
 
 def digits(samples=200, seed=0):
@@ -163,3 +163,42 @@ def test_fit_stream_asks_how_to_activate_when_it_cannot_know():
     model.heads = torch.nn.Linear(40, 2)
     with pytest.raises(ValueError, match="0 MultiHead modules, expected one: pass activate="):
         fit_stream(model, [task_data("a")], None, partial(trainer))
+
+
+def shifted(task: str, place: int) -> TaskDataModule:
+    """A task whose inputs are somewhere else than those of others."""
+    data = [clusters(task, 200, seed) for seed in range(3)]
+    moved = [TensorDataset(one.tensors[0] + 6.0 * torch.eye(6)[place], one.tensors[1]) for one in data]
+    return TaskDataModule(task, 2, *moved, batch_size=32)
+
+
+def test_fit_stream_tests_without_a_word_of_the_task():
+    stream = [shifted(task, place) for place, task in enumerate(("a", "b"))]
+    model, rnf = Classifier(), RelevanceFreezing(portraits=True)
+    matrix = fit_stream(model, stream, rnf, lambda callbacks: trainer(*callbacks), scenario="class")
+    for index, task in enumerate(stream):
+        x, y = task.test.tensors
+        found = rnf.infer_task(x, model)
+        right = (found.logits.argmax(1) == y) & torch.tensor([name == task.task for name in found.names])
+        assert matrix[1, index] == pytest.approx(float(right.float().mean()))
+        assert rnf.state.tasks["b"].tests[task.task]["tasks_found"] > 0.95
+    assert (matrix[1] > 0.8).all()
+
+
+def test_without_a_callback_all_heads_are_one_label_space():
+    stream = [shifted(task, place) for place, task in enumerate(("a", "b"))]
+    model = Classifier()
+    matrix = fit_stream(model, stream, None, lambda callbacks: trainer(*callbacks), scenario="class")
+    model.eval()
+    logits = []
+    for task in ("a", "b"):
+        model.heads.activate(task)
+        logits.append([model(one.test.tensors[0]).detach() for one in stream])
+    for index, task in enumerate(stream):
+        answer = torch.cat([of_head[index] for of_head in logits], dim=1).argmax(1)
+        assert matrix[1, index] == pytest.approx(float((answer == task.test.tensors[1] + 2 * index).float().mean()))
+
+
+def test_an_unknown_scenario_is_refused():
+    with pytest.raises(ValueError, match="scenario"):
+        fit_stream(Classifier(), [], None, lambda callbacks: trainer(*callbacks), scenario="domain")

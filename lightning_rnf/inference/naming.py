@@ -64,6 +64,7 @@ class _Inferring:
         self.portraits = {name: one.portrait for name, one in records.items() if one.portrait is not None}
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
+        self.last: TaskInference | None = None
         self.judges: list[Judge] = []
         if self.by == "gaussians":
             lacking = [name for name in records if name not in self.portraits]
@@ -78,7 +79,8 @@ class _Inferring:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, of each sample in the recall of the task that it is found to be of."""
-        return self.infer(Inputs(args, kwargs)).logits
+        self.last = self.infer(Inputs(args, kwargs))
+        return self.last.logits
 
     @torch.no_grad()
     def infer(self, inputs: Inputs) -> TaskInference:

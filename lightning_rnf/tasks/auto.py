@@ -83,6 +83,18 @@ def recovery_epochs(trainer: Trainer, begun: int = 0) -> int:
     return max(1, int(epochs * RECOVERY))
 
 
+def settled(
+    ration: Any, recovery_epochs: Any, reset_free: Any, *, paper: bool, criterion: Criterion
+) -> tuple[Any, Any, Any]:
+    """The three options, without ``"auto"`` where nothing sets itself: in the paper, or by another kind of criterion."""
+    if ration == "auto" and (paper or not takes(criterion)):
+        ration = None
+    if paper:
+        recovery_epochs = 0 if recovery_epochs == "auto" else recovery_epochs
+        reset_free = False if reset_free == "auto" else reset_free
+    return ration, recovery_epochs, reset_free
+
+
 def takes(criterion: Criterion) -> TypeGuard[AccuracyDrop]:
     """Whether a criterion leaves it open how much is claimed: others name an end of the pruning, and are followed."""
     return isinstance(criterion, AccuracyDrop)

@@ -30,7 +30,7 @@ class Recalling(KeptInFiles):
         self.retention = retention
 
     @contextmanager
-    def recall(self, task: str | Sequence[str], model: torch.nn.Module | None = None) -> Iterator[None]:
+    def recall(self, task: str | Sequence[str], model: torch.nn.Module | None = None) -> Iterator[Any]:
         """Run the model as the sub-network of a finished task: only the units relevant to it speak.
 
         Inside the context the model is in eval mode, has the norm statistics of that task's end, and runs that task's
@@ -49,7 +49,8 @@ class Recalling(KeptInFiles):
             with rnf.recall(["digits-01", "digits-23", "digits-01"]):
                 logits = model(three_samples)
 
-        With ``"auto"`` each sample runs through the sub-network of the task that `infer_task` finds it to be of.
+        With ``"auto"`` each sample runs through the sub-network of the task that `infer_task` finds it to be of; the
+        context gives an object whose ``last`` is the `TaskInference` of the last forward.
 
         Args:
             task: name of the task, or ``(N,)`` names: one for each sample of the batches ``(N, ...)`` that the model
@@ -63,8 +64,8 @@ class Recalling(KeptInFiles):
                 is not its task's, or outputs can't be put together.
         """
         if task == "auto" and task not in self.state.tasks:
-            with self._inferring(self._found(model, repr(task)), as_forward=True):
-                yield
+            with self._inferring(self._found(model, repr(task)), as_forward=True) as found:
+                yield found
             return
         if isinstance(task, str):
             with self._recalled_task(task, self._found(model, repr(task))):
