@@ -105,7 +105,7 @@ class Experiment:
             "--scenario",
             choices=("task", "class"),
             default="task",
-            help="whether tests are told the task (%(default)s)",
+            help="are tests told the task? (%(default)s)",
         )
         parser.add_argument("--accelerator", default="auto", help="of the Trainer: cpu, gpu (%(default)s)")
         parser.add_argument("--precision", help="of the Trainer: bf16-mixed, …; none given: as the settings say")

@@ -86,7 +86,7 @@ def recovery_epochs(trainer: Trainer, begun: int = 0) -> int:
 def settled(
     ration: Any, recovery_epochs: Any, reset_free: Any, *, paper: bool, criterion: Criterion
 ) -> tuple[Any, Any, Any]:
-    """The three options, without ``"auto"`` where nothing sets itself: in the paper, or by another kind of criterion."""
+    """The three options, without ``"auto"`` where nothing sets itself: in the paper, by other kinds of criteria."""
     if ration == "auto" and (paper or not takes(criterion)):
         ration = None
     if paper:
