@@ -23,6 +23,10 @@ FEWEST = 32
 LARGEST_SHARE = 0.9
 """Of the rows, for the same reason."""
 
+BLOCK = 16
+"""Channels that a convolution works on at once: with 14 of 16 it takes twice as long as with all (measured on a CPU,
+256 images of 32 × 32: 26 ms and 13). So it gets as many as fill blocks, some of them for nothing."""
+
 FEW = 4
 """Samples in which nearly every channel of the input speaks that speaks at all."""
 
@@ -59,24 +63,28 @@ def computed(
         yield lambda: False
         return
     whole = layer.forward
-    chosen = relevant.nonzero().view(-1)
+    chosen, of_blocks = relevant.nonzero().view(-1), _in_blocks(layer, relevant)
+    if by_columns is None and len(of_blocks) > LARGEST_SHARE * len(relevant):
+        yield lambda: False
+        return
 
     def forward(input: Tensor) -> Tensor:
-        nonlocal chosen, acted
+        nonlocal chosen, of_blocks, acted
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         columns = by_columns is not None and by_columns() and input.device.type == "cpu"  # elsewhere one would wait
         acted = not torch.is_grad_enabled() and type(weight) is nn.Parameter and _pays(layer, input)
-        acted = acted and (columns or kept <= LARGEST_SHARE * len(weight))
+        acted = acted and (columns or len(of_blocks) <= LARGEST_SHARE * len(weight))
         if not acted:
             result: Tensor = whole(input)
             return result
-        chosen = chosen.to(weight.device)
-        rows = weight.index_select(0, chosen if kept else chosen.new_zeros(1))
-        of_bias = None if bias is None or not kept else bias.index_select(0, chosen)
+        chosen, of_blocks = chosen.to(weight.device), of_blocks.to(weight.device)
+        rows = weight.index_select(0, of_blocks if kept else of_blocks.new_zeros(1))
+        of_bias = None if bias is None or not kept else bias.index_select(0, of_blocks)
         axis = -1 if isinstance(layer, nn.Linear) else 1
         if columns:
             input, rows = _without_zeros(input, rows, axis)
         some = layer._conv_forward(input, rows, of_bias) if axis == 1 else nn.functional.linear(input, rows, of_bias)
+        some = some.narrow(axis, 0, kept) if 0 < kept < len(of_blocks) else some
         zeros = _like(some, len(weight)) if axis == 1 else some.new_zeros(*some.shape[:-1], len(weight))
         return zeros.index_copy_(axis, chosen, some) if kept else zeros  # one row has shown the form of the output
 
@@ -261,12 +269,22 @@ def _pays(layer: Any, x: Tensor) -> bool:
     )  # a batch, no single one
 
 
+def _in_blocks(layer: Any, relevant: Tensor) -> Tensor:
+    """Indices of the relevant rows, and behind them those of as many others as fill a convolution's last block."""
+    chosen = relevant.nonzero().view(-1)
+    if isinstance(layer, nn.Linear) or not len(chosen) or layer.weight.device.type != "cpu":
+        return chosen  # elsewhere it was not measured
+    return torch.cat([chosen, relevant.logical_not().nonzero().view(-1)[: -len(chosen) % BLOCK]])
+
+
 def _without_zeros(input: Tensor, rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """The channels of the input that are not zero in the whole batch, at least one, and the weights for them."""
     others = [dimension for dimension in range(input.ndim) if dimension != axis % input.ndim]
     speaks = input[:FEW].abs().sum(others) != 0  # of NaN, too
     silent = speaks.logical_not().nonzero().view(-1)
     speaks[silent] = input.index_select(axis, silent).abs().amax(others) != 0  # most are seen in a few samples already
+    if axis == 1:
+        speaks[speaks.logical_not().nonzero().view(-1)[: -int(speaks.sum()) % BLOCK]] = True
     some = speaks.nonzero().view(-1)
     if not 0 < len(some) <= LARGEST_SHARE * len(speaks):
         return input, rows

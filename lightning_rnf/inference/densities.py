@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -144,12 +145,13 @@ def posterior(portraits: Mapping[str, Portrait], densities: Sequence[Tensor]) ->
     return torch.stack(found, dim=1)
 
 
-def judges(portraits: Mapping[str, Portrait]) -> list[Judge]:
-    """One for each task's space: of that task and all later ones."""
-    tasks = list(portraits)
-    return [
-        Judge({task: portraits[task].classes[space] for task in tasks[index:]}) for index, space in enumerate(tasks)
-    ]
+@lru_cache(maxsize=4)
+def judges(portraits: tuple[tuple[str, Portrait], ...]) -> tuple[Judge, ...]:
+    """One for each task's space: of that task and all later ones. Made once for the same portraits."""
+    return tuple(
+        Judge({task: portrait.classes[space] for task, portrait in portraits[index:]})
+        for index, (space, _) in enumerate(portraits)
+    )
 
 
 def levels(usual: Iterable[Tensor], chosen: Tensor, densities: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,7 +65,7 @@ class _Inferring:
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
         self.last: TaskInference | None = None
-        self.judges: list[Judge] = []
+        self.judges: Sequence[Judge] = ()
         if self.by == "gaussians":
             lacking = [name for name in records if name not in self.portraits]
             if lacking:
@@ -73,7 +73,7 @@ class _Inferring:
                     f"what data of {', '.join(map(repr, lacking))} look like is not remembered: end tasks with "
                     "RelevanceFreezing(portraits=True), or infer by='entropy'"
                 )
-            self.judges = judges(self.portraits)
+            self.judges = judges(tuple(self.portraits.items()))
         elif unknown:
             raise ValueError("unknown=True needs what RelevanceFreezing(portraits=True) remembers of all tasks")
 

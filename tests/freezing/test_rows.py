@@ -33,6 +33,13 @@ def counted(module, x):
     return found, counter.get_total_flops()
 
 
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Convolutions work on single channels."""
+    monkeypatch.setattr(rows, "BLOCK", 1)
+
+
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("kept", [1, 5, 9])
 def test_relevant_rows_are_computed_and_no_others(kind, kept):
@@ -116,6 +123,35 @@ def test_nothing_to_gain_nothing_done():
     assert LARGEST_SHARE < 1
 
 
+@pytest.mark.parametrize(("kept", "paid"), [(3, 16), (16, 16), (17, 32), (33, 40), (0, 1)])
+def test_rows_of_a_convolution_come_in_blocks(kept, paid):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(40, 40, 3), torch.randn(4, 40, 9, 9)
+    relevant = torch.zeros(40, dtype=torch.bool)
+    relevant[torch.randperm(40)[:kept]] = True
+    whole, all_flops = counted(layer, x)
+    with torch.no_grad():
+        layer.weight[~relevant] = layer.bias[~relevant] = torch.nan  # what fills a block is of no account
+    with computed(layer, relevant) as is_done:
+        found, flops = counted(layer, x)
+        assert is_done() == (paid < 40)
+    assert flops * 40 == all_flops * paid
+    torch.testing.assert_close(found[:, relevant], whole[:, relevant])
+    assert paid == 40 or not found[:, ~relevant].any()
+
+
+def test_channels_that_a_convolution_reads_come_in_blocks():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(40, 40, 3), torch.randn(4, 40, 9, 9)
+    x[:, :21] = 0.0
+    relevant = torch.ones(40, dtype=torch.bool)
+    whole, all_flops = counted(layer, x)
+    with computed(layer, relevant, by_columns=lambda: True):
+        found, flops = counted(layer, x)
+    assert flops * 40 == all_flops * 32  # 19 speak
+    torch.testing.assert_close(found, whole)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_no_row_at_all_costs_what_one_costs(kind):
     make, shape = LAYERS[kind]
@@ -130,6 +166,7 @@ def test_no_row_at_all_costs_what_one_costs(kind):
     assert flops * 10 == all_flops
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("kept", [4, 10])
 def test_channels_that_are_zero_need_not_be_heard(kind, kept):
