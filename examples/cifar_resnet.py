@@ -3,7 +3,6 @@
     python examples/cifar_resnet.py --data FOLDER                 # shards as in FOLDER/cifar100/train_00.avif
     python examples/cifar_resnet.py --data FOLDER --download      # or torchvision's layout: FOLDER/cifar-100-python
     python examples/cifar_resnet.py --data FOLDER --settings examples/cifar_resnet_narrow.yaml        # for a CPU
-    python examples/cifar_resnet.py --data FOLDER --settings examples/cifar_resnet_importances.yaml
     python examples/cifar_resnet.py --data FOLDER --accelerator gpu --precision bf16-mixed
 
 Not one of the paper's experiments: a modern network with batch norms and residuals. Classes are assigned to tasks at

@@ -2,10 +2,12 @@
 
     python examples/mnist_split.py --data FOLDER              # torchvision's layout: FOLDER/MNIST/raw/...
     python examples/mnist_split.py --data FOLDER --download
+    python examples/mnist_split.py --data FOLDER --settings examples/mnist_split_levers.yaml
     python examples/mnist_split.py --data FOLDER --settings examples/mnist_split_importances.yaml
 
 A tenth of each task's training data is held out: reference data comes from there, the test set is only for the report.
-The second file of settings compares relevance with other importances, the search being the same.
+Of the other files of settings, one changes the defaults of before one at a time, one compares relevance with other
+importances.
 """
 
 from __future__ import annotations
