@@ -25,6 +25,10 @@ FALSE_ALARMS = 0.05
 """A sample of a task is said to be of none so often, if that is asked for."""
 
 
+LARGEST_DOUBT = 20.0
+"""Of samples judged together none says more against a task than this, in nats: one odd sample decides nothing."""
+
+
 @dataclass(frozen=True, eq=False)
 class TaskInference:
     """Which finished task samples are of.
@@ -32,7 +36,8 @@ class TaskInference:
     Attributes:
         names: of each sample's task; None: it is of none of them. One name for all if they were judged together.
         scores: ``(N, tasks)``, or ``(1, tasks)`` of all together, the larger the likelier: log probabilities, summed
-            over samples that are judged together; or energies, or negative entropies in [-1, 0].
+            over samples that are judged together, each from ``-LARGEST_DOUBT`` up; or energies, or negative entropies in
+            [-1, 0], summed likewise.
         tasks: whose scores they are, in the order of their ends.
         logits: what the model returns for each sample in the recall of its task, those of the likeliest where its name
             is None. Logits are as wide as those of the task with the most classes, with ``-inf`` where one has fewer.
@@ -89,7 +94,8 @@ class _Inferring:
             raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
         outputs, points, logits = self._run(inputs, sized)
         scores, densities = self._scores(points, logits)
-        shown = scores.sum(0, keepdim=True) if self.grouped else scores
+        floor = -LARGEST_DOUBT if self.judges else -torch.inf
+        shown = scores.clamp(min=floor).sum(0, keepdim=True) if self.grouped else scores
         chosen = shown.argmax(1)
         tasks = tuple(self.records)
         of_samples = chosen.expand(sized) if self.grouped else chosen
