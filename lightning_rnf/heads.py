@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -42,13 +44,26 @@ class MultiHead(nn.Module):
         if classes:
             self.activate(next(iter(classes)))
 
-    def add(self, task: str, classes: int | nn.Module) -> None:
-        """Add a head for ``task``, a new one with so many outputs or the given one; it waits until it is activated.
+    def add(self, task: str, classes: int | nn.Module | None = None, *, continues: str | None = None) -> None:
+        """Add a head for ``task``; it waits until it is activated.
+
+        Args:
+            task: its name.
+            classes: how many outputs a new head has, or the head.
+            continues: a task whose head it begins as, copied: the same classes in a new domain. The old task keeps its
+                own, and its recall stays as it is.
 
         Raises:
+            KeyError: if there is no head to continue.
+            TypeError: unless either ``classes`` or ``continues`` is given.
             ValueError: if the task has a head already, its name is empty or has a dot in it, or the given head is
                 another task's.
         """
+        if (classes is None) == (continues is None):
+            raise TypeError(f"head of task {task!r}: give either classes, or the name of a task that it continues")
+        if continues is not None:
+            self._require(continues)
+            classes = copy.deepcopy(self.tasks[continues])
         if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
             raise ValueError(
                 f"task name {task!r} can't name a module: expected a string without dots that is no method of a dict"
@@ -58,7 +73,7 @@ class MultiHead(nn.Module):
         owners = [other for other, head in self.tasks.items() if head is classes]
         if owners:
             raise ValueError(f"the head that was given for task {task!r} is that of {owners[0]!r}: give a copy of it")
-        head = classes if isinstance(classes, nn.Module) else self.make_head(self.in_features, classes)
+        head = classes if isinstance(classes, nn.Module) else self.make_head(self.in_features, cast(int, classes))
         self.tasks[task] = head.requires_grad_(False)
 
     def activate(self, task: str) -> None:

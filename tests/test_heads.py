@@ -76,3 +76,27 @@ def test_wrong_use_is_refused_in_a_sentence():
             heads.add(name, 2)
     with pytest.raises(KeyError, match="no head for task 'z'"):
         heads.activate("z")
+
+
+def test_a_head_that_continues_another_begins_as_a_copy_of_it():
+    heads = MultiHead(4, {"day": nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))})
+    heads.add("night", continues="day")
+    x = torch.randn(5, 4)
+    with heads.running("day"):
+        before = heads(x)
+    heads.activate("night")
+    assert torch.equal(heads(x), before)
+    with torch.no_grad():
+        for parameter in heads.tasks["night"].parameters():
+            parameter.add_(1.0)
+    with heads.running("day"):
+        assert torch.equal(heads(x), before)
+
+
+def test_a_head_continues_a_task_or_has_classes():
+    heads = MultiHead(4, {"day": 2})
+    with pytest.raises(KeyError, match="no head for task 'dusk'"):
+        heads.add("night", continues="dusk")
+    for given in ({}, {"classes": 2, "continues": "day"}):
+        with pytest.raises(TypeError, match="either classes, or the name"):
+            heads.add("night", **given)

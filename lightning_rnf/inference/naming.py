@@ -36,8 +36,8 @@ class TaskInference:
     Attributes:
         names: of each sample's task; None: it is of none of them. One name for all if they were judged together.
         scores: ``(N, tasks)``, or ``(1, tasks)`` of all together, the larger the likelier: log probabilities, summed
-            over samples that are judged together, each from ``-LARGEST_DOUBT`` up; or energies, or negative entropies in
-            [-1, 0], summed likewise.
+            over samples that are judged together, each from ``-LARGEST_DOUBT`` up; or energies, or negative entropies,
+            in [-1, 0] for a sample.
         tasks: whose scores they are, in the order of their ends.
         logits: what the model returns for each sample in the recall of its task, those of the likeliest where its name
             is None. Logits are as wide as those of the task with the most classes, with ``-inf`` where one has fewer.
