@@ -184,16 +184,18 @@ class Freezer:
         self.follow(optimizers)
         is_sharded = sharding.is_sharded(self._module)
         # What other processes send is averaged into gradients after they are masked, uncounted.
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         for rows in self._rows.values():
             rows.hold()
             self._held[rows.parameter] = rows
-            if rows.frozen is not None:
-                self._handles.append(rows.mask_gradients())
-                if not is_sharded:
-                    self._moments[rows.parameter] = SecondMoments(rows.parameter, rows.frozen)
-                if not is_sharded and alone and rows.elastic is None:
-                    rows.still = Stillness(rows.parameter, rows.frozen)
+            if rows.frozen is None:
+                continue
+            self._handles.append(rows.mask_gradients())
+            if is_sharded or type(rows.parameter) is not nn.Parameter or not rows.parameter.is_floating_point():
+                continue
+            self._moments[rows.parameter] = SecondMoments(rows.parameter, rows.frozen)
+            if is_alone and rows.elastic is None:
+                rows.still = Stillness(rows.parameter, rows.frozen)
         self._spare_gradients()
 
     def change(self, factors: Mapping[str, Tensor]) -> None:

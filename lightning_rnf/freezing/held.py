@@ -123,7 +123,9 @@ class HeldRows:
             if group is not None:
                 self.still = None
             return False
-        by_optimizer = int(group is not None and self.parameter.grad is not None)
+        by_optimizer = 0  # writes that torch counts: none of its fused kernels'
+        if group is not None and self.parameter.grad is not None and not group.get("fused"):
+            by_optimizer = 1
         writes = sharding.writes(self.parameter)
         if writes != self.pinned_writes + by_optimizer:
             return False

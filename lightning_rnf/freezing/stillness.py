@@ -35,15 +35,15 @@ class Groups:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._sizes: list[int] = []
+        self._known: list[tuple[int, int]] = []
         self._found: dict[Tensor, dict[str, Any]] = {}
 
     def __call__(self) -> Mapping[Tensor, dict[str, Any]]:
-        """As they are now: groups may be added at any time."""
+        """As they are now: groups may be added at any time, and loading a state makes them anew."""
         groups = self._optimizer.param_groups
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != self._sizes:
-            self._sizes = sizes
+        known = [(id(group), len(group["params"])) for group in groups]
+        if known != self._known:
+            self._known = known
             self._found = {parameter: group for group in groups for parameter in group["params"]}
         return self._found
 
