@@ -256,6 +256,24 @@ def test_gradients_that_are_accumulated_or_stay_are_known(pins):
     assert pins == {}
 
 
+def test_a_gradient_in_the_place_of_the_masked_one_is_not_known_however_often_it_was_written_to(pins):
+    net, frozen, freezer, optimizer = build(STILL["adam"])
+    before = held(net, frozen)
+    freezer.attach([optimizer])
+
+    def replaced():
+        other = torch.ones_like(net[0].weight)
+        while other._version < net[0].weight.grad._version:
+            other.mul_(2.0)
+        net[0].weight.grad = other
+
+    for number in range(3):  # the third step is not looked at, and the first moment was zero before
+        assert pins == {}
+        optimizer.step(closure_of(net, optimizer, number, replaced if number == 2 else lambda: None))
+        assert_held(net, frozen, before)
+    assert set(pins) == {net[0].weight}
+
+
 def test_two_optimizers_of_which_one_is_not_known(pins):
     net, frozen, freezer, known = build(lambda p: ADAM(p[:2]))
     unknown = torch.optim.RMSprop(list(net.parameters())[2:])
