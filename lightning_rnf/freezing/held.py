@@ -123,7 +123,7 @@ class HeldRows:
             if group is not None:
                 self.still = None
             return False
-        by_optimizer = 0  # writes that torch counts: none of its fused kernels'
+        by_optimizer = 0  # writes that torch counts: none of those of fused kernels
         if group is not None and self.parameter.grad is not None and not group.get("fused"):
             by_optimizer = 1
         writes = sharding.writes(self.parameter)

@@ -103,7 +103,7 @@ class SecondMoments:
     MKL takes fifteen times as long for the square root of a zero as of another number on some processors, and for one
     that is no normal number fifty times: with most of a layer frozen the optimizer's step would take three times as
     long. Where gradient and first moment are zero nothing depends on the second one. What is given back, and what
-    `state_dict` says, is zero, as it would be.
+    `state_dict` says, is zero, as it would be. A byte for each entry of the parameter says which are meant.
 
     Args:
         parameter: of one process.
