@@ -11,13 +11,7 @@ import torch
 from zennit.core import Composite
 
 from lightning_rnf.anatomy import Predict, supervised
-from lightning_rnf.freezing import (
-    ElasticityOption,
-    check_elasticity,
-    check_globs,
-    hold_in_copy,
-    initial,
-)
+from lightning_rnf.freezing import ElasticityOption, check_elasticity, check_globs, initial
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.packages import pl
 from lightning_rnf.recall import NormParameters, NormStatistics
@@ -347,6 +341,11 @@ class RelevanceFreezing(BetweenFits):
         assert self._holding is not None
         self._holding.freezer.pin(written_only=True)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at what was frozen and not put back, since no step can have moved it."""
+        assert self._holding is not None
+        self._holding.freezer.audit()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Algorithm 1: score the units, search the cutoff, keep what remains. The next fit freezes it."""
         if trainer.fast_dev_run or trainer.global_step == self._steps_at_end:  # type: ignore[attr-defined]
@@ -382,8 +381,7 @@ class RelevanceFreezing(BetweenFits):
     ) -> None:
         """Keep frozen rows exact where another callback saves its averages in the model's place."""
         if not sharding.is_sharded(pl_module):
-            holding = self._holding or self._hold(pl_module)
-            hold_in_copy(checkpoint["state_dict"], pl_module, holding.still())
+            (self._holding or self._hold(pl_module)).hold_in_copy(checkpoint["state_dict"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a fit: hold frozen rows before they are looked at. Else recall, as in a test."""

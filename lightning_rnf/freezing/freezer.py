@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lightning_rnf.anatomy import UnitMap, is_transposed
 from lightning_rnf.freezing import rows as layer_rows
 from lightning_rnf.freezing.embeddings import Unread
-from lightning_rnf.freezing.slices import LARGEST_BLOCK, AllBut, Block, Entries, Slice
+from lightning_rnf.freezing.held import HeldRows
+from lightning_rnf.freezing.stillness import Groups, SecondMoments, Stillness
 from lightning_rnf.memory import FreezeState
+from lightning_rnf.packages import rank_zero_warn
 from lightning_rnf.runtime import sharding
 
 ElasticityOption = float | dict[str, float]
@@ -129,8 +131,9 @@ class Freezer:
 
     Elasticity 0 means bit-equal: gradients of frozen rows are zeroed as they arrive, so that clipping, accumulation and
     moments see zeros, *and* the rows are put back after every optimizer step, since weight decay and warm moments move
-    what has no gradient. Other factors scale the update: a scaled gradient makes no difference to Adam. Of a parameter
-    that is sharded by rows (FSDP2), each process holds those that it has.
+    what has no gradient. Where nothing can have moved them (`Stillness`) they are looked at now and then instead: after
+    the first, second, fourth, eighth … step and by `audit`. Other factors scale the update: a scaled gradient makes no
+    difference to Adam. Of a parameter that is sharded by rows (FSDP2), each process holds those that it has.
 
     Args:
         module: the bare model.
@@ -145,8 +148,11 @@ class Freezer:
         self._module = module
         self._rows = _rows(module, factors)
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._stopped: list[_Rows] = []
-        self._held: dict[Tensor, _Rows] = {}
+        self._groups: dict[int, Groups] = {}  # by the optimizer's id
+        self._moments: dict[Tensor, SecondMoments] = {}
+        self._steps = 0
+        self._stopped: list[HeldRows] = []
+        self._held: dict[Tensor, HeldRows] = {}
         self._handles: list[Any] = []
         self._nested_steps = 0
 
@@ -176,11 +182,20 @@ class Freezer:
             for name, rows in self._rows.items():
                 rows.parameter = self._module.get_parameter(name)
         self.follow(optimizers)
+        is_sharded = sharding.is_sharded(self._module)
+        # What other processes send is averaged into gradients after they are masked, uncounted.
+        is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         for rows in self._rows.values():
             rows.hold()
             self._held[rows.parameter] = rows
-            if rows.frozen is not None:
-                self._handles.append(rows.mask_gradients())
+            if rows.frozen is None:
+                continue
+            self._handles.append(rows.mask_gradients())
+            if is_sharded or type(rows.parameter) is not nn.Parameter or not rows.parameter.is_floating_point():
+                continue
+            self._moments[rows.parameter] = SecondMoments(rows.parameter, rows.frozen)
+            if is_alone and rows.elastic is None:
+                rows.still = Stillness(rows.parameter, rows.frozen)
         self._spare_gradients()
 
     def change(self, factors: Mapping[str, Tensor]) -> None:
@@ -214,6 +229,8 @@ class Freezer:
                 )
         for optimizer in new:
             self._optimizers.append(optimizer)
+            self._groups[id(optimizer)] = Groups(optimizer)
+            self._handles.append(optimizer.register_state_dict_pre_hook(self._clear_moments))
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
@@ -238,6 +255,26 @@ class Freezer:
                 rows.pin()
         for unread in self.unread.values():
             unread.pin(written_only=written_only)
+
+    @torch.no_grad()
+    def audit(self) -> None:
+        """Put frozen rows back where anybody has written; look at the others, whether they are where they should be.
+
+        Those that are not, though torch has counted no write, are put back after every step from then on.
+        """
+        moved = []
+        for name, rows in self._rows.items():
+            if rows.frozen is None or rows.still is None or sharding.writes(rows.parameter) != rows.pinned_writes:
+                rows.pin()
+            elif not rows.frozen.is_at(rows.parameter, rows.pinned):
+                moved.append(name)
+                rows.still = None
+                rows.pin()
+        if moved:
+            rank_zero_warn(
+                f"{', '.join(moved)}: frozen rows were moved without a write that torch counts, as those to .data are: "
+                "they are put back, and from here on after every step, whose forward may have seen them moved"
+            )
 
     def free_rows(self, parameter: Tensor) -> Tensor | None:
         """As `communication.FreeRows`: rows whose gradients are not masked now."""
@@ -265,8 +302,11 @@ class Freezer:
                     self._handles.append(handle)
 
     def _remove_hooks(self) -> None:
-        self._nested_steps = 0
+        self._nested_steps = self._steps = 0
+        self._clear_moments()
+        self._moments.clear()
         self._optimizers.clear()
+        self._groups.clear()
         self._held.clear()
         while self._handles:
             self._handles.pop().remove()
@@ -281,21 +321,35 @@ class Freezer:
         self._nested_steps += 1
 
     @torch.no_grad()
-    def _after_step(self, *args: object) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *args: object) -> None:
         self._nested_steps -= 1
+        self._steps += 1
         for unread in self.unread.values():
             unread.note()
-        self.pin()
+            unread.pin()
+        groups = self._groups[id(optimizer)]()
+        for rows in self._rows.values():
+            if not rows.was_left_alone(optimizer, groups.get(rows.parameter)):
+                rows.pin()
+        for parameter, moments in self._moments.items():
+            if parameter in groups:
+                moments.fill(optimizer, groups[parameter])
+        if self._steps & (self._steps - 1) == 0:
+            self.audit()
         if self._nested_steps == 0:
             for rows in self._rows.values():
                 rows.slow_down()
 
+    def _clear_moments(self, *args: object) -> None:
+        for moments in self._moments.values():
+            moments.clear()
 
-def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
+
+def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, HeldRows]:
     sharding.reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {
-        name: _Rows(
+        name: HeldRows(
             parameters[name],
             factor,
             is_transposed=is_transposed(module.get_submodule(name.rpartition(".")[0])),
@@ -303,87 +357,6 @@ def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, _Rows]:
         for name, factor in factors.items()
         if (factor != 1).any()
     }
-
-
-class _Rows:
-    """One parameter's frozen rows and its elastic ones, of those that this process has."""
-
-    def __init__(self, parameter: nn.Parameter, factor: Tensor, *, is_transposed: bool = False) -> None:
-        self.parameter = parameter
-        self.factor = factor
-        self.is_transposed = is_transposed
-        self.is_whole = not bool(factor.any())
-        self.frozen: Slice | None = None
-        self.free: Tensor | None = None
-        self.elastic: Slice | None = None
-        self.pinned: Tensor
-        self.pinned_writes = -1
-        self.before: Tensor
-        self.weight: Tensor
-        self.learn: layer_rows.LearnRows | None = None
-
-    def hold(self) -> None:
-        factor = sharding.local_rows(self.parameter, self.factor)
-        elastic = (factor != 0) & (factor != 1)
-        self.frozen = self.held(factor == 0)
-        self.elastic = self.where(elastic)
-        self.free = None if self.frozen is None else self.travelling(factor)
-        if self.frozen is not None:
-            self.pinned = self.frozen.read(self.parameter)
-        if self.elastic is not None:
-            factors = factor if self.elastic.index is None else factor[elastic]
-            inner = [1] * (self.parameter.ndim - factor.ndim)
-            self.weight = factors.view((*factors.shape, *inner)).to(sharding.local(self.parameter))
-
-    def where(self, chosen: Tensor) -> Slice | None:
-        if not chosen.any():
-            return None
-        return Slice(None if chosen.all() else chosen.nonzero().to(self.parameter.device).unbind(1))
-
-    def held(self, chosen: Tensor) -> Slice | None:
-        """As `where`, by blocks and masks where entries are told apart."""
-        if chosen.ndim < 2 or not chosen.any() or chosen.all():
-            return self.where(chosen)
-        rows, columns = chosen.any(dim=1), chosen.any(dim=0)
-        count, device = int(rows.sum()) * int(columns.sum()), self.parameter.device
-        if count == int(chosen.sum()) and count <= LARGEST_BLOCK * chosen.numel():
-            return Block(*(one.nonzero().view(-1).to(device) for one in (rows, columns)))
-        if count == int(chosen.sum()):
-            return AllBut(*((~one).nonzero().view(-1).to(device) for one in (rows, columns)))
-        return Entries(chosen.to(device))
-
-    def travelling(self, factor: Tensor) -> Tensor | None:
-        """Of what a gradient that other processes have is of use: whole rows of a weight, if anything of them is."""
-        if factor.ndim == 2 and not self.is_transposed:
-            factor = factor.any(dim=1)
-        return None if factor.ndim and bool(factor.all()) else factor.nonzero().to(self.parameter.device)
-
-    def mask_gradients(self) -> Any:
-        # What the user keeps from training may be let go later (BackboneFinetuning), but takes no hook until then.
-        flag = self.parameter.requires_grad
-        handle = self.parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._mask_gradient)
-        self.parameter.requires_grad_(flag)
-        return handle
-
-    @torch.no_grad()
-    def _mask_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        assert self.frozen is not None
-        if self.learn is None or not self.learn.has_made(parameter.grad):
-            self.frozen.zero(parameter.grad)
-
-    def remember(self) -> None:
-        if self.elastic is not None:
-            self.before = self.elastic.read(self.parameter)
-
-    def pin(self) -> None:
-        if self.frozen is not None:
-            self.frozen.write(self.parameter, self.pinned)
-            self.pinned_writes = sharding.writes(self.parameter)
-
-    def slow_down(self) -> None:
-        if self.elastic is not None:
-            self.elastic.write(self.parameter, torch.lerp(self.before, self.elastic.read(self.parameter), self.weight))
 
 
 def _factor(option: ElasticityOption, module_name: str, default: float) -> float:

@@ -106,13 +106,16 @@ class LearnRows(SilentHook):
     Args:
         free: indices of the rows to learn, ``(rows,)``.
         share: of the layer's rows that these are; with columns, of what has to be worked out.
+        rows: of the layer, how many there are.
         columns: indices of the channels that frozen rows learn from, too, ``(columns,)``.
     """
 
-    def __init__(self, free: Tensor, share: float, columns: Tensor | None = None) -> None:
+    def __init__(self, free: Tensor, share: float, rows: int, columns: Tensor | None = None) -> None:
         self.free = free
         self.share = share
         self.columns = columns
+        self.places = torch.full((rows,), len(free), device=free.device)
+        self.places[free] = torch.arange(len(free), device=free.device)
         self._made: tuple[int, int] | None = None
 
     def note(self, gradient: Tensor) -> None:
@@ -174,7 +177,7 @@ def learning(layer: Any, frozen: Tensor) -> tuple[LearnRows, Any] | None:
         return None
     free = (~frozen).nonzero().view(-1).to(device)
     # First of all hooks: those of the user's are to see the output that the gradient arrives at.
-    hook = LearnRows(free, len(free) / len(frozen) + share, columns)
+    hook = LearnRows(free, len(free) / len(frozen) + share, len(frozen), columns)
     return hook, layer.register_forward_hook(hook, prepend=True)
 
 
@@ -202,15 +205,19 @@ class _Learn(torch.autograd.Function):
         backward = _linear_backward if ctx.of_convolution is None else _convolution_backward
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
         needs = needs_x, needs_weight and len(ctx.hook.free) > 0
-        at_x, rows = backward(arrived, x, of_rows, ctx.hook.free, ctx.of_convolution, needs)
         at_weight = at_bias = None
-        if needs_weight:
+        at_x, rows = backward(arrived, x, of_rows, ctx.hook.free, ctx.of_convolution, needs)
+        if rows is not None and ctx.hook.columns is None and ctx.of_convolution is None:
+            at_weight = rows.index_select(0, ctx.hook.places).to(weight.dtype)
+            torch.autograd.graph.increment_version(at_weight)  # unlike any gradient that is as fresh
+            ctx.hook.note(at_weight)
+        elif needs_weight:
             at_weight = torch.zeros_like(weight)
             if ctx.hook.columns is not None:
                 of_columns = _columns(arrived, x, of_rows, ctx.hook.columns, ctx.of_convolution)
                 at_weight.index_copy_(1, ctx.hook.columns, of_columns.to(weight.dtype))
             if rows is not None:
-                at_weight.index_copy_(0, ctx.hook.free, rows.to(weight.dtype))
+                at_weight.index_copy_(0, ctx.hook.free, rows[: len(ctx.hook.free)].to(weight.dtype))
             ctx.hook.note(at_weight)
         if needs_bias:
             axis = arrived.ndim - 1 if ctx.of_convolution is None else 1
@@ -227,7 +234,14 @@ def _linear_backward(
     at_x = arrived @ weight if needs[0] else None
     if not needs[1]:
         return at_x, None
-    return at_x, arrived.flatten(0, -2).index_select(1, free).t() @ x.flatten(0, -2)
+    # The last row is for all that are frozen: to take each from here is faster than to fill and to copy.
+    some, x = arrived.flatten(0, -2).index_select(1, free).t(), x.flatten(0, -2)
+    if torch.is_grad_enabled():  # of this a gradient is wanted, too
+        return at_x, torch.cat([some @ x, x.new_zeros(1, x.shape[1])])
+    rows = x.new_empty(len(free) + 1, x.shape[1])
+    torch.mm(some, x, out=rows[:-1])
+    rows[-1] = 0.0
+    return at_x, rows
 
 
 def _convolution_backward(

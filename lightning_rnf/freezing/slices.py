@@ -51,6 +51,20 @@ class Slice:
         else:
             tensor[self.index] = 0.0
 
+    def chosen(self, parameter: Tensor) -> Tensor:
+        """Which entries of the parameter these are: bool of its shape."""
+        others = torch.ones_like(sharding.local(parameter), dtype=torch.bool)
+        self.zero(others)
+        return others.logical_not_()
+
+    def is_at(self, parameter: Tensor, value: Tensor) -> bool:
+        """Whether the parameter has there what was read, to the bit: NaN is itself, and 0 is not -0."""
+        own = sharding.local(parameter)
+        held = own.clone()
+        self.write(held, value)
+        bits = _BITS[own.element_size()]
+        return torch.equal(own.view(bits), held.view(bits))
+
 
 class Block(Slice):
     """Some rows of a parameter, and of them some columns; where that is most of it, `AllBut` is faster."""
@@ -123,6 +137,8 @@ class Entries(Slice):
     def _mask(self, tensor: Tensor) -> Tensor:
         return self.mask.to(tensor.device).view(*self.mask.shape, *[1] * (tensor.ndim - self.mask.ndim))
 
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 LARGEST_BLOCK = 0.6
 """Of a parameter's entries: with more frozen, copying all of it is faster than copying a block (measured on a CPU)."""

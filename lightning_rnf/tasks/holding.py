@@ -17,6 +17,7 @@ from lightning_rnf.freezing import (
     elasticities,
     frozen_connections,
     heard,
+    hold_in_copy,
     initial,
 )
 from lightning_rnf.memory import FreezeState, TaskRecord, moved
@@ -212,6 +213,11 @@ class Holding:
         is_sharded = sharding.is_sharded(self.module)  # then no process sees all rows
         whole = [name for name in self.state.embeddings if is_sharded or name in self._whole]
         return {**found, **{name: torch.zeros_like(found[name]) for name in whole}}
+
+    def hold_in_copy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put rows back, whoever wrote to them, and give them to a copy of the parameters, too; see `hold_in_copy`."""
+        self.freezer.pin()
+        hold_in_copy(tensors, self.module, self.still())
 
     def still(self) -> dict[str, Tensor]:
         """As `factors`, for what is not to move now: 0, too, for rows of embeddings that have not learned anything."""
