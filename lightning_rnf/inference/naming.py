@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -48,7 +48,7 @@ class TaskInference:
 
 
 class _Inferring:
-    """In the place of a model's forward, or called by hand with what that gets."""
+    """In the place of a model's forward."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class _Inferring:
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
         self.judges: list[Judge] = []
+        self.found: TaskInference
         if self.by == "gaussians":
             lacking = [name for name in records if name not in self.portraits]
             if lacking:
@@ -78,10 +79,17 @@ class _Inferring:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, of each sample in the recall of the task that it is found to be of."""
-        return self.infer(Inputs(args, kwargs)).logits
+        self.found = self._infer(Inputs(args, kwargs))
+        return self.found.logits
 
     @torch.no_grad()
     def infer(self, inputs: Inputs) -> TaskInference:
+        """By a call of the model: its own hooks see what goes in, and change what comes out, as in the recall."""
+        logits = self.switch.module(*inputs.args, **inputs.kwargs)
+        return replace(self.found, logits=logits)
+
+    @torch.no_grad()
+    def _infer(self, inputs: Inputs) -> TaskInference:
         sized = next((len(tensor) for tensor in inputs.tensors() if tensor.ndim), None)
         if not sized:
             raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
@@ -158,9 +166,8 @@ def inferring(
     by: By = "auto",
     grouped: bool = False,
     unknown: bool = False,
-    as_forward: bool = False,
 ) -> Iterator[_Inferring]:
-    """Inside the context samples can be given to what comes back, or, ``as_forward``, to the model itself.
+    """Inside the context the model itself, called with samples, infers; so does what comes back, and says more.
 
     Args:
         module: the model.
@@ -170,15 +177,11 @@ def inferring(
         by: what is compared.
         grouped: all samples are known to be of one task.
         unknown: they may be of none.
-        as_forward: calling the model infers.
 
     Raises:
         ValueError: if a task lacks what is to be compared.
     """
     with switched(module, recalls) as switch:
         infers = _Inferring(switch, layers, records, by, grouped=grouped, unknown=unknown)
-        if not as_forward:
-            yield infers
-            return
         with own_forward(module, infers):
             yield infers

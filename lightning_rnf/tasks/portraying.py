@@ -107,7 +107,8 @@ class _Portraying:
         for batch in map(data.convert, data.batches):
             calls: list[Inputs] = []
             with self._recalled(record) as relevant, reading(self.module, read, relevant, record.head) as found:
-                handle = self.module.register_forward_pre_hook(note, with_kwargs=True)
+                # Before the user's own, which change it when the model is called with it once more.
+                handle = self.module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 with handle, data.forward_context():
                     target = data.predict(self.module, batch)[1]
             if len(calls) != 1:

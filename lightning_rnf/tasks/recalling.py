@@ -63,7 +63,7 @@ class Recalling(KeptInFiles):
                 is not its task's, or outputs can't be put together.
         """
         if task == "auto" and task not in self.state.tasks:
-            with self._inferring(self._found(model, repr(task)), as_forward=True):
+            with self._inferring(self._found(model, repr(task))):
                 yield
             return
         if isinstance(task, str):
