@@ -11,7 +11,7 @@ import torch
 from lightning_rnf.anatomy import Inputs
 from lightning_rnf.inference import By, TaskInference, inferring
 from lightning_rnf.memory import TaskRecord, record_before, unheld_modules, unknown_modules
-from lightning_rnf.recall import as_it_was, export, mixed, subnetwork
+from lightning_rnf.recall import as_it_was, export, mixed, subnetwork, unswitched
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.tasks.files import KeptInFiles
 
@@ -67,7 +67,8 @@ class Recalling(KeptInFiles):
                 yield
             return
         if isinstance(task, str):
-            with self._recalled_task(task, self._found(model, repr(task))):
+            module = self._found(model, repr(task))
+            with unswitched(module), self._recalled_task(task, module):
                 yield
             return
         for name in task:
