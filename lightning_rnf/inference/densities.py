@@ -103,10 +103,6 @@ class Judge:
         owners = self._owners.to(points.device)
         return torch.stack([of_classes[:, owners == task].logsumexp(1) for task in range(len(self.tasks))], dim=1)
 
-    def of_own_classes(self, points: Tensor) -> Tensor:
-        """Log densities of the classes of the task whose space it is, the first: ``(N, classes)``."""
-        return self.of_classes(points)[:, (self._owners == 0).to(points.device)]
-
     def of_classes(self, points: Tensor) -> Tensor:
         """Log densities of all classes: ``(N, classes)``."""
         whiten, shifts, logdets = (one.to(points.device) for one in (self._whiten, self._shifts, self._logdets))

@@ -65,6 +65,7 @@ class _Inferring:
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
         self.judges: list[Judge] = []
+        self.own: list[Judge] = []
         self.found: TaskInference
         if self.by == "gaussians":
             lacking = [name for name in records if name not in self.portraits]
@@ -74,6 +75,8 @@ class _Inferring:
                     "RelevanceFreezing(portraits=True), or infer by='entropy'"
                 )
             self.judges = judges(self.portraits)
+            # Alone, as at the task's end: beside others' classes each is shrunk towards something else.
+            self.own = [Judge({name: one.classes[name]}) for name, one in self.portraits.items()]
         elif unknown:
             raise ValueError("unknown=True needs what RelevanceFreezing(portraits=True) remembers of all tasks")
 
@@ -140,9 +143,8 @@ class _Inferring:
     def _scores(self, points: list[Tensor], logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Scores ``(N, tasks)``, and each task's largest log density in its own space."""
         if self.judges:
-            pairs = list(zip(self.judges, points, strict=True))
-            densities = [judge(some) for judge, some in pairs]
-            largest = [judge.of_own_classes(some).amax(1) for judge, some in pairs]
+            densities = [judge(some) for judge, some in zip(self.judges, points, strict=True)]
+            largest = [judge.of_classes(some).amax(1) for judge, some in zip(self.own, points, strict=True)]
             return posterior(self.portraits, densities), torch.stack(largest, dim=1)
         if self.by == "energy":
             return torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1), None
