@@ -71,7 +71,7 @@ class Switch:
         self.module = module
         run = vars(module).get("forward", _ABSENT)
         outer = getattr(run, "switch", None)  # a recall that this one is inside of
-        self.before = outer.before if isinstance(outer, Switch) else run  # what the model runs by itself
+        self.before: Any = outer.before if isinstance(outer, Switch) else run  # what the model runs by itself
         self._recalls = recalls
         self._patches: dict[str, Patch] = {}
 

@@ -18,7 +18,8 @@ from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.memory import TaskRecord
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:no free units are left:UserWarning", "ignore:.*is forgotten, but no unit:UserWarning"
+    *("ignore:no free units are left:UserWarning", "ignore:.*is forgotten, but no unit:UserWarning"),
+    "ignore:.*falls short of the criterion:UserWarning",
 )
 
 Batches = Callable[[str], list[tuple[Any, Tensor]]]
