@@ -38,10 +38,10 @@ class Sums:
         return cls(*(torch.zeros(shape[:ndim], dtype=torch.float64) for ndim in (1, 2, 3)))
 
     def with_samples(self, points: Tensor, target: Tensor) -> Sums:
-        """With more samples: ``(N, dimensions)``, and the class ``(N,)`` of each."""
+        """With more samples: ``(N, dimensions)``, and the class ``(N,)`` of each; below 0: of none, it is left out."""
         points, target = points.detach().cpu().double(), target.cpu()
         counts, sums, products = self.counts.clone(), self.sums.clone(), self.products.clone()
-        for label in target.unique().tolist():
+        for label in target[target >= 0].unique().tolist():
             some = points[target == label]
             counts[label] += len(some)
             sums[label] += some.sum(0)

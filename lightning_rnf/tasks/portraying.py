@@ -22,6 +22,9 @@ from lightning_rnf.tasks.reference import ReferenceData
 SAMPLES = 2000
 """Of a task's data, so many at most are sent through each sub-network."""
 
+NO_CLASS = -1
+"""Of samples of a batch in which some are not labelled: they are left out. If there are no others, all are one class."""
+
 
 def portrayed(
     module: nn.Module,
@@ -79,13 +82,16 @@ class _Portraying:
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
         count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
         space = space_of(read, sizes, int(count), sums, squares)
-        classes = max(ranks.gather(max((int(one.max()) for one in labels), default=0))) + 1
+        largest = max(ranks.gather(max((int(one.max()) for one in labels), default=NO_CLASS)))
+        if largest == NO_CLASS:
+            labels = [torch.zeros_like(one) for one in labels]
+        classes = max(largest, 0) + 1
         in_spaces: dict[str, Gaussians] = {}
         for other in earlier:
             if other.portrait is not None:
                 known = other.portrait.space
                 there = [by_name[name] for name in known.layers]
-                seen = ranks.agreed(lambda: [self._read(other, there, one) for one in inputs])  # noqa: B023 - called now
+                seen = ranks.agreed(lambda: [self._read(other, there, one, data) for one in inputs])  # noqa: B023 - now
                 in_spaces[other.name] = _gaussians(known, seen, labels, classes, ranks)
         in_spaces[record.name] = _gaussians(space, features, labels, classes, ranks)
         judge = Judge({record.name: in_spaces[record.name]})
@@ -122,9 +128,10 @@ class _Portraying:
                 break
         return inputs, labels, features
 
-    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs) -> Tensor:
+    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs, data: ReferenceData) -> Tensor:
         with self._recalled(record) as relevant, reading(self.module, layers, relevant, record.head) as seen:
-            self.module(*inputs.args, **inputs.kwargs)
+            with data.forward_context():  # after the recall was entered, as in the pass of its own
+                self.module(*inputs.args, **inputs.kwargs)
         return seen.features(_samples(inputs))
 
     @contextmanager
@@ -140,10 +147,10 @@ def _samples(inputs: Inputs) -> int:
 
 
 def _labels(target: Any, samples: int) -> Tensor:
-    """The class of each sample, int64 ``(N,)``; where targets are no classes of samples all are of one."""
+    """The class of each sample, int64 ``(N,)``; `NO_CLASS` where targets are no classes of samples."""
     if isinstance(target, Tensor) and target.shape == (samples,) and not target.is_floating_point():
         return target.cpu().long()
-    return torch.zeros(samples, dtype=torch.long)
+    return torch.full((samples,), NO_CLASS)
 
 
 def _gaussians(

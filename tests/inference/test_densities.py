@@ -109,6 +109,15 @@ def test_sums_of_batches_and_of_ranks_are_those_of_all_samples():
     assert torch.equal(found.full(), found.full().transpose(1, 2))
 
 
+def test_samples_of_no_class_are_left_out():
+    points, target = drawn(3, 5)
+    without = Sums.none(3, SIZE).with_samples(points[target != 1], target[target != 1]).gaussians()
+    found = Sums.none(3, SIZE).with_samples(points, target.masked_fill(target == 1, -1)).gaussians()
+    assert torch.equal(found.counts, without.counts)
+    assert torch.allclose(found.means, without.means)
+    assert torch.allclose(found.full(), without.full())
+
+
 def portraits(names: str = "abc") -> dict[str, Portrait]:
     """Of tasks that ended in this order, each in the spaces of those before, which differ in size."""
     sizes = {name: SIZE + index for index, name in enumerate(names)}

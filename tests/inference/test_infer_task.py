@@ -12,10 +12,11 @@ import torch
 from apart import held_out, shifted, train_apart
 from snapshot import changes, snapshot
 from torch import Tensor, nn
-from training import TASKS, Classifier, ConvClassifier, plain
+from training import TASKS, Classifier, ConvClassifier, plain, trainer
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.memory import TaskRecord
+from lightning_rnf.streams import TaskDataModule
 
 pytestmark = pytest.mark.filterwarnings(
     *("ignore:no free units are left:UserWarning", "ignore:.*is forgotten, but no unit:UserWarning"),
@@ -409,6 +410,31 @@ def test_tasks_of_regression_are_one_class_each():
     assert rnf.state.tasks["b"].portrait.classes["a"].counts.tolist() == [256]
     x, names = apart("a", "b")
     assert share(rnf.infer_task(x, model).names, names) > 0.95
+
+
+def test_batches_with_samples_that_are_not_labelled_say_nothing_of_classes():
+    def of_task(task):
+        first, *others = batches(task)
+        return [(first[0], first[1].index_fill(0, torch.tensor([3]), -100)), *others]
+
+    model, rnf = protected(Classifier(), of_task=of_task)
+    for task in "ab":
+        labels = torch.cat([y for _, y in batches(task)[1:]])
+        assert rnf.state.tasks[task].portrait.classes[task].counts.tolist() == labels.bincount().tolist()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_same_data_are_the_same_in_a_space_now_and_at_the_end_of_a_later_task(precision):
+    model, rnf = Classifier(torch.optim.SGD, lr=0.0), plain(portraits=True, criterion=lambda score: score.cutoff <= 10)
+    model.heads = MultiHead(40, {"a": 2, "same": 2})
+    for name in ("a", "same"):
+        model.heads.activate(name)
+        data = TaskDataModule(name, 2, *(shifted("a", 64, seed) for seed in range(3)), batch_size=16)
+        trainer(rnf, max_epochs=1, precision=precision).fit(model, datamodule=data)
+    then, later = (rnf.state.tasks[name].portrait.classes["a"] for name in ("a", "same"))
+    assert torch.equal(later.counts, then.counts)
+    assert torch.equal(later.means, then.means)
+    assert torch.equal(later.covariances, then.covariances)
 
 
 def pictures(task: str) -> list[tuple[Tensor, Tensor]]:
