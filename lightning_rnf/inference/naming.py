@@ -137,7 +137,7 @@ class _Inferring:
                         "inferred by logits (N, classes), or by what portraits=True remembers"
                     )
                 else:
-                    logits.append(read.head.flatten(2).mean(2) if read.head.ndim > 2 else read.head)
+                    logits.append(_of_samples(read.head, module.get_submodule(record.head)))
         return outputs, points, logits
 
     def _scores(self, points: list[Tensor], logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -149,6 +149,15 @@ class _Inferring:
         if self.by == "energy":
             return torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1), None
         return torch.stack([-_entropy(of_task.float()) for of_task in logits], dim=1), None
+
+
+def _of_samples(logits: Tensor, head: nn.Module) -> Tensor:
+    """Logits ``(N, classes)``, their means over positions. A linear layer has classes in its last dimension."""
+    if logits.ndim == 2:
+        return logits
+    weights = [one for one in head.parameters() if one.ndim > 1]
+    is_linear = bool(weights) and weights[-1].ndim == 2
+    return logits.movedim(-1 if is_linear else 1, 1).flatten(2).mean(2)
 
 
 def _entropy(logits: Tensor) -> Tensor:

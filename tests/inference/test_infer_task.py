@@ -63,6 +63,11 @@ def in_recall(rnf: RelevanceFreezing, model: nn.Module, task: str, x: Any) -> An
         return model(x)
 
 
+def _logits_of_pixels(rnf: RelevanceFreezing, model: nn.Module, task: str, x: Tensor) -> Tensor:
+    with rnf.recall(task, model), torch.no_grad():
+        return model.heads(model.body(x))
+
+
 def assert_recalled(rnf: RelevanceFreezing, model: nn.Module, x: Tensor, names: Any, logits: Tensor) -> None:
     """Each sample has the bits that the recall of its task makes of the whole batch."""
     for task in set(names):
@@ -465,7 +470,39 @@ def test_pictures_with_a_class_for_each_pixel_are_told_apart():
     assert share(found.names, ["a"] * 32 + ["b"] * 32) > 0.95
     assert found.logits.shape == (64, 2, 6, 6)
     assert_recalled(rnf, model, x, found.names, found.logits)
-    assert rnf.infer_task(x, model, by="energy").scores.shape == (64, 2)
+    of_pixels = torch.stack([_logits_of_pixels(rnf, model, task, x) for task in "ab"], dim=1)
+    energies = rnf.infer_task(x, model, by="energy").scores
+    assert torch.allclose(energies, of_pixels.mean((3, 4)).exp().sum(2).log(), atol=1e-5)
+
+
+class Words(Classifier):
+    """A class for each word, in the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 16)
+        self.body = nn.Sequential(nn.Linear(16, 24), nn.ReLU())
+        self.heads = MultiHead(24, dict.fromkeys(TASKS, 5))
+
+    def forward(self, x):
+        return self.heads(self.body(self.words(x)))
+
+
+def test_texts_with_a_class_for_each_word_are_told_apart():
+    def of_task(task):
+        generator = torch.Generator().manual_seed(0)
+        words = [torch.randint(6, (32, 7), generator=generator) for _ in range(4)]
+        return [(some + 6 * (task == "b"), some % 5) for some in words]
+
+    model, rnf = protected(Words(), of_task=of_task)
+    x, names = torch.cat([of_task(task)[0][0] for task in "ab"]), ["a"] * 32 + ["b"] * 32
+    found = rnf.infer_task(x, model)
+    assert share(found.names, names) > 0.95
+    assert_recalled(rnf, model, x, found.names, found.logits)
+    of_words = in_recall(rnf, model, "b", x)
+    assert of_words.shape == (64, 7, 5)
+    energies = rnf.infer_task(x, model, by="energy").scores
+    assert torch.allclose(energies[:, 1], of_words.mean(1).exp().sum(1).log(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
