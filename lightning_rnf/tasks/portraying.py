@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -21,6 +22,9 @@ from lightning_rnf.tasks.reference import ReferenceData
 
 SAMPLES = 2000
 """Of a task's data, so many at most are sent through each sub-network."""
+
+FOLDS = 5
+"""Of a task's data, where no others are held out."""
 
 NO_CLASS = -1
 """Of samples of a batch in which some are not labelled: they are left out. If there are no others, all are one class."""
@@ -46,7 +50,8 @@ def portrayed(
         record: of the task.
         earlier: finished tasks; those without a portrait are left out.
         data: of the task, what its head was fitted on: its classes are described by them.
-        reference: held-out data of the task: how usual a sample is goes by them.
+        reference: data of the task: how usual a sample is goes by those of its batches that are not in ``data``, or,
+            where there are none, by each part of ``data`` beside the others.
         masked: as for `subnetwork.recall`.
     """
     work = _Portraying(module, layers, widenings, masked=masked)
@@ -77,7 +82,9 @@ class _Portraying:
             raise ValueError("no layer of plain units has any that is relevant")
         sizes = [int(record.relevant[layer.name].sum()) for layer in read]
         inputs, labels, features = ranks.agreed(lambda: self._own_pass(record, read, data))
-        held_out = ranks.agreed(lambda: self._own_pass(record, read, reference))[2]
+        described = {id(batch) for batch in data.batches}
+        others = [batch for batch in reference.batches if id(batch) not in described]
+        held_out = ranks.agreed(lambda: self._own_pass(record, read, replace(reference, batches=others)))[2]
         every = torch.cat(features).double() if features else torch.zeros(0, sum(sizes)).double()
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
         count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
@@ -94,8 +101,10 @@ class _Portraying:
                 seen = ranks.agreed(lambda: [self._read(other, there, one, data) for one in inputs])  # noqa: B023 - now
                 in_spaces[other.name] = _gaussians(known, seen, labels, classes, ranks)
         in_spaces[record.name] = _gaussians(space, features, labels, classes, ranks)
-        judge = Judge({record.name: in_spaces[record.name]})
-        own = [judge.of_classes(space(one)).amax(1).cpu() for one in held_out]
+        if any(ranks.gather(len(held_out))):
+            own = ranks.agreed(lambda: _largest(in_spaces[record.name], space, held_out))
+        else:
+            own = _largest_by_folds(space, features, labels, classes, ranks)
         usual = [one for share in ranks.gather(own) for one in share]
         return Portrait(space, in_spaces, quantiles(torch.cat(usual)))
 
@@ -161,3 +170,27 @@ def _gaussians(
     for some, of_samples in zip(features, labels, strict=True):
         sums = sums.with_samples(space(some), of_samples)
     return reduce(add, ranks.gather(sums)).gaussians()
+
+
+def _largest(gaussians: Gaussians, space: Space, features: Sequence[Tensor]) -> list[Tensor]:
+    """For each sample the largest log density of a class, in a task's own space: ``(N,)`` of each batch."""
+    judge = Judge({"": gaussians})
+    return [judge.of_classes(space(one)).amax(1).cpu() for one in features]
+
+
+def _largest_by_folds(
+    space: Space, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, ranks: Ranks
+) -> list[Tensor]:
+    """The same, where there are no other samples than those that the classes are described by.
+
+    These are more usual than others of the task: so each is compared with what is left without its fold.
+    """
+    folds = (torch.arange(sum(map(len, labels))) % FOLDS).split([len(one) for one in labels])
+    found: list[Tensor] = []
+    for fold in range(FOLDS):
+        chosen = [one == fold for one in folds]
+        rest = [[one[~some.to(one.device)] for one, some in zip(of_batches, chosen, strict=True)] for of_batches in (features, labels)]
+        gaussians = _gaussians(space, *rest, classes, ranks)
+        left_out = [one[some.to(one.device)] for one, some in zip(features, chosen, strict=True)]
+        found += ranks.agreed(lambda: _largest(gaussians, space, left_out))  # noqa: B023 - called now
+    return found

@@ -12,6 +12,7 @@ import torch
 from apart import held_out, shifted, train_apart
 from snapshot import changes, snapshot
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from training import TASKS, Classifier, ConvClassifier, plain, trainer
 
 from lightning_rnf import MultiHead, RelevanceFreezing
@@ -152,6 +153,38 @@ def test_a_level_is_the_same_after_later_tasks():
     found = rnf.infer_task(x, model)
     assert set(found.names) == {"a"}
     assert torch.equal(found.levels, before)
+
+
+@pytest.mark.parametrize(("samples", "least", "most"), [(32, 0, 0.12), (160, 0.02, 0.08)])
+def test_few_are_false_alarms_where_no_data_are_held_out(samples, least, most):
+    """Beside Gaussians that know them, 4 × 32 samples with 70 features would make those of new ones a fifth."""
+
+    def of_task(task):
+        return [tuple(shifted(task, samples, seed).tensors) for seed in range(4)]
+
+    model, rnf = protected(Classifier(), "ab", of_task=of_task)
+    for task in "ab":
+        found = rnf.infer_task(shifted(task, 1000, seed=9).tensors[0], model)
+        assert least <= float((found.levels < 0.05).float().mean()) <= most
+
+
+def test_the_half_that_a_head_was_not_fitted_on_says_what_is_usual():
+    """Training data that are a stream are not read twice, so half of the reference data are fitted on."""
+    model, rnf = Classifier(torch.optim.SGD, lr=0.0), plain(portraits=True, fit_head="auto")
+    data = [DataLoader(shifted("a", 320, seed), batch_size=10) for seed in range(2)]
+    trainer(rnf, max_epochs=1).fit(model, DataLoader(Stream(data[0].dataset), batch_size=32), data[1])
+    (record,) = rnf.state.tasks.values()
+    assert record.portrait.classes[record.name].counts.sum() == 160
+    found = rnf.infer_task(shifted("a", 1000, seed=9).tensors[0], model)
+    assert 0.01 <= float((found.levels < 0.05).float().mean()) <= 0.1
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
 
 
 def but_for_portrait(record: TaskRecord) -> dict[str, Any]:
