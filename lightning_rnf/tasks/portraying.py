@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -27,7 +27,7 @@ FOLDS = 5
 """Of a task's data, where no others are held out."""
 
 NO_CLASS = -1
-"""Of samples of a batch in which some are not labelled: they are left out. If there are no others, all are one class."""
+"""Of samples of a batch in which some have no label: they are left out. If there are no others, all are one class."""
 
 
 def portrayed(
@@ -138,9 +138,9 @@ class _Portraying:
         return inputs, labels, features
 
     def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs, data: ReferenceData) -> Tensor:
-        with self._recalled(record) as relevant, reading(self.module, layers, relevant, record.head) as seen:
-            with data.forward_context():  # after the recall was entered, as in the pass of its own
-                self.module(*inputs.args, **inputs.kwargs)
+        read = partial(reading, self.module, layers, head=record.head)
+        with self._recalled(record) as relevant, read(relevant=relevant) as seen, data.forward_context():
+            self.module(*inputs.args, **inputs.kwargs)
         return seen.features(_samples(inputs))
 
     @contextmanager
@@ -189,8 +189,11 @@ def _largest_by_folds(
     found: list[Tensor] = []
     for fold in range(FOLDS):
         chosen = [one == fold for one in folds]
-        rest = [[one[~some.to(one.device)] for one, some in zip(of_batches, chosen, strict=True)] for of_batches in (features, labels)]
-        gaussians = _gaussians(space, *rest, classes, ranks)
-        left_out = [one[some.to(one.device)] for one, some in zip(features, chosen, strict=True)]
-        found += ranks.agreed(lambda: _largest(gaussians, space, left_out))  # noqa: B023 - called now
+        of_others = [one[~some] for one, some in zip(labels, chosen, strict=True)]
+        others, inside = (
+            [one[(some == is_in).to(one.device)] for one, some in zip(features, chosen, strict=True)]
+            for is_in in (False, True)
+        )
+        gaussians = _gaussians(space, others, of_others, classes, ranks)
+        found += ranks.agreed(lambda: _largest(gaussians, space, inside))  # noqa: B023 - called now
     return found

@@ -170,13 +170,14 @@ def test_few_are_false_alarms_where_no_data_are_held_out(samples, least, most):
 
 def test_the_half_that_a_head_was_not_fitted_on_says_what_is_usual():
     """Training data that are a stream are not read twice, so half of the reference data are fitted on."""
-    model, rnf = Classifier(torch.optim.SGD, lr=0.0), plain(portraits=True, fit_head="auto")
+    options = {"fit_head": "auto", "criterion": lambda score: score.cutoff <= 10}
+    model, rnf = Classifier(torch.optim.SGD, lr=0.0), plain(portraits=True, **options)
     data = [DataLoader(shifted("a", 320, seed), batch_size=10) for seed in range(2)]
     trainer(rnf, max_epochs=1).fit(model, DataLoader(Stream(data[0].dataset), batch_size=32), data[1])
     (record,) = rnf.state.tasks.values()
     assert record.portrait.classes[record.name].counts.sum() == 160
     found = rnf.infer_task(shifted("a", 1000, seed=9).tensors[0], model)
-    assert 0.01 <= float((found.levels < 0.05).float().mean()) <= 0.1
+    assert 0.01 <= float((found.levels < 0.05).float().mean()) <= 0.08
 
 
 class Stream(IterableDataset):
@@ -455,7 +456,7 @@ def test_batches_with_samples_that_are_not_labelled_say_nothing_of_classes():
         first, *others = batches(task)
         return [(first[0], first[1].index_fill(0, torch.tensor([3]), -100)), *others]
 
-    model, rnf = protected(Classifier(), of_task=of_task)
+    _, rnf = protected(Classifier(), of_task=of_task)
     for task in "ab":
         labels = torch.cat([y for _, y in batches(task)[1:]])
         assert rnf.state.tasks[task].portrait.classes[task].counts.tolist() == labels.bincount().tolist()

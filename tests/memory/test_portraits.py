@@ -40,7 +40,9 @@ def two_tasks(net: nn.Module) -> FreezeState:
     """The first is read in all its relevant features, the second in two that are made of them."""
     first, second = record_of(net), record_of(net, "second")
     own, projected = space(first.relevant, 0), space(second.relevant, 2)
-    first = replace(first, portrait=Portrait(own, {"first": gaussians(own.dimensions, 0)}, torch.linspace(-9, 4, LEVELS)))
+    first = replace(
+        first, portrait=Portrait(own, {"first": gaussians(own.dimensions, 0)}, torch.linspace(-9, 4, LEVELS))
+    )
     classes = {"first": gaussians(own.dimensions, 1), "second": gaussians(2, 2)}
     return state_of(net, first, replace(second, portrait=Portrait(projected, classes, torch.linspace(-9, 4, LEVELS))))
 

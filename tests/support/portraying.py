@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from apart import shifted
 from processes import RANK, WORLD, trained
-from torch.utils.data import DataLoader
 from training import Classifier, plain, trainer
 
 from lightning_rnf.streams import TaskDataModule
