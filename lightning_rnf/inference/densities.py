@@ -39,10 +39,10 @@ class Sums:
         return cls(*(torch.zeros(shape[:ndim], dtype=torch.float64) for ndim in (1, 2, 3)))
 
     def with_samples(self, points: Tensor, target: Tensor) -> Sums:
-        """With more samples: ``(N, dimensions)``, and the class ``(N,)`` of each."""
+        """With more samples: ``(N, dimensions)``, and the class ``(N,)`` of each; below 0: of none, it is left out."""
         points, target = points.detach().cpu().double(), target.cpu()
         counts, sums, products = self.counts.clone(), self.sums.clone(), self.products.clone()
-        for label in target.unique().tolist():
+        for label in target[target >= 0].unique().tolist():
             some = points[target == label]
             counts[label] += len(some)
             sums[label] += some.sum(0)
@@ -104,10 +104,6 @@ class Judge:
         owners = self._owners.to(points.device)
         return torch.stack([of_classes[:, owners == task].logsumexp(1) for task in range(len(self.tasks))], dim=1)
 
-    def of_own_classes(self, points: Tensor) -> Tensor:
-        """Log densities of the classes of the task whose space it is, the first: ``(N, classes)``."""
-        return self.of_classes(points)[:, (self._owners == 0).to(points.device)]
-
     def of_classes(self, points: Tensor) -> Tensor:
         """Log densities of all classes: ``(N, classes)``."""
         whiten, shifts, logdets = (one.to(points.device) for one in (self._whiten, self._shifts, self._logdets))
@@ -146,11 +142,17 @@ def posterior(portraits: Mapping[str, Portrait], densities: Sequence[Tensor]) ->
 
 
 @lru_cache(maxsize=4)
-def judges(portraits: tuple[tuple[str, Portrait], ...]) -> tuple[Judge, ...]:
-    """One for each task's space: of that task and all later ones. Made once for the same portraits."""
+def judges(portraits: tuple[tuple[str, Portrait], ...]) -> tuple[tuple[Judge, Judge], ...]:
+    """Two for each task's space: of that task and all later ones, and of that task alone, as it was at its end.
+
+    Beside others' classes each is shrunk towards something else. They are made once for the same portraits.
+    """
     return tuple(
-        Judge({task: portrait.classes[space] for task, portrait in portraits[index:]})
-        for index, (space, _) in enumerate(portraits)
+        (
+            Judge({task: portrait.classes[space] for task, portrait in portraits[index:]}),
+            Judge({space: own.classes[space]}),
+        )
+        for index, (space, own) in enumerate(portraits)
     )
 
 

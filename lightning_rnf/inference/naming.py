@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import Inputs, UnitLayer
@@ -53,7 +55,7 @@ class TaskInference:
 
 
 class _Inferring:
-    """In the place of a model's forward, or called by hand with what that gets."""
+    """In the place of a model's forward."""
 
     def __init__(
         self,
@@ -69,10 +71,10 @@ class _Inferring:
         self.portraits = {name: one.portrait for name, one in records.items() if one.portrait is not None}
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
-        self.last: TaskInference | None = None
-        self.judges: Sequence[Judge] = ()
+        self.last: TaskInference
+        self.judges: Sequence[tuple[Judge, Judge]] = ()
+        lacking = [name for name in records if name not in self.portraits]
         if self.by == "gaussians":
-            lacking = [name for name in records if name not in self.portraits]
             if lacking:
                 raise ValueError(
                     f"what data of {', '.join(map(repr, lacking))} look like is not remembered: end tasks with "
@@ -81,14 +83,25 @@ class _Inferring:
             self.judges = judges(tuple(self.portraits.items()))
         elif unknown:
             raise ValueError("unknown=True needs what RelevanceFreezing(portraits=True) remembers of all tasks")
+        if by == "auto" and lacking and self.portraits:
+            rank_zero_warn(
+                f"what data of {', '.join(map(repr, lacking))} look like is not remembered, so all tasks are judged by "
+                "the entropy of their logits, which is right less often (docs/inference.md)"
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, of each sample in the recall of the task that it is found to be of."""
-        self.last = self.infer(Inputs(args, kwargs))
+        self.last = self._infer(Inputs(args, kwargs))
         return self.last.logits
 
     @torch.no_grad()
     def infer(self, inputs: Inputs) -> TaskInference:
+        """By a call of the model: its own hooks see what goes in, and change what comes out, as in the recall."""
+        logits = self.switch.module(*inputs.args, **inputs.kwargs)
+        return replace(self.last, logits=logits)
+
+    @torch.no_grad()
+    def _infer(self, inputs: Inputs) -> TaskInference:
         sized = next((len(tensor) for tensor in inputs.tensors() if tensor.ndim), None)
         if not sized:
             raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
@@ -104,7 +117,7 @@ class _Inferring:
             usual = levels([one.usual for one in self.portraits.values()], of_samples, densities)
         names: list[str | None] = [tasks[index] for index in chosen.tolist()]
         if self.unknown and usual is not None:
-            judged = [bool(usual.mean() < FALSE_ALARMS)] if self.grouped else (usual < FALSE_ALARMS).tolist()
+            judged = [_are_unusual(usual)] if self.grouped else (usual < FALSE_ALARMS).tolist()
             names = [None if is_none else name for name, is_none in zip(names, judged, strict=True)]
         places = [(of_samples == index).nonzero().view(-1).tolist() for index in range(len(tasks))]
         used = [index for index, some in enumerate(places) if some]
@@ -134,19 +147,39 @@ class _Inferring:
                         "inferred by logits (N, classes), or by what portraits=True remembers"
                     )
                 else:
-                    logits.append(read.head.flatten(2).mean(2) if read.head.ndim > 2 else read.head)
+                    logits.append(_of_samples(read.head, module.get_submodule(record.head)))
         return outputs, points, logits
 
     def _scores(self, points: list[Tensor], logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Scores ``(N, tasks)``, and each task's largest log density in its own space."""
         if self.judges:
             pairs = list(zip(self.judges, points, strict=True))
-            densities = [judge(some) for judge, some in pairs]
-            largest = [judge.of_own_classes(some).amax(1) for judge, some in pairs]
+            densities = [judge(some) for (judge, _), some in pairs]
+            largest = [own.of_classes(some).amax(1) for (_, own), some in pairs]
             return posterior(self.portraits, densities), torch.stack(largest, dim=1)
         if self.by == "energy":
             return torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1), None
         return torch.stack([-_entropy(of_task.float()) for of_task in logits], dim=1), None
+
+
+def _are_unusual(levels: Tensor) -> bool:
+    """Whether samples of one task would be so unusual together in `FALSE_ALARMS` of all cases at most.
+
+    Their levels are uniform in [0, 1] then, so the mean of several is nearly normal.
+    """
+    if len(levels) == 1:
+        return bool(levels < FALSE_ALARMS)
+    quantile = float(torch.special.ndtri(torch.tensor(FALSE_ALARMS, dtype=torch.float64)))
+    return bool(levels.mean() < 0.5 + quantile / math.sqrt(12 * len(levels)))
+
+
+def _of_samples(logits: Tensor, head: nn.Module) -> Tensor:
+    """Logits ``(N, classes)``, their means over positions. A linear layer has classes in its last dimension."""
+    if logits.ndim == 2:
+        return logits
+    weights = [one for one in head.parameters() if one.ndim > 1]
+    is_linear = bool(weights) and weights[-1].ndim == 2
+    return logits.movedim(-1 if is_linear else 1, 1).flatten(2).mean(2)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -166,9 +199,8 @@ def inferring(
     by: By = "auto",
     grouped: bool = False,
     unknown: bool = False,
-    as_forward: bool = False,
 ) -> Iterator[_Inferring]:
-    """Inside the context samples can be given to what comes back, or, ``as_forward``, to the model itself.
+    """Inside the context the model itself, called with samples, infers; so does what comes back, and says more.
 
     Args:
         module: the model.
@@ -178,15 +210,11 @@ def inferring(
         by: what is compared.
         grouped: all samples are known to be of one task.
         unknown: they may be of none.
-        as_forward: calling the model infers.
 
     Raises:
         ValueError: if a task lacks what is to be compared.
     """
     with switched(module, recalls) as switch:
         infers = _Inferring(switch, layers, records, by, grouped=grouped, unknown=unknown)
-        if not as_forward:
-            yield infers
-            return
         with own_forward(module, infers):
             yield infers

@@ -156,6 +156,7 @@ def _taken(
         or found.dtype != dtype
         or found.ndim != len(shape)
         or any(wanted not in (None, size) for size, wanted in zip(found.shape, shape, strict=True))
+        or not _is_held(found)
         or not bool(found.isfinite().all())
     ):
         raise ValueError(
@@ -164,23 +165,32 @@ def _taken(
     return found
 
 
+def _is_held(tensor: Tensor) -> bool:
+    """Whether all its entries are in memory: a few bytes may say that they are one of any shape."""
+    return tensor.layout == torch.strided and tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
 def check(portraits: Mapping[str, Portrait | None]) -> None:
-    """Check that what tasks' portraits say of earlier ones' spaces has their dimensions.
+    """Check that tasks' portraits are in the spaces of all that had one by then, and have their dimensions.
 
     Args:
         portraits: of all finished tasks, in the order of their ends.
 
     Raises:
-        ValueError: if not, or a portrait is in the space of a task that had not ended.
+        ValueError: if not.
     """
-    before: list[str] = []
+    known: dict[str, Portrait] = {}
     for name, portrait in portraits.items():
-        before.append(name)
-        for space, gaussians in portrait.classes.items() if portrait else ():
-            known = portraits.get(space)
-            if space not in before or known is None or gaussians.means.shape[1] != known.space.dimensions:
+        if portrait is None:
+            continue
+        known[name] = portrait
+        if list(portrait.classes) != list(known):
+            raise ValueError(
+                f"not a state of lightning_rnf: the portrait of {name!r:.80} is in the spaces of "
+                f"{list(portrait.classes)!r:.80}, expected {list(known)!r:.80}"
+            )
+        for space, gaussians in portrait.classes.items():
+            if gaussians.means.shape[1] != known[space].space.dimensions:
                 raise ValueError(
                     f"not a state of lightning_rnf: the portrait of {name!r:.80} doesn't fit that of {space!r:.80}"
                 )
-        if portrait and name not in portrait.classes:
-            raise ValueError(f"not a state of lightning_rnf: the portrait of {name!r:.80} is not in its own space")

@@ -17,6 +17,7 @@ from lightning_rnf.recall.switching import (
     own_forward,
     part_of_batch,
     switched,
+    unswitched,
 )
 from lightning_rnf.recall.widened import as_it_was
 
@@ -38,4 +39,5 @@ __all__ = [
     "size_of",
     "subnetwork",
     "switched",
+    "unswitched",
 ]

@@ -7,7 +7,7 @@ is entered once, what differs is noted, and from then on it is put on and taken 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,7 +69,9 @@ class Switch:
 
     def __init__(self, module: nn.Module, recalls: Recalls) -> None:
         self.module = module
-        self.before = vars(module).get("forward", _ABSENT)  # for own_forward: what the model runs by itself
+        run = vars(module).get("forward", _ABSENT)
+        outer = getattr(run, "switch", None)  # a recall that this one is inside of
+        self.before: Any = outer.before if isinstance(outer, Switch) else run  # what the model runs by itself
         self._recalls = recalls
         self._patches: dict[str, Patch] = {}
 
@@ -162,6 +164,14 @@ def own_forward(module: nn.Module, forward: Any) -> Iterator[None]:
         yield
     finally:
         change.write(change.before)
+
+
+@contextmanager
+def unswitched(module: nn.Module) -> Iterator[None]:
+    """Inside the context the model runs by itself, also inside of a recall that goes from task to task."""
+    outer = getattr(vars(module).get("forward"), "switch", None)
+    with own_forward(module, outer.before) if isinstance(outer, Switch) else nullcontext():
+        yield
 
 
 @contextmanager

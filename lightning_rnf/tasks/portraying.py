@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from dataclasses import replace
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -21,6 +22,12 @@ from lightning_rnf.tasks.reference import ReferenceData
 
 SAMPLES = 2000
 """Of a task's data, so many at most are sent through each sub-network."""
+
+FOLDS = 5
+"""Of a task's data, where no others are held out."""
+
+NO_CLASS = -1
+"""Of samples of a batch in which some have no label: they are left out. If there are no others, all are one class."""
 
 
 def portrayed(
@@ -43,7 +50,8 @@ def portrayed(
         record: of the task.
         earlier: finished tasks; those without a portrait are left out.
         data: of the task, what its head was fitted on: its classes are described by them.
-        reference: held-out data of the task: how usual a sample is goes by them.
+        reference: data of the task: how usual a sample is goes by those of its batches that are not in ``data``, or,
+            where there are none, by each part of ``data`` beside the others.
         masked: as for `subnetwork.recall`.
     """
     work = _Portraying(module, layers, widenings, masked=masked)
@@ -74,22 +82,29 @@ class _Portraying:
             raise ValueError("no layer of plain units has any that is relevant")
         sizes = [int(record.relevant[layer.name].sum()) for layer in read]
         inputs, labels, features = ranks.agreed(lambda: self._own_pass(record, read, data))
-        held_out = ranks.agreed(lambda: self._own_pass(record, read, reference))[2]
+        described = {id(batch) for batch in data.batches}
+        others = [batch for batch in reference.batches if id(batch) not in described]
+        held_out = ranks.agreed(lambda: self._own_pass(record, read, replace(reference, batches=others)))[2]
         every = torch.cat(features).double() if features else torch.zeros(0, sum(sizes)).double()
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
         count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
         space = space_of(read, sizes, int(count), sums, squares)
-        classes = max(ranks.gather(max((int(one.max()) for one in labels), default=0))) + 1
+        largest = max(ranks.gather(max((int(one.max()) for one in labels), default=NO_CLASS)))
+        if largest == NO_CLASS:
+            labels = [torch.zeros_like(one) for one in labels]
+        classes = max(largest, 0) + 1
         in_spaces: dict[str, Gaussians] = {}
         for other in earlier:
             if other.portrait is not None:
                 known = other.portrait.space
                 there = [by_name[name] for name in known.layers]
-                seen = ranks.agreed(lambda: [self._read(other, there, one) for one in inputs])  # noqa: B023 - called now
+                seen = ranks.agreed(lambda: [self._read(other, there, one, data) for one in inputs])  # noqa: B023 - now
                 in_spaces[other.name] = _gaussians(known, seen, labels, classes, ranks)
         in_spaces[record.name] = _gaussians(space, features, labels, classes, ranks)
-        judge = Judge({record.name: in_spaces[record.name]})
-        own = [judge.of_classes(space(one)).amax(1).cpu() for one in held_out]
+        if any(ranks.gather(len(held_out))):
+            own = ranks.agreed(lambda: _largest(in_spaces[record.name], space, held_out))
+        else:
+            own = _largest_by_folds(space, features, labels, classes, ranks)
         usual = [one for share in ranks.gather(own) for one in share]
         return Portrait(space, in_spaces, quantiles(torch.cat(usual)))
 
@@ -107,7 +122,8 @@ class _Portraying:
         for batch in map(data.convert, data.batches):
             calls: list[Inputs] = []
             with self._recalled(record) as relevant, reading(self.module, read, relevant, record.head) as found:
-                handle = self.module.register_forward_pre_hook(note, with_kwargs=True)
+                # Before the user's own, which change it when the model is called with it once more.
+                handle = self.module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 with handle, data.forward_context():
                     target = data.predict(self.module, batch)[1]
             if len(calls) != 1:
@@ -121,8 +137,9 @@ class _Portraying:
                 break
         return inputs, labels, features
 
-    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs) -> Tensor:
-        with self._recalled(record) as relevant, reading(self.module, layers, relevant, record.head) as seen:
+    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs, data: ReferenceData) -> Tensor:
+        read = partial(reading, self.module, layers, head=record.head)
+        with self._recalled(record) as relevant, read(relevant=relevant) as seen, data.forward_context():
             self.module(*inputs.args, **inputs.kwargs)
         return seen.features(_samples(inputs))
 
@@ -139,10 +156,10 @@ def _samples(inputs: Inputs) -> int:
 
 
 def _labels(target: Any, samples: int) -> Tensor:
-    """The class of each sample, int64 ``(N,)``; where targets are no classes of samples all are of one."""
+    """The class of each sample, int64 ``(N,)``; `NO_CLASS` where targets are no classes of samples."""
     if isinstance(target, Tensor) and target.shape == (samples,) and not target.is_floating_point():
         return target.cpu().long()
-    return torch.zeros(samples, dtype=torch.long)
+    return torch.full((samples,), NO_CLASS)
 
 
 def _gaussians(
@@ -153,3 +170,30 @@ def _gaussians(
     for some, of_samples in zip(features, labels, strict=True):
         sums = sums.with_samples(space(some), of_samples)
     return reduce(add, ranks.gather(sums)).gaussians()
+
+
+def _largest(gaussians: Gaussians, space: Space, features: Sequence[Tensor]) -> list[Tensor]:
+    """For each sample the largest log density of a class, in a task's own space: ``(N,)`` of each batch."""
+    judge = Judge({"": gaussians})
+    return [judge.of_classes(space(one)).amax(1).cpu() for one in features]
+
+
+def _largest_by_folds(
+    space: Space, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, ranks: Ranks
+) -> list[Tensor]:
+    """The same, where there are no other samples than those that the classes are described by.
+
+    These are more usual than others of the task: so each is compared with what is left without its fold.
+    """
+    folds = (torch.arange(sum(map(len, labels))) % FOLDS).split([len(one) for one in labels])
+    found: list[Tensor] = []
+    for fold in range(FOLDS):
+        chosen = [one == fold for one in folds]
+        of_others = [one[~some] for one, some in zip(labels, chosen, strict=True)]
+        others, inside = (
+            [one[(some == is_in).to(one.device)] for one, some in zip(features, chosen, strict=True)]
+            for is_in in (False, True)
+        )
+        gaussians = _gaussians(space, others, of_others, classes, ranks)
+        found += ranks.agreed(lambda: _largest(gaussians, space, inside))  # noqa: B023 - called now
+    return found

@@ -11,7 +11,7 @@ import torch
 from lightning_rnf.anatomy import Inputs
 from lightning_rnf.inference import By, TaskInference, inferring
 from lightning_rnf.memory import TaskRecord, record_before, unheld_modules, unknown_modules
-from lightning_rnf.recall import as_it_was, export, mixed, subnetwork
+from lightning_rnf.recall import as_it_was, export, mixed, subnetwork, unswitched
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.tasks.files import KeptInFiles
 
@@ -64,11 +64,12 @@ class Recalling(KeptInFiles):
                 is not its task's, or outputs can't be put together.
         """
         if task == "auto" and task not in self.state.tasks:
-            with self._inferring(self._found(model, repr(task)), as_forward=True) as found:
+            with self._inferring(self._found(model, repr(task))) as found:
                 yield found
             return
         if isinstance(task, str):
-            with self._recalled_task(task, self._found(model, repr(task))):
+            module = self._found(model, repr(task))
+            with unswitched(module), self._recalled_task(task, module):
                 yield
             return
         for name in task:
