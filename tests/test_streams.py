@@ -183,6 +183,9 @@ def test_fit_stream_tests_without_a_word_of_the_task():
         assert matrix[1, index] == pytest.approx(float(right.float().mean()))
         assert rnf.state.tasks["b"].tests[task.task]["tasks_found"] > 0.95
     assert (matrix[1] > 0.8).all()
+    found = rnf.report(metric="tasks_found").matrix
+    assert (found[1] > 0.95).all()
+    assert torch.equal(rnf.report().matrix[1], matrix[1])
 
 
 def test_without_a_callback_all_heads_are_one_label_space():
