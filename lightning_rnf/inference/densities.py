@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -145,13 +145,21 @@ def posterior(portraits: Mapping[str, Portrait], densities: Sequence[Tensor]) ->
     return torch.stack(found, dim=1)
 
 
-@lru_cache(maxsize=4)
+_made: WeakKeyDictionary[Portrait, tuple[list[ReferenceType[Portrait]], tuple[Judge, ...]]] = WeakKeyDictionary()
+"""The latest judges, by the first task's portrait: with it they go, and with later tasks others take their place."""
+
+
 def judges(portraits: tuple[tuple[str, Portrait], ...]) -> tuple[Judge, ...]:
     """One for each task's space: of that task and all later ones. Made once for the same portraits."""
-    return tuple(
-        Judge({task: portrait.classes[space] for task, portrait in portraits[index:]})
-        for index, (space, _) in enumerate(portraits)
-    )
+    own = [portrait for _, portrait in portraits]
+    known, made = _made.get(own[0], ([], ()))
+    if len(known) != len(own) or any(one() is not portrait for one, portrait in zip(known, own, strict=True)):
+        made = tuple(
+            Judge({task: portrait.classes[space] for task, portrait in portraits[index:]})
+            for index, (space, _) in enumerate(portraits)
+        )
+        _made[own[0]] = [ref(portrait) for portrait in own], made
+    return made
 
 
 def levels(usual: Iterable[Tensor], chosen: Tensor, densities: Tensor) -> Tensor:
