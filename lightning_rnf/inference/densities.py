@@ -112,9 +112,10 @@ class Judge:
         """Log densities of all classes: ``(N, classes)``."""
         whiten, shifts, logdets = (one.to(points.device) for one in (self._whiten, self._shifts, self._logdets))
         found = []
-        for some in points.split(max(CHUNK // shifts.numel(), 1)):
-            distances = (torch.einsum("cij,nj->nci", whiten, some) - shifts).square().sum(2)
-            found.append(-0.5 * distances - logdets)
+        with torch.autocast(points.device.type, enabled=False):  # in bfloat16 they would be nothing like the task's own
+            for some in points.float().split(max(CHUNK // shifts.numel(), 1)):
+                distances = (torch.einsum("cij,nj->nci", whiten, some) - shifts).square().sum(2)
+                found.append(-0.5 * distances - logdets)
         return torch.cat(found)
 
 

@@ -1,4 +1,4 @@
-"""Judges are made once for the same portraits, and kept no longer than these."""
+"""Judges are made once for the same portraits, kept no longer than these, and of one precision."""
 
 from __future__ import annotations
 
@@ -44,3 +44,15 @@ def test_they_go_with_their_portraits():
     del one
     gc.collect()
     assert made() is None
+
+
+def test_neither_features_nor_densities_are_of_a_fits_lower_precision():
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(7, 5, generator=generator)
+    projection = torch.randn(5, DIMENSIONS, generator=generator)
+    space = Space(("body",), torch.zeros(5), torch.ones(5), projection)
+    judge = Judge({"a": portrait(["a"]).classes["a"]})
+    expected = judge(space(features))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (features @ projection).dtype == torch.bfloat16
+        assert torch.equal(judge(space(features)), expected)
