@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -108,9 +108,10 @@ class Judge:
         """Log densities of all classes: ``(N, classes)``."""
         whiten, shifts, logdets = (one.to(points.device) for one in (self._whiten, self._shifts, self._logdets))
         found = []
-        for some in points.split(max(CHUNK // shifts.numel(), 1)):
-            distances = (torch.einsum("cij,nj->nci", whiten, some) - shifts).square().sum(2)
-            found.append(-0.5 * distances - logdets)
+        with torch.autocast(points.device.type, enabled=False):  # in bfloat16 they would be nothing like the task's own
+            for some in points.float().split(max(CHUNK // shifts.numel(), 1)):
+                distances = (torch.einsum("cij,nj->nci", whiten, some) - shifts).square().sum(2)
+                found.append(-0.5 * distances - logdets)
         return torch.cat(found)
 
 
@@ -141,19 +142,29 @@ def posterior(portraits: Mapping[str, Portrait], densities: Sequence[Tensor]) ->
     return torch.stack(found, dim=1)
 
 
-@lru_cache(maxsize=4)
-def judges(portraits: tuple[tuple[str, Portrait], ...]) -> tuple[tuple[Judge, Judge], ...]:
+_Judges = tuple[tuple[Judge, Judge], ...]
+
+_made: WeakKeyDictionary[Portrait, tuple[list[ReferenceType[Portrait]], _Judges]] = WeakKeyDictionary()
+"""The latest judges, by the first task's portrait: with it they go, and with later tasks others take their place."""
+
+
+def judges(portraits: tuple[tuple[str, Portrait], ...]) -> _Judges:
     """Two for each task's space: of that task and all later ones, and of that task alone, as it was at its end.
 
     Beside others' classes each is shrunk towards something else. They are made once for the same portraits.
     """
-    return tuple(
-        (
-            Judge({task: portrait.classes[space] for task, portrait in portraits[index:]}),
-            Judge({space: own.classes[space]}),
+    own = [portrait for _, portrait in portraits]
+    known, made = _made.get(own[0], ([], ()))
+    if len(known) != len(own) or any(one() is not portrait for one, portrait in zip(known, own, strict=True)):
+        made = tuple(
+            (
+                Judge({task: portrait.classes[space] for task, portrait in portraits[index:]}),
+                Judge({space: of_space.classes[space]}),
+            )
+            for index, (space, of_space) in enumerate(portraits)
         )
-        for index, (space, own) in enumerate(portraits)
-    )
+        _made[own[0]] = [ref(portrait) for portrait in own], made
+    return made
 
 
 def levels(usual: Iterable[Tensor], chosen: Tensor, densities: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ class Space:
         """Features ``(N, features)`` to float32 ``(N, dimensions)``."""
         shares = (features.float() - self.center.to(features.device)) / self.scale.to(features.device)
         shares = shares.nan_to_num().clamp(-LARGEST, LARGEST)
-        return shares @ self.projection.to(shares.device) if self.projection.shape[1] else shares
+        if not self.projection.shape[1]:
+            return shares
+        with torch.autocast(shares.device.type, enabled=False):
+            return shares @ self.projection.to(shares.device)
 
 
 LARGEST = 30.0

@@ -214,7 +214,12 @@ def _own_statistics(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
     own = dict(module.named_buffers(remove_duplicate=False))
     # Most never change, and whoever writes to one of those in a forward is not to lose it.
     others = {name: value for name, value in tensors.items() if name in own and not _equal(own[name], value)}
-    in_dicts = {name: value for name, value in others.items() if _can_be_replaced(module, name)}
+    held = _held_beside(module) if others else frozenset[int]()
+    in_dicts = {
+        name: value
+        for name, value in others.items()
+        if _can_be_replaced(module, name) and _storage(own[name]) not in held
+    }
     with _replaced(module, in_dicts), _swapped(module, {name: others[name] for name in others.keys() - in_dicts}):
         yield
 
@@ -262,6 +267,24 @@ def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
 def _can_be_replaced(module: nn.Module, name: str) -> bool:
     """Whether the buffer is in a dict that its module looks it up in: not that of a script, say."""
     return isinstance(_holder(module, name)[0], dict)
+
+
+def _held_beside(module: nn.Module) -> frozenset[int]:
+    """Storages of tensors that are in attributes of modules, or in lists, tuples and dicts there: some may be buffers'.
+
+    A module that reads such a buffer of its own would not hear of one that stands in its place.
+    """
+    found: list[Any] = []
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                values = value.values() if isinstance(value, dict) else value
+                found += values if isinstance(value, (dict, list, tuple)) else [value]
+    return frozenset(_storage(one) for one in found if type(one) is Tensor and one.numel())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

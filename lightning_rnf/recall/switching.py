@@ -33,17 +33,29 @@ class Patch:
         module: the model. Its own hooks are those of the context alone while the patch is on: whoever puts it on runs
             the model from inside of its own forward, and the user's hooks there have been called.
         context: entered and left once.
+
+    Raises:
+        ValueError: if the context writes to a tensor of the module: that can't be put on again.
     """
 
     def __init__(self, module: nn.Module, context: AbstractContextManager[None]) -> None:
         before = {part: _Attributes(part) for part in module.modules()}
-        with context:
+        tensors = _Known.all_of(module)
+        # What stands in the place of buffers may be needed backward later, though this forward is for inference.
+        with torch.inference_mode(False), context:
+            written = [tensor.name for tensor in tensors if tensor.is_written()]
+            if written:
+                raise ValueError(
+                    f"{written[0]!r} is kept by another attribute of the model, too, so it has to be written to in a "
+                    "recall, which can't be switched in one batch: recall one task after the other"
+                )
             changes = [change for part, known in before.items() for change in known.changes(part, whole=part is module)]
         self._changes = changes
+        self._tensors = _Known.all_of(module)  # anew: what was written to has been written back
 
     def fits(self) -> bool:
-        """Whether the module is, as far as the patch changes it, what it was when the patch was made."""
-        return all(change.fits() for change in self._changes)
+        """Whether the module is what it was when the patch was made: the same hooks where it has some, and tensors."""
+        return all(known.fits() for known in self._tensors) and all(change.fits() for change in self._changes)
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -83,7 +95,7 @@ class Switch:
             What entering the recall raises.
         """
         patch = self._patches.get(task)
-        if patch is None or not patch.fits():  # a hook has come, the model was moved to another device
+        if patch is None or not patch.fits():  # a hook has come; other weights were loaded, or moved to another device
             patch = self._patches[task] = Patch(self.module, self._recalls(task))
         with patch.on():
             yield
@@ -135,6 +147,8 @@ class _Mixed:
         for index, task in enumerate(tasks):
             places.setdefault(task, []).append(index)
         module = self.switch.module
+        if not tasks:
+            raise ValueError("recall was given the tasks of no samples: name one task for each sample of the batch")
         if not _has_samples((args, kwargs), len(tasks)):
             raise ValueError(
                 f"recall was given the tasks of {len(tasks)} samples, but no tensor that {type(module).__name__} gets "
@@ -246,6 +260,35 @@ def _padded(logits: Tensor, width: int) -> Tensor:
     return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
 
+class _Known:
+    """A parameter or buffer of a module, and how often it was written to."""
+
+    def __init__(self, name: str, holder: Mapping[str, Tensor | None], key: str) -> None:
+        self.name, self.holder, self.key = name, holder, key
+        self.tensor = holder[key]
+        self.state = self._state()
+
+    @staticmethod
+    def all_of(module: nn.Module) -> list[_Known]:
+        return [
+            _Known(f"{name}.{key}" if name else key, holder, key)
+            for name, part in module.named_modules()
+            for holder in (part._parameters, part._buffers)
+            for key in holder
+            if holder[key] is not None
+        ]
+
+    def fits(self) -> bool:
+        return self.holder.get(self.key) is self.tensor and not self.is_written()
+
+    def is_written(self) -> bool:
+        return self._state() != self.state
+
+    def _state(self) -> tuple[Any, ...]:
+        tensor: Any = self.tensor
+        return (None if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
+
+
 class _Change:
     """An attribute of a module, or an entry of one of its dicts: what it is inside of a context."""
 
@@ -289,7 +332,7 @@ class _Attributes:
             for key in dict.fromkeys((*before, *now)):
                 if now.get(key, _ABSENT) is not before.get(key, _ABSENT):
                     yield _Change(now, key, before.get(key, _ABSENT), now.get(key, _ABSENT), None)
-        elif _differ(now, before) or (whole and "hooks" in name and before):
+        elif _differ(now, before) or (whole and "hooks" in name):  # also where there are none: one may come
             inside = type(now)((key, value) for key, value in now.items() if not whole or key not in before)
             yield _Change(own, name, now, inside, list(before))
 

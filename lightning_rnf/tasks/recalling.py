@@ -63,7 +63,7 @@ class Recalling(KeptInFiles):
                 module that it did not have when the last task ended, or, with the tasks of samples, if a head runs that
                 is not its task's, or outputs can't be put together.
         """
-        if task == "auto" and task not in self.state.tasks:
+        if isinstance(task, str) and task == "auto" and task not in self.state.tasks:  # an array has no one answer
             with self._inferring(self._found(model, repr(task))) as found:
                 yield found
             return

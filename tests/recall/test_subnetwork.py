@@ -325,6 +325,37 @@ def test_a_buffer_that_two_modules_share_is_recalled():
     assert torch.equal(table, -torch.arange(6.0))
 
 
+@pytest.mark.parametrize(
+    ("kept", "read"),
+    [
+        (lambda table: table, lambda kept: kept),
+        (lambda table: [None, table.view(2, 3)], lambda kept: kept[1].flatten()),
+        (lambda table: {"table": table}, lambda kept: kept["table"]),
+    ],
+    ids=["attribute", "view in a list", "dict"],
+)
+def test_a_buffer_that_its_module_reads_by_another_name_is_recalled(kept, read):
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(6.0))
+            object.__setattr__(self, "kept", kept(self.table))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + read(self.kept)
+
+    net = make(Mlp)
+    net.norm = Positions()
+    record = record_of(net, norm_statistics={"norm.table": net.norm.table.clone()})
+    x, _ = batch(net)
+    with recall(net, net.layers, record):
+        expected = net(x)
+    net.norm.table.mul_(-1)
+    with recall(net, net.layers, record):
+        assert torch.equal(net(x), expected)
+    assert torch.equal(net.norm.table, -torch.arange(6.0))
+
+
 # -- recall gives everything back -------------------------------------------------------------------------------------
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from snapshot import changes, snapshot
 from torch import nn
-from training import TASKS, Classifier, ConvClassifier, clusters, plain, train
+from training import TASKS, Classifier, ConvClassifier, clusters, frozen_entries, plain, train
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.recall.switching import Patch
@@ -117,6 +118,100 @@ def test_tasks_may_change_from_batch_to_batch_and_hooks_of_the_users_may_come():
         assert torch.equal(row, expected)
 
 
+class WithNorm(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 40), nn.LayerNorm(40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
+
+
+def test_a_model_that_gets_another_dtype_inside_is_read_anew():
+    rnf, model = plain(), WithNorm()
+    train(model, rnf, "a", "b")
+    x = samples(tasks := ["a", "b", "a"])
+    with rnf.recall(tasks, model), torch.no_grad():
+        model(x)
+        found = model.double()(x.double())
+    for row, expected in zip(found, alone(rnf, model, x.double(), tasks), strict=True):
+        assert torch.equal(row, expected)
+
+
+def test_buffers_that_are_loaded_inside_are_not_heard():
+    rnf, model = plain(recalibrate_norm=False), ConvClassifier()  # so "b" has the model's own statistics, at first
+    train(model, rnf, "a", "b")
+    x = samples(tasks := ["a", "b", "a"])
+    before = alone(rnf, model, x, tasks)
+    others = {name: value + 1.5 if "running" in name else value for name, value in model.state_dict().items()}
+    with rnf.recall(tasks, model), torch.no_grad():
+        model(x)
+        model.load_state_dict(others)
+        found = model(x)
+    assert all(torch.equal(row, expected) for row, expected in zip(found, before, strict=True))
+
+
+def test_free_weights_that_become_nan_inside_are_not_heard():
+    rnf, model = RelevanceFreezing(recovery_epochs=0), ConvClassifier()
+    train(model, rnf, "a", "b")
+    x = samples(tasks := ["a", "b", "a"])
+    before = alone(rnf, model, x, tasks)
+    held = frozen_entries(rnf, model)
+    with rnf.recall(tasks, model), torch.no_grad():
+        model(x)
+        for layer in rnf.state.layers:
+            model.get_parameter(layer.weight)[~held[layer.weight]] = math.nan
+        found = model(x)
+    assert all(torch.equal(row, expected) for row, expected in zip(found, before, strict=True))
+
+
+def test_a_forward_for_inference_leaves_nothing_that_stops_a_later_backward_pass():
+    rnf, model = plain(), ConvClassifier()
+    train(model, rnf, "a", "b")
+    x = samples(["a", "b", "a"]).requires_grad_()
+    with rnf.recall(["a", "b", "a"], model):
+        with torch.inference_mode():
+            model(x)
+        model(x).sum().backward()
+    assert (x.grad != 0).any(1).all()
+
+
+class KeptBeside(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(40))
+        self.kept = [self.mean]
+
+    def forward(self, x):
+        said = self.body(x)
+        if self.training:
+            self.mean.lerp_(said.detach().mean(0), 0.1)
+        return self.heads(said - self.kept[0])
+
+
+def test_a_buffer_that_has_to_be_written_to_is_refused():
+    rnf, model = plain(), KeptBeside()
+    train(model, rnf, "a", "b")
+    x, before = samples(["a", "b"]), snapshot(model)
+    with rnf.recall(["a", "b"], model), pytest.raises(ValueError, match="'mean' is kept by another attribute"):
+        model(x)
+    assert not changes(before, snapshot(model))
+    first = alone(rnf, model, x, ["a", "b"])
+    model.mean.add_(1)
+    second = alone(rnf, model, x, ["a", "b"])
+    assert all(torch.equal(row, expected) for row, expected in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("make", [plain, RelevanceFreezing.paper])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_come_to_the_model_itself_run_once_for_the_whole_batch(make, register):
+    rnf, model = make(), Classifier()
+    train(model, rnf, "a", "b")
+    seen = []
+    with rnf.recall(["a", "b", "a"], model), torch.no_grad():
+        model(samples(["a", "b", "a"]))
+        getattr(model, register)(lambda module, args, *_: seen.append(len(args[0])))
+        model(samples(["a", "b", "a"]))
+    assert seen == [3]
+
+
 def test_hooks_on_the_model_itself_run_once_for_the_whole_batch():
     rnf, model = plain(), Classifier()
     train(model, rnf, "a", "b")
@@ -193,6 +288,8 @@ def test_a_task_that_is_unknown_and_a_batch_of_another_size_are_refused():
     tasks = ["a"]
     with rnf.recall(tasks, model), pytest.raises(ValueError, match="tasks of 1 samples, but no tensor"):
         model(samples(["a", "a"]))
+    with rnf.recall([], model), pytest.raises(ValueError, match="the tasks of no samples"):
+        model(samples(["a"])[:0])
     with rnf.recall(tasks, model):
         tasks[:] = ["z"]
         with pytest.raises(KeyError, match="'z'"):
@@ -207,6 +304,14 @@ class OwnHeads(Classifier):
 
     def forward(self, x):
         return self.heads[self.active](self.body(x))
+
+
+def test_names_may_be_an_array():
+    rnf, model = plain(), Classifier()
+    train(model, rnf, "a", "b")
+    x = samples(tasks := ["b", "a"])
+    found = mixed(rnf, model, x, np.array(tasks))
+    assert torch.equal(found, mixed(rnf, model, x, tasks))
 
 
 def test_heads_that_nobody_switches_are_refused():
