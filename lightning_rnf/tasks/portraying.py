@@ -89,10 +89,7 @@ class _Portraying:
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
         count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
         space = space_of(read, sizes, int(count), sums, squares)
-        largest = max(ranks.gather(max((int(one.max()) for one in labels), default=NO_CLASS)))
-        if largest == NO_CLASS:
-            labels = [torch.zeros_like(one) for one in labels]
-        classes = max(largest, 0) + 1
+        labels, classes = _numbered(labels, ranks)
         in_spaces: dict[str, Gaussians] = {}
         for other in earlier:
             if other.portrait is not None:
@@ -160,6 +157,18 @@ def _labels(target: Any, samples: int) -> Tensor:
     if isinstance(target, Tensor) and target.shape == (samples,) and not target.is_floating_point():
         return target.cpu().long()
     return torch.full((samples,), NO_CLASS)
+
+
+def _numbered(labels: Sequence[Tensor], ranks: Ranks) -> tuple[list[Tensor], int]:
+    """Labels by their places among those that the samples of all ranks have, and how many these are.
+
+    A task may have two of 22,000 classes, and each takes as much memory as all its samples.
+    """
+    own = {label for one in labels for label in one.unique().tolist() if label >= 0}
+    known = torch.tensor(sorted(set[int]().union(*ranks.gather(own))))
+    if not len(known):
+        return [torch.zeros_like(one) for one in labels], 1
+    return [torch.where(one < 0, NO_CLASS, torch.searchsorted(known, one)) for one in labels], len(known)
 
 
 def _gaussians(
