@@ -91,6 +91,11 @@ class Ending:
                 raise ValueError(
                     "recovery_epochs train a sub-network, which retention='paper' never runs: leave one out"
                 )
+        if self.portraits and not self.masked:
+            raise ValueError(
+                "portraits are of sub-networks, which retention='paper' never runs: what was remembered would age with "
+                "the whole network; leave one out"
+            )
         if arguments.at_least("heatmaps", self.heatmaps, 0) > SAMPLES:
             raise ValueError(
                 f"heatmaps is {self.heatmaps}, expected at most {SAMPLES}: so many samples of a task are kept"

@@ -193,7 +193,7 @@ def test_settings_are_those_that_their_script_takes(name, fast):
 def options(**changed):
     from argparse import Namespace
 
-    return Namespace(**{"epochs": None, "precision": None, **changed})
+    return Namespace(**{"epochs": None, "precision": None, "scenario": "task", **changed})
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------

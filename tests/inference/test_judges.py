@@ -30,12 +30,12 @@ def test_they_are_made_once_for_the_same_portraits_and_anew_for_others():
     x = torch.randn(5, DIMENSIONS, generator=torch.Generator().manual_seed(3))
     found = judges((("a", one), ("b", two)))
     expected = Judge({"a": one.classes["a"], "b": two.classes["a"]})
-    assert torch.equal(found[0](x), expected(x))
+    assert torch.equal(found[0][0](x), expected(x))
 
 
 def test_they_go_with_their_portraits():
     one, two = portrait(["a"]), portrait(["a", "b"], 1)
-    made = ref(judges((("a", one), ("b", two)))[0])
+    made = ref(judges((("a", one), ("b", two)))[0][0])
     known = ref(two)
     assert made() is not None
     del two

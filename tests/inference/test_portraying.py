@@ -7,6 +7,8 @@ import torch
 from launched import launched, one_thread
 from portraying import portraits
 
+from lightning_rnf import RelevanceFreezing
+
 pytestmark = pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 
 
@@ -28,3 +30,8 @@ def test_two_processes_make_the_portraits_of_one_and_fail_together(tmp_path):
         assert all(torch.equal(value, theirs["tensors"][key]) for key, value in mine["tensors"].items())
     assert alone[1]["spaces"] == ["a", "b"]
     assert alone[1]["tensors"]["0.counts"].sum() == 77
+
+
+def test_the_papers_retention_takes_no_portraits():
+    with pytest.raises(ValueError, match="which retention='paper' never runs"):
+        RelevanceFreezing.paper(portraits=True)
