@@ -265,6 +265,8 @@ GROWTH = Benchmark(
         *("--units", "100", "400", "--tasks", "3", "--width", "100", "--samples", "384", "--reference", "64"),
         *("--attributed", "32", "--recalls", "2", "--rounds", "1"),
     ],
+    of_row=["over", "units", "finished"],
+    once=["--rounds", "1"],
     measure=measure,
     table=table,
     draw=draw,
