@@ -134,20 +134,20 @@ def table(reference: str, found: dict[str, list[Numbers]]) -> str:
     return markdown(["of", "number", reference, HERE, f"{HERE} / {reference}"], map(cells, moved))
 
 
-def compared(parts: Sequence[Benchmark], reference: str, rounds: int, arguments: dict[str, Sequence[str]]) -> None:
+def compared(parts: Sequence[Benchmark], reference: str, rounds: int, arguments: Sequence[str]) -> None:
     """Print a table for each part.
 
     Args:
         parts: to be measured, each in processes of its own.
         reference: what git calls the other build.
         rounds: how often, with each build.
-        arguments: of each part, by its name.
+        arguments: of each part.
     """
     with work_tree(reference) as tree:
         trees = {reference: tree, HERE: ROOT}
         for one in trees.values():
             check_package(one)
         for part in parts:
-            found = measured(part, trees, rounds, arguments[part.name])
+            found = measured(part, trees, rounds, arguments)
             said = f"{reference} can't run it: {found}" if isinstance(found, str) else table(reference, found)
             print(f"### {part.title}\n\n{said}\n", flush=True)

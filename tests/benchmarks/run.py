@@ -76,29 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="of all parts but growth (as those say)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="(as the parts say)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder (%(default)s)")
     parser.add_argument("--against", metavar="REFERENCE", help="of git: compare with its package, and write nothing")
     parser.add_argument("--rounds", type=int, default=3, help="of --against (%(default)s)")
     options = parser.parse_args(arguments)
     prepare(options)
-    common = ["--accelerator", options.accelerator, "--precision", options.precision]
-    if options.quick:
-        common.append("--quick")
-    networks = ["--networks", *options.networks] if options.networks else []
-    given = {name: common if part is GROWTH else [*common, *networks] for name, part in PARTS.items()}
+    parts = [PARTS[part] for part in options.parts]
+    given = ["--accelerator", options.accelerator, "--precision", options.precision]
+    given += ["--quick"] if options.quick else []
+    given += ["--default-malloc"] if options.default_malloc else []
+    given += ["--networks", *options.networks] if options.networks else []
     if options.against:
-        if options.default_malloc:
-            given = {name: [*arguments, "--default-malloc"] for name, arguments in given.items()}
-        compared([PARTS[part] for part in options.parts], options.against, options.rounds, given)
+        compared(parts, options.against, options.rounds, given)
         return
     content = {**surroundings(options.accelerator), "precision": options.precision, "quick": options.quick, "parts": {}}
     kind = "cpu" if content["device"].startswith("CPU") else "gpu"
     suffix = kind if options.precision == "32-true" else f"{kind}_{options.precision}"
     name, figures = f"suite_{suffix}", {}
     options.output.mkdir(parents=True, exist_ok=True)
-    for part in (PARTS[part] for part in options.parts):
-        found = part.run(part.options(given[part.name]))
+    for part in parts:
+        found = part.run(part.options(given))
         content["parts"][part.name] = found
         if part.draw is not None:
             figures[part.name] = f"{part.name}_{suffix}.png"

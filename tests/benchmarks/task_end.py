@@ -146,7 +146,7 @@ def ended(
         changes: of the Trainer.
     """
     seed_everything(seed, verbose=False)
-    options = sized(options, network)
+    options = sized(options, SIZES[network])
     make, shape = NETWORKS[network]
     model, clock = make(), EpochClock()
     model.heads.activate(TASKS[0])
@@ -158,10 +158,10 @@ def ended(
     return model, rnf, clock.epoch
 
 
-def sized(options: argparse.Namespace, network: str) -> argparse.Namespace:
-    """With numbers of samples, those that the command line leaves open of the network's own task."""
+def sized(options: argparse.Namespace, sizes: argparse.Namespace) -> argparse.Namespace:
+    """With numbers of samples, those that the command line leaves open of a network's own task."""
     given = {key: value for key, value in vars(options).items() if value is not None}
-    return argparse.Namespace(**vars(SIZES[network]) | given)
+    return argparse.Namespace(**vars(sizes) | given)
 
 
 def peak_of_end(options: argparse.Namespace, network: str) -> dict:
@@ -180,7 +180,7 @@ def peak_of_end(options: argparse.Namespace, network: str) -> dict:
 def timed(options: argparse.Namespace, network: str, seed: int) -> dict:
     """Train two epochs and end the task."""
     model, rnf, epoch = ended(options, network, seed, nullcontext)
-    options = sized(options, network)
+    options = sized(options, SIZES[network])
     (record,) = rnf.state.tasks.values()
     linear = about(rank(record.relevance, {}), "linear") if record.cutoff else 0
     of_paper = min(record.cutoff + 2, linear) * options.reference + options.attributed

@@ -82,9 +82,11 @@ def test_the_suite_writes_one_json_one_markdown_and_a_figure(tmp_path):
     units = [row for row in rows["growth"] if row["over"] == "units"]
     tasks = [row for row in rows["growth"] if row["over"] == "tasks"]
     assert [row["units"] for row in units] == [100, 400]
-    assert [row["finished"] for row in tasks] == [0, 1, 2]
-    sizes = [row["bytes_of_state"][0] for row in tasks]
-    assert sizes == sorted(set(sizes))
+    for network in ("mlp of --width", "mlp"):
+        of_network = [row for row in tasks if row["network"] == network]
+        assert [row["finished"] for row in of_network] == [0, 1, 2]
+        sizes = [row["bytes_of_state"][0] for row in of_network]
+        assert sizes == sorted(set(sizes))
 
     report = (tmp_path / "suite_cpu.md").read_text()
     assert report.startswith("A quick run")
@@ -149,13 +151,15 @@ def test_time_inside_another_part_is_not_counted_twice(monkeypatch):
 @pytest.mark.usefixtures("benchmarks")
 def test_networks_have_tasks_of_their_own_sizes():
     pytest.importorskip("torchvision")
+    from measured import SIZES
     from task_end import TASK_END, clusters, sized
 
     options = TASK_END.options(["--reference", "7"])
     assert {"mlp", "zenke", "resnet18-narrow"} == set(options.networks)
-    assert (sized(options, "zenke").samples, sized(options, "zenke").reference) == (4500, 7)
-    assert sized(options, "mlp").samples == 50_000
-    assert sized(options, "vit_b_16").samples < 500
+    of_zenke = sized(options, SIZES["zenke"])
+    assert (of_zenke.samples, of_zenke.reference) == (4500, 7)
+    assert SIZES["mlp"].samples == 50_000
+    assert SIZES["vit_b_16"].samples < 500
     x, y = clusters(600, (3, 32, 32), 0).tensors
     fields = x.view(600, 3, 4, 8, 4, 8).mean(dim=(3, 5)).flatten(1)
     means = torch.stack([fields[:300][y[:300] == number].mean(dim=0) for number in range(10)])
