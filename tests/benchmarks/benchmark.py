@@ -37,6 +37,8 @@ class Benchmark:
         columns: what they mean, for readers of the table.
         arguments: adds options of its own.
         quick: arguments of a run that only shows that it works.
+        of_row: keys of what a row is about, which other runs have, too.
+        once: arguments of one round of `run.py --against`, which makes rounds of its own.
         measure: options to rows, each a dict for the JSON.
         table: rows to Markdown.
         draw: rows to a figure in a file; None: there is none.
@@ -47,6 +49,8 @@ class Benchmark:
     columns: str
     arguments: Callable[[argparse.ArgumentParser], object]
     quick: Sequence[str]
+    of_row: Sequence[str]
+    once: Sequence[str]
     measure: Callable[[argparse.Namespace], Rows]
     table: Callable[[Rows], str]
     draw: Callable[[Rows, Path], None] | None = None
@@ -55,7 +59,7 @@ class Benchmark:
         """Parse; what ``arguments`` name counts in a quick run, too."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add_common(parser)
-        parser.add_argument("--batch-size", type=int, default=128, help="(%(default)s)")
+        parser.add_argument("--batch-size", type=int, default=128, help="(%(default)s; None: of each network its own)")
         parser.add_argument("--output", type=Path, help="JSON; a figure comes beside it")
         self.arguments(parser)
         options = parser.parse_args(arguments)
@@ -90,8 +94,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-malloc", action="store_true", help="leave the environment of the process alone")
 
 
-def add_data(parser: argparse.ArgumentParser, samples: int, reference: int, attributed: int) -> None:
-    """Options of runs that end tasks, with these defaults."""
+def add_data(
+    parser: argparse.ArgumentParser, samples: int | None, reference: int | None, attributed: int | None
+) -> None:
+    """Options of runs that end tasks, with these defaults; None: each network has its own (`SIZES`)."""
     parser.add_argument("--samples", type=int, default=samples, help="trained on in an epoch (%(default)s)")
     parser.add_argument("--reference", type=int, default=reference, help="samples for accuracy (%(default)s)")
     parser.add_argument("--attributed", type=int, default=attributed, help="of them for relevance (%(default)s)")

@@ -4,7 +4,8 @@
 
 Over the units: an MLP of two hidden layers, of which the second has always the same width, so that a unit has the same
 number of weights and a forward pass takes time in proportion to the units: what the search adds is seen beyond that.
-Over the tasks: one network learns one after the other, each with a ration, so that free units are left to the last.
+Over the tasks: one network learns one after the other, each with a ration, so that free units are left to the last; an
+MLP, and those that ``--networks`` names.
 Rounds go through all of them in turns.
 """
 
@@ -20,15 +21,17 @@ from statistics import linear_regression, median
 import torch
 from benchmark import Benchmark, Rows, add_data, markdown, spread, trainer
 from lightning.pytorch import LightningModule, seed_everything
-from measured import ADAM, TASKS, Network
+from measured import ADAM, NETWORKS, SIZES, TASKS, Network
 from step import Clock
-from task_end import Counting, clusters, sizes
+from task_end import Counting, clusters, sized, sizes
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_rnf.report.figures import new_figure
 
 INPUTS, SECOND = 64, 50
+SIZE = argparse.Namespace(samples=2000, reference=1000, attributed=200, batch_size=128)  # of the MLP's tasks
+MLP = "mlp of --width"
 OF_RECALL = ("entry", "forward")
 
 
@@ -40,13 +43,21 @@ def mlp(units: int) -> Network:
     )
 
 
-def loader(options: argparse.Namespace, samples: int, seed: int, task: int = 0, shuffle: bool = False) -> DataLoader:
-    return DataLoader(clusters(samples, (INPUTS,), seed, task), batch_size=options.batch_size, shuffle=shuffle)
+def loader(
+    options: argparse.Namespace,
+    samples: int,
+    seed: int,
+    task: int = 0,
+    shuffle: bool = False,
+    shape: tuple[int, ...] = (INPUTS,),
+) -> DataLoader:
+    return DataLoader(clusters(samples, shape, seed, task), batch_size=options.batch_size, shuffle=shuffle)
 
 
 def with_units(options: argparse.Namespace, units: int, seed: int) -> dict:
     """One task's end with so many units."""
     seed_everything(seed, verbose=False)
+    options = sized(options, SIZE)
     model, clock = mlp(units), Clock()
     model.heads.activate(TASKS[0])
     rnf = Counting(loader(options, options.reference, 2), attribution_samples=options.attributed)
@@ -63,14 +74,16 @@ def with_units(options: argparse.Namespace, units: int, seed: int) -> dict:
     }
 
 
-def over_tasks(options: argparse.Namespace, seed: int) -> list[dict]:
+def over_tasks(options: argparse.Namespace, network: str, seed: int) -> list[dict]:
     """What each task of one network costs while more and more have ended."""
     seed_everything(seed, verbose=False)
     names = [f"task-{number}" for number in range(options.tasks)]
-    model = mlp(options.width)
+    options = sized(options, SIZE if network == MLP else SIZES[network])
+    make, shape = (lambda: mlp(options.width), (INPUTS,)) if network == MLP else NETWORKS[network]
+    model = make()
     for name in names:
         model.heads.add(name, 10)
-    references = {name: loader(options, options.reference, 2, task) for task, name in enumerate(names)}
+    references = {name: loader(options, options.reference, 2, task, shape=shape) for task, name in enumerate(names)}
     rnf = Counting(
         lambda trainer, module: references[module.heads.active],
         attribution_samples=options.attributed,
@@ -80,7 +93,7 @@ def over_tasks(options: argparse.Namespace, seed: int) -> list[dict]:
     for task, name in enumerate(names):
         clock = Clock()
         model.heads.activate(name)
-        trainer(options, [clock, rnf]).fit(model, loader(options, options.samples, 1, task, shuffle=True))
+        trainer(options, [clock, rnf]).fit(model, loader(options, options.samples, 1, task, True, shape))
         record = rnf.state.tasks[name]
         rows.append(
             {
@@ -88,7 +101,7 @@ def over_tasks(options: argparse.Namespace, seed: int) -> list[dict]:
                 "seconds_of_attribution": record.seconds["attribution"],
                 "seconds_of_search": record.seconds["search"],
                 "milliseconds_of_step": 1000 * median(clock.seconds(0)),
-                **recalled(options, rnf, model, names[0]),
+                **recalled(options, rnf, model, names[0], shape),
                 "evaluations": len(record.evaluations),
                 "bytes_of_state": sizes(rnf, model)["bytes_of_state"],
                 "free_capacity": rnf.free_capacity,
@@ -97,9 +110,11 @@ def over_tasks(options: argparse.Namespace, seed: int) -> list[dict]:
     return rows
 
 
-def recalled(options: argparse.Namespace, rnf: Counting, model: LightningModule, task: str) -> dict[str, float]:
+def recalled(
+    options: argparse.Namespace, rnf: Counting, model: LightningModule, task: str, shape: tuple[int, ...]
+) -> dict[str, float]:
     """Milliseconds to enter and leave recall, and of a batch's forward in it."""
-    x = torch.randn(options.batch_size, INPUTS)
+    x = torch.randn(options.batch_size, *shape)
     entries, forwards = [], []
     for _ in range(options.recalls):
         started = time.perf_counter()
@@ -116,15 +131,19 @@ def recalled(options: argparse.Namespace, rnf: Counting, model: LightningModule,
 def measure(options: argparse.Namespace) -> Rows:
     """All sizes, then all tasks, in each round once."""
     of_units: dict[int, list[dict]] = {units: [] for units in options.units}
-    of_tasks: list[list[dict]] = []
+    of_tasks: dict[str, list[list[dict]]] = {network: [] for network in (MLP, *options.networks)}
     for seed in range(options.rounds):
         for units, runs in of_units.items():
             runs.append(with_units(options, units, seed))
-        of_tasks.append(over_tasks(options, seed))
-    together = zip(*of_tasks, strict=True)
+        for network, runs in of_tasks.items():
+            runs.append(over_tasks(options, network, seed))
     return [
         *({"over": "units", "units": units, **_by_key(runs)} for units, runs in of_units.items()),
-        *({"over": "tasks", "finished": number, **_by_key(runs)} for number, runs in enumerate(together)),
+        *(
+            {"over": "tasks", "network": network, "finished": number, **_by_key(runs)}
+            for network, rounds in of_tasks.items()
+            for number, runs in enumerate(zip(*rounds, strict=True))
+        ),
     ]
 
 
@@ -132,8 +151,8 @@ def _by_key(runs) -> dict[str, list]:
     return {key: [run[key] for run in runs] for key in runs[0]}
 
 
-def _of(rows: Rows, over: str) -> Rows:
-    return [row for row in rows if row["over"] == over]
+def _of(rows: Rows, over: str, network: str | None = None) -> Rows:
+    return [row for row in rows if row["over"] == over and network in (None, row.get("network"))]
 
 
 def slope(rows: Rows) -> float:
@@ -153,7 +172,7 @@ def per_doubling(rows: Rows) -> tuple[float, float]:
 
 
 def table(rows: Rows) -> str:
-    """Two: over the units, over the tasks."""
+    """Two: over the units, over the tasks of each network."""
     of_units = markdown(
         [
             "units",
@@ -179,6 +198,7 @@ def table(rows: Rows) -> str:
     )
     of_tasks = markdown(
         [
+            "network",
             "finished tasks",
             "a step, ms",
             "end, s",
@@ -192,6 +212,7 @@ def table(rows: Rows) -> str:
         ],
         (
             [
+                row["network"],
                 str(row["finished"]),
                 spread(row["milliseconds_of_step"]),
                 *(spread(row[f"seconds_of_{part}"], 3) for part in ("end", "attribution", "search")),
@@ -216,7 +237,7 @@ def draw(rows: Rows, path: Path) -> None:
     """On the left over the units, on the right over finished tasks, each as a multiple of what it was at first."""
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
-    of_units, of_tasks = _of(rows, "units"), _of(rows, "tasks")
+    of_units, of_tasks = _of(rows, "units"), _of(rows, "tasks", MLP)
     units = [row["units"] for row in of_units]
     for part, style in (("end", "o-"), ("attribution", "s--"), ("search", "^:")):
         seconds = [median(row[f"seconds_of_{part}"]) for row in of_units]
@@ -243,11 +264,13 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[], help="over the tasks, besides an MLP")
     parser.add_argument("--units", nargs="+", type=int, default=[100, 1000, 10_000, 100_000], help="(%(default)s)")
     parser.add_argument("--tasks", type=int, default=10, help="of one network (%(default)s)")
     parser.add_argument("--width", type=int, default=1000, help="units of that network (%(default)s)")
     parser.add_argument("--ration", type=float, default=0.2, help="of its free units for each task (%(default)s)")
-    add_data(parser, samples=2_000, reference=1000, attributed=200)
+    add_data(parser, samples=None, reference=None, attributed=None)
+    parser.set_defaults(batch_size=None)
     parser.add_argument("--recalls", type=int, default=30, help="in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="each measures all once (%(default)s)")
 
@@ -257,14 +280,17 @@ GROWTH = Benchmark(
     title="Growth",
     columns=(
         "Over the units of an MLP whose second hidden layer has always 50 of them: a forward pass takes time in "
-        "proportion to the units. Over the tasks of one network: a step, and the end of a task, with so many tasks "
-        "finished before; then recall of the first task, and the state. Medians of the rounds (the least to the most)."
+        "proportion to the units. Over the tasks of one network, an MLP or one that is named: a step, and the end of a "
+        "task, with so many tasks finished before; then recall of the first task, and the state. Medians of the rounds "
+        "(the least to the most)."
     ),
     arguments=arguments,
     quick=[
         *("--units", "100", "400", "--tasks", "3", "--width", "100", "--samples", "384", "--reference", "64"),
-        *("--attributed", "32", "--recalls", "2", "--rounds", "1"),
+        *("--attributed", "32", "--recalls", "2", "--rounds", "1", "--networks", "mlp"),
     ],
+    of_row=["over", "units", "network", "finished"],
+    once=["--rounds", "1"],
     measure=measure,
     table=table,
     draw=draw,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
@@ -95,6 +96,14 @@ NETWORKS: dict[str, tuple[Callable[[], LightningModule], tuple[int, ...]]] = {
     "resnet18-narrow": (partial(resnet18, 16), (3, 32, 32)),
     **{name: (partial(_of_torchvision, name), (3, 224, 224)) for name in ("resnet50", "vgg16", "vit_b_16")},
 }
+
+_OF_SMALL = Namespace(samples=4500, reference=500, attributed=500, batch_size=128)
+_OF_LARGE = Namespace(samples=384, reference=128, attributed=128, batch_size=32)
+SIZES: dict[str, Namespace] = {
+    **{name: _OF_LARGE if shape[-1] == 224 else _OF_SMALL for name, (_, shape) in NETWORKS.items()},
+    "mlp": Namespace(samples=50_000, reference=5000, attributed=1000, batch_size=128),
+}
+"""A task of each network: samples trained on in an epoch, for accuracy, of them for relevance, and in a batch."""
 
 FIRST_TWO = "first two layers"
 

@@ -1,6 +1,7 @@
 """All benchmarks of this project by one command, into one JSON, one Markdown and a figure. No test: run it apart.
 
     PYTHONPATH=tests/support:examples python tests/benchmarks/run.py --accelerator cpu --output tests/benchmarks/results
+    PYTHONPATH=tests/support:examples python tests/benchmarks/run.py --against main --parts task_end --accelerator cpu
     PYTHONPATH=tests/support:examples python tests/benchmarks/run.py \
         --networks resnet50 vgg16 vit_b_16 --precision bf16-mixed \
         --parts step --output tests/benchmarks/results
@@ -8,6 +9,9 @@
 The files are ``suite_cpu.json``, ``suite_cpu.md`` and ``growth_cpu.png``, on a GPU ``suite_gpu…``, with the precision
 in the name if it is another than float32. What is written into the folder of results is put into this folder's README,
 too. Peers are measured by ``peers.py``, in an environment of their own.
+
+``--against`` names a second build, a git reference: the scripts of this work tree measure the package of either one, in
+turns, each part in processes of its own. Tables of both and of the ratio are printed, and nothing is written.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from against import compared
 from benchmark import add_common, prepare, surroundings, write_json
 from growth import GROWTH
 from measured import NETWORKS
@@ -71,21 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="of steps and state (as those say)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="(as the parts say)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder (%(default)s)")
+    parser.add_argument("--against", metavar="REFERENCE", help="of git: compare with its package, and write nothing")
+    parser.add_argument("--rounds", type=int, default=3, help="of --against (%(default)s)")
     options = parser.parse_args(arguments)
     prepare(options)
-    common = ["--accelerator", options.accelerator, "--precision", options.precision]
-    if options.quick:
-        common.append("--quick")
-    networks = ["--networks", *options.networks] if options.networks else []
+    parts = [PARTS[part] for part in options.parts]
+    given = ["--accelerator", options.accelerator, "--precision", options.precision]
+    given += ["--quick"] if options.quick else []
+    given += ["--default-malloc"] if options.default_malloc else []
+    given += ["--networks", *options.networks] if options.networks else []
+    if options.against:
+        compared(parts, options.against, options.rounds, given)
+        return
     content = {**surroundings(options.accelerator), "precision": options.precision, "quick": options.quick, "parts": {}}
     kind = "cpu" if content["device"].startswith("CPU") else "gpu"
     suffix = kind if options.precision == "32-true" else f"{kind}_{options.precision}"
     name, figures = f"suite_{suffix}", {}
     options.output.mkdir(parents=True, exist_ok=True)
-    for part in (PARTS[part] for part in options.parts):
-        found = part.run(part.options([*common, *(networks if part in (STEP, STATE) else [])]))
+    for part in parts:
+        found = part.run(part.options(given))
         content["parts"][part.name] = found
         if part.draw is not None:
             figures[part.name] = f"{part.name}_{suffix}.png"

@@ -58,6 +58,8 @@ STATE = Benchmark(
     ),
     arguments=arguments,
     quick=["--networks", "mlp", "--samples", "64", "--reference", "64", "--attributed", "32"],
+    of_row=["network"],
+    once=[],
     measure=measure,
     table=table,
 )

@@ -177,6 +177,8 @@ STEP = Benchmark(
     ),
     arguments=arguments,
     quick=["--networks", "mlp", "--rounds", "1", "--steps", "2", "--warm-up", "1", "--batch-size", "8"],
+    of_row=["network", "state"],
+    once=["--rounds", "1"],
     measure=measure,
     table=table,
 )

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def run(*command: str, **environment: str) -> str:
         env={**inherited, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-5000:]
@@ -68,14 +70,23 @@ def test_the_suite_writes_one_json_one_markdown_and_a_figure(tmp_path):
     (end,) = rows["task_end"]
     assert end["forward_samples"] > end["evaluations"] * 64 > 0
     assert min(end["peak_bytes"].values()) > 64 * 784 * 4  # the reference data at the least
+    in_parts, in_record = end["seconds_of_parts"], end["seconds"]
+    assert sum(in_parts.values()) == pytest.approx(end["seconds_of_end"])
+    assert in_parts.keys() == {"attribution", "statistics", "heads", "rows", "measuring", "audit", "rest"}
+    assert all(seconds > 0 for part, seconds in in_parts.items() if part != "statistics")  # it has no norms
+    assert in_record.keys() == {"attribution", "search", "settling"}
+    assert in_parts["attribution"] == pytest.approx(in_record["attribution"], rel=0.2, abs=0.02)
+    assert in_parts["heads"] + in_parts["rows"] + in_parts["measuring"] < in_record["search"] + in_record["settling"]
     assert 0 < rows["state"][0]["bytes_of_bits"] < rows["state"][0]["bytes_of_masks"] < end["bytes_of_state"]
 
     units = [row for row in rows["growth"] if row["over"] == "units"]
     tasks = [row for row in rows["growth"] if row["over"] == "tasks"]
     assert [row["units"] for row in units] == [100, 400]
-    assert [row["finished"] for row in tasks] == [0, 1, 2]
-    sizes = [row["bytes_of_state"][0] for row in tasks]
-    assert sizes == sorted(set(sizes))
+    for network in ("mlp of --width", "mlp"):
+        of_network = [row for row in tasks if row["network"] == network]
+        assert [row["finished"] for row in of_network] == [0, 1, 2]
+        sizes = [row["bytes_of_state"][0] for row in of_network]
+        assert sizes == sorted(set(sizes))
 
     report = (tmp_path / "suite_cpu.md").read_text()
     assert report.startswith("A quick run")
@@ -108,6 +119,128 @@ def test_a_marked_block_is_filled_and_a_missing_one_is_named():
     assert filled(once, "a", "| new |") == once
     with pytest.raises(ValueError, match="no block"):
         filled(readme, "b", "| new |")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_time_inside_another_part_is_not_counted_twice(monkeypatch):
+    import time_split
+
+    now = iter(range(100))
+    monkeypatch.setattr(time_split.time, "perf_counter", lambda: float(next(now)))
+    inner = SimpleNamespace(run=lambda: "done")
+    outer = SimpleNamespace(run=lambda: inner.run())
+    plain = outer.run, inner.run
+    monkeypatch.setattr(time_split, "METHODS", {"outer": ["outer.run"], "inner": ["inner.run"], "gone": ["gone.run"]})
+    found = {"outer": outer, "outer.run": outer.run, "inner": inner, "inner.run": inner.run}
+
+    def resolve(name):
+        if name.startswith("gone"):
+            raise AttributeError(name)  # another build's package has it not
+        return found[name]
+
+    monkeypatch.setattr(time_split, "resolve_name", resolve)
+    split = time_split.TimeSplit()
+    for _ in range(2):
+        with split:
+            assert outer.run() == "done"
+    # The clock goes on by one at each change: into the outer part, the inner one, and back.
+    assert split.seconds == {"rest": 4.0, "outer": 4.0, "inner": 2.0}
+    assert (outer.run, inner.run) == plain
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_networks_have_tasks_of_their_own_sizes():
+    pytest.importorskip("torchvision")
+    from measured import SIZES
+    from task_end import TASK_END, clusters, sized
+
+    options = TASK_END.options(["--reference", "7"])
+    assert {"mlp", "zenke", "resnet18-narrow"} == set(options.networks)
+    of_zenke = sized(options, SIZES["zenke"])
+    assert (of_zenke.samples, of_zenke.reference) == (4500, 7)
+    assert SIZES["mlp"].samples == 50_000
+    assert SIZES["vit_b_16"].samples < 500
+    x, y = clusters(600, (3, 32, 32), 0).tensors
+    fields = x.view(600, 3, 4, 8, 4, 8).mean(dim=(3, 5)).flatten(1)
+    means = torch.stack([fields[:300][y[:300] == number].mean(dim=0) for number in range(10)])
+    nearest = torch.cdist(fields[300:], means).argmin(dim=1)
+    assert (nearest == y[300:]).float().mean() > 0.9  # the fields tell, as a convolution sees them
+
+
+def repository() -> bool:
+    """Whether this is a work tree of git, and not unpacked inside of another one."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return Path(found).resolve() == ROOT.resolve()
+
+
+@pytest.mark.skipif(not repository(), reason="another build needs git, and a clone")
+def test_the_package_of_another_reference_is_measured_beside():
+    pytest.importorskip("torchvision")
+    trees = ["git", "-C", str(ROOT), "worktree", "list"]
+    before = subprocess.run(trees, capture_output=True, text=True, check=True).stdout
+    suite = [str(BENCHMARKS / "run.py"), "--quick", "--accelerator", "cpu", "--default-malloc", "--parts", "step"]
+    printed = run(*suite, "--against", "HEAD", "--rounds", "1")
+    title, header, _, *rows = filter(None, printed.splitlines())
+    assert title == "### Training steps"
+    assert header == "| of | number | HEAD | here | here / HEAD |"
+    cells = {tuple(row.strip("| ").split(" | ")[:2]): row.strip("| ").split(" | ")[2:] for row in rows}
+    times = cells["mlp, 50% frozen", "milliseconds"]
+    theirs, ours, ratio = (float(cell.split()[0]) for cell in times)
+    assert min(theirs, ours) > 0
+    assert ratio == pytest.approx(ours / theirs, rel=0.02, abs=0.01)
+    assert subprocess.run(trees, capture_output=True, text=True, check=True).stdout == before
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_build_that_a_part_does_not_run_with_is_named_and_this_one_raises(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    import against
+    from against import HERE, check_package, measured
+    from state import STATE
+
+    (tmp_path / "state.py").write_text("import lightning_rnf")
+    monkeypatch.setattr(against, "BENCHMARKS", tmp_path)
+    package = tmp_path / "old" / "lightning_rnf" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("raise ImportError('too old')")
+    check_package(tmp_path / "old")
+    assert measured(STATE, {"old": tmp_path / "old", HERE: ROOT}, 1, []) == "ImportError: too old"
+    with pytest.raises(RuntimeError, match=r"state fails:(.|\n)*too old"):
+        measured(STATE, {HERE: tmp_path / "old"}, 1, [])
+    package.unlink()
+    package.parent.rmdir()
+    with pytest.raises(RuntimeError, match="has that of"):
+        check_package(tmp_path / "old")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_builds_are_compared_row_by_row_and_round_by_round():
+    pytest.importorskip("torchvision")
+    from against import HERE, numbers, table
+
+    rows = [
+        {"network": "a", "finished": 1, "seed": 0, "seconds": {"search": 2.0}, "steps": [1.0, 5.0], "none": None},
+        {"network": "a", "finished": 1, "seed": 1, "seconds": {"search": 4.0}, "steps": [6.0]},
+    ]
+    found = numbers(rows, ["network", "finished", "missing"])
+    assert found == {("a, finished 1", "seconds, search"): 3.0, ("a, finished 1", "steps"): 5.0}
+    theirs = [{("a", "time"): 1.0, ("a", "units"): 7, ("a", "lost"): 2.0, ("a", "zero"): 0.0}, {("a", "time"): 4.0}]
+    theirs[1] |= {("a", "units"): 7, ("a", "zero"): 0.0}
+    ours = [
+        {("a", "time"): 2.0, ("a", "units"): 7, ("a", "zero"): 1.0},
+        {("a", "time"): 2.0, ("a", "units"): 7, ("a", "zero"): 2.0},
+    ]
+    _, _, *lines = table("old", {"old": theirs, HERE: ours}).splitlines()
+    assert lines == [
+        "| a | time | 2.500 (1.000 to 4.000) | 2.000 (2.000 to 2.000) | 1.25 (0.50 to 2.00) |",
+        "| a | zero | 0.000 (0.000 to 0.000) | 1.500 (1.000 to 2.000) | – |",
+    ]
+    assert table("old", {"old": ours, HERE: ours[::-1]}) != (same := "All numbers are the same.")
+    assert table("old", {"old": ours[:1], HERE: ours[:1]}) == same
 
 
 @pytest.mark.usefixtures("benchmarks")
