@@ -13,7 +13,7 @@ from apart import held_out, shifted, train_apart
 from snapshot import changes, snapshot
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from training import TASKS, Classifier, ConvClassifier, plain, trainer
+from training import TASKS, Classifier, ConvClassifier, OwnHeads, plain, trainer
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.memory import TaskRecord
@@ -284,16 +284,6 @@ def test_a_task_without_a_portrait_is_named():
     rnf.forget("b")
     x, names = apart("a", "c")
     assert share(rnf.infer_task(x, model).names, names) > 0.95
-
-
-class OwnHeads(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleDict({task: nn.Linear(40, 2) for task in TASKS})
-        self.active = "a"
-
-    def forward(self, x):
-        return self.heads[self.active](self.body(x))
 
 
 def test_heads_that_nobody_switches_are_refused():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from snapshot import changes, snapshot
 from torch import nn
-from training import TASKS, Classifier, ConvClassifier, clusters, frozen_entries, plain, train
+from training import TASKS, Classifier, ConvClassifier, OwnHeads, clusters, frozen_entries, plain, train
 
 from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.recall.switching import Patch
@@ -294,16 +294,6 @@ def test_a_task_that_is_unknown_and_a_batch_of_another_size_are_refused():
         tasks[:] = ["z"]
         with pytest.raises(KeyError, match="'z'"):
             model(samples(["a"]))
-
-
-class OwnHeads(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleDict({task: nn.Linear(40, 2) for task in TASKS})
-        self.active = "a"
-
-    def forward(self, x):
-        return self.heads[self.active](self.body(x))
 
 
 def test_names_may_be_an_array():

@@ -81,6 +81,18 @@ class ConvClassifier(Classifier):
         )
 
 
+class OwnHeads(Classifier):
+    """Heads that nobody but the model itself switches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({task: nn.Linear(40, 2) for task in TASKS})
+        self.active = "a"
+
+    def forward(self, x):
+        return self.heads[self.active](self.body(x))
+
+
 def clusters(task: str, samples: int, seed: int = 0) -> TensorDataset:
     """Two classes that differ in the sign of a direction of the task's own."""
     generator = torch.Generator().manual_seed(100 * TASKS.index(task) + seed)
