@@ -84,6 +84,7 @@ def test_new_words_learn_old_ones_stay_and_words_of_nobody_stay_though_weights_d
     assert not any(rnf.report(model).changed.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*frozen rows were moved without a write that torch counts:UserWarning")
 @pytest.mark.parametrize("model_type", [Reader, Attending])
 def test_recall_is_exact_for_any_words_after_all_that_may_move_has_become_nan(model_type):
     model, rnf = trained(model_type=model_type)

@@ -77,6 +77,7 @@ EVERY_PARAMETER = {  # what the YAML says, and what the callback then has
     "task": ("digits-01", lambda rnf: rnf.task == "digits-01"),
     "seed": (7, lambda rnf: rnf.ending.reference.seed == 7),
     "heatmaps": (4, lambda rnf: rnf.ending.heatmaps == 4),
+    "portraits": (True, lambda rnf: rnf.ending.portraits),
 }
 OTHER_FORMS = [
     ({"criterion": {"class_path": "lightning_rnf.FreeCapacity", "init_args": {"minimum": 0.3}}}, FreeCapacity),
