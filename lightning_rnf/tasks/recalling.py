@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -69,12 +70,13 @@ class Recalling(KeptInFiles):
             return
         if isinstance(task, str):
             module = self._found(model, repr(task))
-            with unswitched(module), self._recalled_task(task, module):
+            with unswitched(module), self._recalled_task(task, module), _alone(module):
                 yield
             return
         for name in task:
             self.state.task(name)
         module = self._found(model, "tasks")
+        _check_not_alone(module)
         if sharding.is_sharded(module):
             raise ValueError("a sharded model can't run several tasks in one batch: recall one after the other")
         heads = {name: record.head for name, record in self.state.tasks.items()}
@@ -123,6 +125,7 @@ class Recalling(KeptInFiles):
     def _inferring(self, module: torch.nn.Module, **how: Any) -> AbstractContextManager[Any]:
         if not self.state.tasks:
             raise ValueError("no task has ended, so no sample can be of one")
+        _check_not_alone(module)
         if sharding.is_sharded(module):
             raise ValueError(
                 "a sharded model can't run several tasks in one batch: load its checkpoint into one that is not"
@@ -215,3 +218,26 @@ class Recalling(KeptInFiles):
                 return found
         own = getattr(module, "example_input_array", None)
         return None if own is None else Inputs.of(own)
+
+
+_ALONE: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+"""Models in the recall of one task, and in how many, one inside another."""
+
+
+@contextmanager
+def _alone(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the context a model is in the recall of one task."""
+    _ALONE[module] = _ALONE.get(module, 0) + 1
+    try:
+        yield
+    finally:
+        _ALONE[module] -= 1
+
+
+def _check_not_alone(module: torch.nn.Module) -> None:
+    """Check that a model can go from task to task: where one is recalled, others would speak through its units only."""
+    if _ALONE.get(module):
+        raise ValueError(
+            "the model is in the recall of one task, where no other one runs as it should: leave rnf.recall(task), or "
+            "the test of that task, before samples of several tasks are recalled or told apart"
+        )

@@ -365,7 +365,7 @@ def test_the_innermost_of_nested_recalls_runs():
     mixed = in_recall(rnf, model, names, x)
     assert not torch.equal(alone.logits, of_b)
     before = snapshot(model)
-    for outer in ("auto", "b", names):
+    for outer in ("auto", names):
         with rnf.recall(outer, model):
             found = rnf.infer_task(x, model)
             assert torch.equal(found.scores, alone.scores)

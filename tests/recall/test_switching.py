@@ -342,3 +342,19 @@ def test_a_patch_is_put_on_and_taken_off_by_identity():
     assert not changes(before, snapshot(net))
     net[0].register_forward_hook(lambda *_: None)
     assert not patch.fits()
+
+
+def test_where_one_task_is_recalled_no_batch_of_several_is():
+    rnf, model = plain(), Classifier()
+    train(model, rnf, "a", "b")
+    x = samples(["a", "b"])
+    with rnf.recall("a", model):
+        for refused in (lambda: rnf.recall(["a", "b"], model).__enter__(), lambda: rnf.infer_task(x, model)):
+            with pytest.raises(ValueError, match="the model is in the recall of one task"):
+                refused()
+        with rnf.recall("b", model):
+            pass
+        with pytest.raises(ValueError, match="the model is in the recall of one task"):
+            rnf.infer_task(x, model)
+    expected = alone(rnf, model, x, ["a", "b"])
+    assert all(torch.equal(row, one) for row, one in zip(mixed(rnf, model, x, ["a", "b"]), expected, strict=True))
