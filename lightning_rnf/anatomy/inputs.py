@@ -54,6 +54,11 @@ class Inputs:
         """All of them, in order."""
         return [leaf for _, leaf in self.leaves() if isinstance(leaf, Tensor)]
 
+    @property
+    def samples(self) -> int:
+        """How many there are, by the first tensor that has dimensions; 0: none."""
+        return next((len(tensor) for tensor in self.tensors() if tensor.ndim), 0)
+
     def run(self, module: nn.Module) -> dict[tuple[Any, ...], Tensor]:
         """What the module returns, each tensor by where it is."""
         output = leaves_of(module(*self.args, **self.kwargs))

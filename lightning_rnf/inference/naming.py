@@ -102,7 +102,7 @@ class _Inferring:
 
     @torch.no_grad()
     def _infer(self, inputs: Inputs) -> TaskInference:
-        sized = next((len(tensor) for tensor in inputs.tensors() if tensor.ndim), None)
+        sized = inputs.samples
         if not sized:
             raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
         outputs, points, logits = self._run(inputs, sized)

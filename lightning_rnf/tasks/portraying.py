@@ -125,7 +125,7 @@ class _Portraying:
                     target = data.predict(self.module, batch)[1]
             if len(calls) != 1:
                 raise ValueError(f"predict calls the model's forward {len(calls)} times for a batch, expected once")
-            samples = _samples(calls[0])
+            samples = calls[0].samples
             inputs += calls
             labels.append(_labels(target, samples))
             features.append(found.features(samples))
@@ -138,18 +138,13 @@ class _Portraying:
         read = partial(reading, self.module, layers, head=record.head)
         with self._recalled(record) as relevant, read(relevant=relevant) as seen, data.forward_context():
             self.module(*inputs.args, **inputs.kwargs)
-        return seen.features(_samples(inputs))
+        return seen.features(inputs.samples)
 
     @contextmanager
     def _recalled(self, record: TaskRecord) -> Iterator[Mapping[str, Tensor]]:
         """The recall of a task; its relevant units, in the shape that the model has in it."""
         with subnetwork.recall(self.module, self.layers, record, self.widenings, masked=self.masked):
             yield record_before(record, self.widenings[record.widenings :]).relevant
-
-
-def _samples(inputs: Inputs) -> int:
-    """How many there are, by the first tensor; 0: none."""
-    return next((len(tensor) for tensor in inputs.tensors() if tensor.ndim), 0)
 
 
 def _labels(target: Any, samples: int) -> Tensor:
@@ -176,8 +171,8 @@ def _gaussians(
 ) -> Gaussians:
     """Of the classes of all ranks' samples in a space."""
     sums = Sums.none(classes, space.dimensions)
-    for some, of_samples in zip(features, labels, strict=True):
-        sums = sums.with_samples(space(some), of_samples)
+    if features:  # at once: what is summed may be larger than all samples
+        sums = sums.with_samples(torch.cat([space(some) for some in features]), torch.cat(list(labels)))
     return reduce(add, ranks.gather(sums)).gaussians()
 
 
