@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.relevance.splits import LAYOUT_KEPT, MOVES, Call, behind, kind_of, over
+from lightning_rnf.relevance.splits import LAYOUT_KEPT, MOVES, Call, behind, kept, kind_of, over
 
 
 class Softmax(torch.autograd.Function):
@@ -27,24 +27,30 @@ class Softmax(torch.autograd.Function):
         """The value."""
         weights = call.run(scores)
         ctx.dim, ctx.weighing = dim, False
-        ctx.save_for_backward(scores.clone(), weights)
+        # They are the largest tensors of a transformer, and scores are logarithms of weights, but for a number a row.
+        ctx.save_for_backward(weights, scores.amax(dim, keepdim=True) - weights.amax(dim, keepdim=True).log())
         return weights
 
     @staticmethod
     def backward(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, ...]:
         """The shares."""
-        scores, weights = ctx.saved_tensors
+        scores, weights = Softmax.scores_of(ctx)
         gradient = arrived if ctx.weighing else over(arrived, weights)
         gradient = weights * (gradient - (weights * gradient).sum(ctx.dim, keepdim=True))
-        return None, None, torch.where(weights == 0, 0.0, scores * gradient)  # masked scores are infinite
+        return None, None, scores * gradient
 
     @staticmethod
     def told_by_scores(ctx: Any) -> Tensor:
         """``J s``."""
-        scores, weights = ctx.saved_tensors
-        scores = torch.where(weights == 0, 0.0, scores)
+        scores, weights = Softmax.scores_of(ctx)
         result: Tensor = weights * (scores - (weights * scores).sum(ctx.dim, keepdim=True))
         return result
+
+    @staticmethod
+    def scores_of(ctx: Any) -> tuple[Tensor, Tensor]:
+        """Scores, 0 where they are masked (infinite); weights."""
+        weights, added = kept(ctx)
+        return torch.where(weights == 0, 0.0, weights.log() + added), weights
 
 
 class Weighing(torch.autograd.Function):
@@ -57,13 +63,13 @@ class Weighing(torch.autograd.Function):
     def forward(ctx: Any, call: Call, softmax: Any, first: int, *tensors: Tensor) -> Tensor:
         """The value."""
         ctx.call, ctx.softmax, ctx.first = call, softmax, first
-        ctx.save_for_backward(*(tensor.clone() for tensor in tensors))
+        ctx.save_for_backward(*tensors)
         return call.run(*tensors)
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         """The shares."""
-        tensors = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        tensors = [tensor.detach().requires_grad_() for tensor in kept(ctx)]
         weights, values = tensors[ctx.first], tensors[1 - ctx.first]
         with torch.enable_grad():
             output = ctx.call.run(*tensors)

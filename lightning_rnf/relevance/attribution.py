@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.rnn import PackedSequence
 from zennit.core import Composite
-from zennit.rules import Pass
 
 from lightning_rnf.anatomy import (
     BATCH_NORMS,
@@ -25,24 +21,19 @@ from lightning_rnf.anatomy import (
     is_attention,
     is_layer,
     is_recurrent,
-    predict_checked,
     supervised,
     torch_class,
     true_labels,
-    why_not_units,
 )
-from lightning_rnf.relevance.composite import applicable
 from lightning_rnf.relevance.conservation import Conservation, Journal, is_of_torch
 from lightning_rnf.relevance.functions import FunctionRules
-from lightning_rnf.relevance.packed import Projected, take_apart
-from lightning_rnf.relevance.precision import RunsAgainError, SinglePrecision, UnreachableError
-from lightning_rnf.relevance.recurrent import GRADIENTS, Gradients, Seen, SignalTakesAll, unrolled
-from lightning_rnf.runtime import ALONE, Ranks, borrowed, evaluating, forget_gradient_hooks
+from lightning_rnf.relevance.layers import layer_rules, ruled
+from lightning_rnf.relevance.propagation import over_positions, propagate
+from lightning_rnf.relevance.recurrent import SignalTakesAll
+from lightning_rnf.relevance.splits import WrittenToError
+from lightning_rnf.runtime import ALONE, Ranks
 
 OverSamples = Literal["absolute", "signed"]
-
-_LOST_IN_ONE = torch.finfo(torch.float32).tiny
-"""An epsilon for norms of variance 1: added to it nothing changes, and it is not 0, which torch 2.11 refuses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,18 +77,17 @@ def attribute(
         layers: its unit layers.
         batches: on the module's device; of several ranks, this one's share.
         predict: how to get logits and labels of a batch.
-        composite: Zennit's rules, used as they are; None: ``EpsilonPlus``, epsilon for linear layers and z⁺ for
-            convolutions, on a network whose layers have the batch norms that directly follow merged into them. A
-            layer with a forward of its own, or that runs several times (Zennit's rules know its last run only), is
-            propagated through function by function, with the weight that it computes; there is no z⁺ for that, so it
-            is epsilon for convolutions, too, and a note says so.
+        composite: Zennit's rules, used as they are; None: `layers`, which is what its ``EpsilonPlus`` gives, epsilon
+            for linear layers and z⁺ for convolutions, on a network whose layers have the batch norms that directly
+            follow merged into them. A layer with a forward of its own is propagated through function by function;
+            there is no z⁺ for that, so it is epsilon for convolutions, too, and a note says so.
             `FunctionRules` hold for functions in both cases, but not inside of layers that a composite passes over.
             Only with None norms, attention and gates have theirs, also in modules of torch, and convolutions beside
-            norms, attention or sums of smooth activations have `composite.BySign`.
+            norms, attention or sums of smooth activations have `layers.by_sign`.
         progress: called after each batch with the number of samples so far.
         ranks: whose sums are added up; they all get the same.
-        arrived: called after each batch with the inputs of the layers and the relevance that arrived at each; the
-            leaves among them are the network's input.
+        arrived: called after each batch with the network's inputs, leaves that its first layers read, and the
+            relevance that arrived at each.
         over_samples: ``"signed"``: the sum over samples (the paper): a unit that speaks for some classes and as much
             against others comes to nothing. ``"absolute"``: the sum of each sample's absolute relevance. Conservation
             is of signed relevance in both cases.
@@ -107,49 +97,42 @@ def attribute(
         ValueError: if there is no sample, relevance can't reach a layer or is not finite, the forward insists on half
             precision, or as `anatomy.predict_checked`.
     """
-    repeated: set[str] = set()
-    runs: Counter[str] = Counter()
     functions = FunctionRules(aware=composite is None)
-    rules = applicable(composite, functions.smooth, repeated)
     journal = Journal(layers)
 
     def true_class_logit(logits: Tensor, target: Tensor) -> Tensor:
         return logits * true_labels(logits, target)
 
-    def summed(layer: UnitLayer, output: Tensor, relevance: Tensor) -> Tensor:
+    def summed(layer: UnitLayer, output: Tensor | None, relevance: Tensor) -> Tensor:
         of_samples = over_positions(layer, relevance)
         return torch.stack([of_samples.sum(dim=0), of_samples.abs().sum(dim=0)], dim=1)
 
     @contextmanager
     def applied(module: nn.Module) -> Iterator[None]:
-        with rules.context(module):
-            context: dict[str, Any] = {}  # after the canonizers, which may add modules
-            ruled = {
-                name
-                for name, submodule in module.named_modules()
-                if rules.module_map(context, name, submodule) is not None
-            }
-            # What a composite of the user's own has no rule for is to be a plain gradient.
-            left = {
-                name for name, submodule in module.named_modules() if composite is not None and _is_layer(submodule)
-            }
-            runs.clear()
-            with ExitStack() as hooks:
-                for name in ruled if composite is None else ():
-                    if not isinstance(rules.module_map(context, name, module.get_submodule(name)), Pass):
-                        count = partial(_count, runs, name)
-                        hooks.callback(module.get_submodule(name).register_forward_pre_hook(count).remove)
-                hooks.enter_context(journal.recording(module, ruled, repeated))
-                recurrent = {name for name, submodule in module.named_modules() if is_recurrent(submodule)}
-                hooks.enter_context(functions.attached(module, ruled | left | recurrent))
+        with ExitStack() as rules:
+            if composite is None:
+                own = layer_rules(module, functions.smooth)
+                known, left = set(own), set[str]()
+            else:
+                own = {}
+                known = rules.enter_context(_zennit(composite, module))
+                # What a composite of the user's own has no rule for is to be a plain gradient.
+                left = {name for name, submodule in module.named_modules() if _is_layer(submodule)}
+            rules.enter_context(journal.recording(module, known))
+            rules.enter_context(ruled(module, own, lambda: functions.copies))
+            recurrent = {name for name, submodule in module.named_modules() if is_recurrent(submodule)}
+            rules.enter_context(functions.attached(module, known | left | recurrent))
+            try:
                 yield
+            except WrittenToError as error:
+                if functions.copies:
+                    raise error.__cause__ or error from None
+                functions.copies = True
+                raise
 
     def conserving(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         with functions:
             logits, target = predict(module, batch)
-        if again := {name for name, count in runs.items() if count > 1} - repeated:
-            repeated.update(again)
-            raise RunsAgainError
         journal.read(logits)
         return logits, target
 
@@ -166,6 +149,7 @@ def attribute(
         *(module, layers, batches, Flat.like(predict, conserving), true_class_logit, summed),
         *(applied, progress, prepare, note, ranks, embedded and composite is None),
         recurrent=SignalTakesAll(),
+        outputs=False,
     )
     journal.join(ranks)
     # Of a layer that did not run there is one zero a unit.
@@ -174,8 +158,19 @@ def attribute(
     return Attribution(absolute if over_samples == "absolute" else signed, journal.conservation(signed))
 
 
-def _count(runs: Counter[str], name: str, *call: object) -> None:
-    runs[name] += 1
+@contextmanager
+def _zennit(composite: Composite, module: nn.Module) -> Iterator[set[str]]:
+    """The user's own rules, and the names of the modules that they are for.
+
+    For attention there are none: Zennit takes it for an activation, and fails on its three inputs.
+    """
+
+    def module_map(context: dict[str, Any], name: str, module: nn.Module) -> Any:
+        return None if is_attention(module) else composite.module_map(context, name, module)
+
+    with Composite(module_map, composite.canonizers).context(module):
+        context: dict[str, Any] = {}  # after the canonizers, which may add modules
+        yield {name for name, submodule in module.named_modules() if module_map(context, name, submodule) is not None}
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -237,206 +232,4 @@ def _merge_norms(module: nn.Module, layers: Sequence[UnitLayer]) -> None:
             merged = {"weight": weight * of_rows[(...,) + (None,) * (weight.ndim - of_rows.ndim)], "bias": bias}
             for name, value in merged.items():
                 submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
-            norm._parameters.update(weight=None, bias=None)
-            norm._buffers.update(running_mean=torch.zeros_like(scale), running_var=torch.ones_like(scale))
-            norm.eps = _LOST_IN_ONE
-
-
-def propagate(
-    module: nn.Module,
-    layers: Sequence[UnitLayer],
-    batches: Iterable[Any],
-    predict: Predict,
-    start: Callable[[Tensor, Tensor], Tensor],
-    reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor],
-    rules: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
-    progress: Callable[[int], None] = lambda samples: None,
-    prepare: Callable[[nn.Module], None] = lambda module: None,
-    arrived: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], None] = lambda *batch: None,
-    ranks: Ranks = ALONE,
-    embedded: bool = False,
-    recurrent: Gradients = GRADIENTS,
-) -> dict[str, Tensor]:
-    """Send something back from the logits and add up what arrives at the units, on a borrowed module.
-
-    Args:
-        module: the bare model.
-        layers: its unit layers.
-        batches: on the module's device; of several ranks, this one's share.
-        predict: how to get logits and labels of a batch.
-        start: ``(logits, target)`` to what is sent back from the logits, ``(rows, classes)``.
-        reduce: ``(layer, output, what arrives at it)`` to ``(units,)`` or ``(units, numbers)``; called while it flows.
-        rules: entered around each batch: how it flows. None: as gradients do.
-        progress: called after each batch with the number of samples so far.
-        prepare: called once with the borrowed module, which it may change.
-        arrived: called after each batch with what was sent back, the inputs of the layers and what arrived there.
-        ranks: whose sums are added up; they all get the same.
-        embedded: what embeddings look up is an input of the network, too, and what other layers than the units' read
-            first, so that it goes along every path from there, past the first layers as well.
-        recurrent: how it flows from step to step of recurrent layers, which are `unrolled`. What arrives at their units
-            is what arrives at the hidden states of all steps.
-
-    Returns:
-        By layer: float64 on the CPU, as ``reduce`` gives it, summed over batches and ranks; 0 where nothing ran.
-
-    Raises:
-        ValueError: as `attribute`.
-    """
-    sums = {layer.name: _Sum(layer, reduce) for layer in layers}
-
-    def of_share() -> tuple[int, dict[str, Tensor | bool]]:
-        samples = 0
-        with borrowed(module), evaluating(module), torch.enable_grad(), ExitStack() as hooks:
-            single = hooks.enter_context(SinglePrecision(module))
-            module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter's gradient
-            forget_gradient_hooks(module)
-            prepare(module)
-            roots: list[Tensor] = []
-            _unroll(module, sums, recurrent)
-            take_apart(module, {name: total.see for name, total in sums.items()}, roots)
-            for layer in layers:
-                submodule = module.get_submodule(layer.name)
-                if layer.packed:
-                    continue
-                hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
-                if layer.is_open:
-                    hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
-            for name, submodule in module.named_modules() if embedded else ():
-                if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
-                    hooks.callback(submodule.register_forward_hook(_looked_up(roots)).remove)
-                elif name not in sums and is_layer(submodule) and not is_recurrent(submodule):  # an adapter's base, say
-                    beside = _rooted(name, roots, is_needed=False)
-                    hooks.callback(submodule.register_forward_pre_hook(beside).remove)
-
-            def of_batch(batch: Any) -> int:
-                roots.clear()
-                # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
-                with rules(module):
-                    single_predict = Flat.like(predict, single.predicting(predict))
-                    logits, target = predict_checked(single_predict, module, single.batch(batch))
-                    sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
-                    arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
-                    for total in sums.values():
-                        total.close()
-                return len(target)
-
-            for batch in batches:
-                found = None
-                while found is None:
-                    with suppress(RunsAgainError):  # then with other rules, and fewer each time
-                        found = of_batch(batch)
-                samples += found
-                progress(samples)
-        return samples, {name: total.of_share() for name, total in sums.items()}
-
-    shares = ranks.each(of_share)
-    if not any(samples for samples, _ in shares):
-        raise ValueError("no reference sample to attribute")
-    return {layer.name: _total(layer, [found[layer.name] for _, found in shares]) for layer in layers}
-
-
-def over_positions(layer: UnitLayer, values: Tensor) -> Tensor:
-    """Sum the values at a layer's output over positions: ``(N, units)`` in float64 (MPS has none: float32)."""
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    positions = [axis for axis in range(1, values.ndim) if axis != values.ndim + layer.axis]
-    return values.sum(dim=positions, dtype=wide) if positions else values.to(wide)
-
-
-class _Sum:
-    """What arrives at one layer's output, reduced to units and summed over batches."""
-
-    def __init__(self, layer: UnitLayer, reduce: Callable[[UnitLayer, Tensor, Tensor], Tensor]) -> None:
-        self.layer = layer
-        self.reduce = reduce
-        self.total: Tensor | None = None
-        self.ran = False
-        self._seen: list[Seen | Projected] = []
-
-    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.ran = True
-        value = output.detach()  # an in-place ReLU behind it shows: a negative output whose gradient is 0 anyway
-
-        def add(arrived: Tensor) -> None:
-            self._add(value, arrived)
-
-        output.register_hook(add)
-
-    def see(self, seen: Seen | Projected) -> None:
-        """A layer has run whose units are inside: what arrives at them is not complete before the backward ends."""
-        self.ran = True
-        self._seen.append(seen)
-
-    def close(self) -> None:
-        """After the backward of a batch."""
-        for seen in self._seen:
-            if seen.arrived:  # of a checkpointed layer that has run again nothing has
-                self._add(*seen.whole())
-        self._seen.clear()
-
-    def _add(self, value: Tensor, arrived: Tensor) -> None:
-        summed = self.reduce(self.layer, value, arrived)
-        self.total = summed if self.total is None else self.total + summed
-
-    def of_share(self) -> Tensor | bool:
-        """The sum; without any, whether the layer ran."""
-        return self.ran if self.total is None else self.total.to("cpu", torch.float64)
-
-
-def _unroll(module: nn.Module, sums: Mapping[str, _Sum], recurrent: Gradients) -> None:
-    """For a borrowed module: recurrent layers of units run step by step, for relevance the others do, too."""
-    for name, part in module.named_modules():
-        if is_recurrent(part) and why_not_units(part) is None:
-            if name in sums:
-                vars(part)["forward"] = unrolled(part, recurrent, sums[name].see)
-            elif isinstance(recurrent, SignalTakesAll):
-                vars(part)["forward"] = unrolled(part, recurrent)
-
-
-def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:
-    found = [share for share in shares if isinstance(share, Tensor)]
-    if not found and not any(shares):  # an expert, say, that none of these samples were sent to
-        return torch.zeros(layer.units, dtype=torch.float64)
-    if not found:
-        raise ValueError(f"no relevance reached layer {layer.name!r}: the logits do not depend on it")
-    total = sum(found[1:], start=found[0])
-    finite = total.isfinite().view(layer.units, -1).all(dim=1)  # of a unit there may be several numbers
-    if not finite.all():
-        raise ValueError(
-            f"relevance of layer {layer.name!r} is not finite in {int((~finite).sum())} of {layer.units} units"
-        )
-    return total
-
-
-def _rooted(name: str, roots: list[Tensor], *, is_needed: bool = True) -> Any:
-    """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in; if it is needed."""
-
-    def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not is_needed and not (args and torch.is_grad_enabled() and isinstance(args[0], Tensor)):
-            return None
-        if not args or not torch.is_grad_enabled():
-            how = "runs without a graph (torch.no_grad, reentrant checkpointing)" if args else "is called by keyword"
-            raise UnreachableError(f"layer {name!r} {how}, so no relevance can reach it; leave it out of units=")
-        packed = args[0] if isinstance(args[0], PackedSequence) else None
-        data = args[0] if packed is None else packed.data
-        if data.requires_grad:
-            roots.append(data)  # if it is the user's own leaf nothing else ends in it
-            return None
-        roots.append(data.detach().requires_grad_())
-        return (roots[-1] if packed is None else PackedSequence(roots[-1], *packed[1:]), *args[1:])
-
-    return root
-
-
-def _looked_up(roots: list[Tensor]) -> Any:
-    """A hook that makes what an embedding looks up a leaf of the graph."""
-
-    def root(module: nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
-            return None
-        if output.requires_grad:
-            roots.append(output)  # the user's own leaf
-            return None
-        roots.append(output.detach().requires_grad_())
-        return roots[-1]
-
-    return root
+            vars(norm)["forward"] = nn.Identity().forward

@@ -79,8 +79,7 @@ class Conservation:
         size: sum of the absolute relevance of the logits over that of the signed, at least 1: how much they cancel.
         unruled: what had no rule, places by kind: ``{"LayerNorm": ("encoder.norm1",)}``.
         causes: by cut, what may take or make relevance between it and the one above: places by kind.
-        own: layers with a forward of their own, or that run several times, where another rule stands in for the right
-            one, places by what it is.
+        own: layers with a forward of their own, where another rule stands in for the right one, places by what it is.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
@@ -136,20 +135,19 @@ class Journal:
         self._sent = self._sent_absolute = self._arrived = 0.0
 
     @contextmanager
-    def recording(self, module: nn.Module, ruled: Container[str], repeated: Container[str] = ()) -> Iterator[None]:
+    def recording(self, module: nn.Module, ruled: Container[str]) -> Iterator[None]:
         """Note what modules run in the first forward. One is enough: the others run the same.
 
         Args:
             module: a borrowed one.
             ruled: names of its modules with rules of their own.
-            repeated: names of those that would have one if they did not run several times; functions' rules hold there.
         """
         running: list[_Call] = []
         if self._calls is not None:
             self._calls.clear()  # the forward may run again
 
-        def enter(name: str, module: nn.Module, args: Any, options: Any) -> None:
-            running.append(_Call(name, module, name in ruled, _nodes((args, options)), name in repeated))
+        def enter(name: str, own: bool, module: nn.Module, args: Any, options: Any) -> None:
+            running.append(_Call(name, module, name in ruled, _nodes((args, options)), own))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             while running and running[-1].module is not module:
@@ -161,7 +159,8 @@ class Journal:
 
         with ExitStack() as hooks:
             for name, submodule in module.named_modules() if self._calls is not None else ():
-                hooks.callback(submodule.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
+                entered = partial(enter, name, computes_itself(submodule))
+                hooks.callback(submodule.register_forward_pre_hook(entered, with_kwargs=True).remove)
                 hooks.callback(submodule.register_forward_hook(leave).remove)
             yield
 
@@ -184,9 +183,9 @@ class Journal:
         # For a linear layer it is the epsilon rule, of the weight that it computes: as it should be. What a kind that
         # is not torch's does is told by its functions.
         self._own = _grouped(
-            _Cause(0, f"{'several runs' if call.repeated else 'the own forward'} of {_class(call.module)}", call.name)
+            _Cause(0, f"the own forward of {_class(call.module)}", call.name)
             for call in self._calls
-            if (computes_itself(call.module) or call.repeated) and (call.ruled or _is_convolution(call.module))
+            if call.own and (call.ruled or _is_convolution(call.module))
         )
         self._calls = None  # nodes hold tensors
 
@@ -273,13 +272,13 @@ def _depth_first(start: Any) -> Iterator[Any]:
 
 @dataclass
 class _Call:
-    """One run of a module: the nodes that it read and made, as they were then."""
+    """One run of a module: the nodes that it read and made, as they were then; whether its forward is its own."""
 
     name: str
     module: nn.Module
     ruled: bool
     before: list[Any]
-    repeated: bool = False
+    own: bool
     after: list[Any] = field(default_factory=list)
 
     def inside(self) -> Iterator[Any]:
@@ -296,7 +295,7 @@ class _Call:
     def has_bias(self) -> bool:
         bias = getattr(self.module, "bias", None)
         # A batch norm's shift takes no relevance, since it lets relevance pass.
-        ruled = self.ruled or self.repeated or computes_itself(self.module)
+        ruled = self.ruled or self.own
         return ruled and isinstance(bias, Tensor) and not isinstance(self.module, BatchNorm) and bool(bias.any())
 
 

@@ -32,17 +32,21 @@ class FunctionRules(TorchFunctionMode):
 
     A norm is the linear map of its numerator (`normalisers`), also where it is written by hand: a factor that is
     ``rsqrt`` of something and what a tensor is divided by are constants. Attention: `attention`. A gate has half of
-    what it adds to its value at 0 (`splits._Gated`). Parameters get no relevance. As factors they leave it whole, and
+    what it adds to its value at 0 (`splits.Gated`). Parameters get no relevance. As factors they leave it whole, and
     what is added to a tensor takes its share, like a bias: without it, what is nearly 0 before would get much.
 
     Args:
         aware: False: norms, softmax and attention are plain gradients, added constants leave relevance whole. So it is
             beside a composite of the user's own.
 
+    Attributes:
+        copies: whether rules keep copies of their tensors. A plain sum doesn't mind what is done in place to its
+            operands afterwards, rules do (`splits.WrittenToError`); but copies take as much memory again.
     """
 
     def __init__(self, *, aware: bool = True) -> None:
         super().__init__()
+        self.copies = False
         self._rules = RULES | AWARE if aware else RULES
         self._parts = PARTS if aware else {}
         self._curved = self._summed = self._mixed = False  # what has run so far
@@ -132,7 +136,9 @@ class FunctionRules(TorchFunctionMode):
             return function(*args, **options) if result is None else result
         rule = self._rules.get(function) if tensors else None
         split = rule(Site(self, function, tensors, args, options)) if rule else None
-        return function(*args, **options) if split is None else _apply(split, function, tensors, args, options)
+        if split is None:
+            return function(*args, **options)
+        return _apply(split, function, tensors, args, options, copies=self.copies)
 
 
 def _of_graph(args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
@@ -147,7 +153,13 @@ class _Operand:
 
 
 def _apply(
-    split: Split, function: Callable[..., Any], tensors: list[Tensor], args: Sequence[Any], options: dict[str, Any]
+    split: Split,
+    function: Callable[..., Any],
+    tensors: list[Tensor],
+    args: Sequence[Any],
+    options: dict[str, Any],
+    *,
+    copies: bool,
 ) -> Tensor:
     name = function.__name__
     in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
@@ -168,8 +180,7 @@ def _apply(
         result: Tensor = function(*own_args, **own_options)
         return result
 
-    if not in_place:
-        return split(call, tensors)
+    written: Tensor | None = args[0] if in_place else None
+    result = split(call, [x.clone() if copies or x is written else x for x in tensors])
     # Others may hold what is written to, or a view of it.
-    written: Tensor = args[0]
-    return written.copy_(split(call, [x.clone() if x is written else x for x in tensors]))
+    return result if written is None else written.copy_(result)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rnf.anatomy import Predict, UnitLayer, is_numbers, true_labels
-from lightning_rnf.relevance.attribution import over_positions, propagate
+from lightning_rnf.relevance.propagation import over_positions, propagate
 from lightning_rnf.runtime import ALONE, Ranks, evaluating
 
 ImportanceName = Literal["lrp", "gradient_x_activation", "taylor", "activation", "magnitude", "random"]

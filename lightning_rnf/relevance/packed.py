@@ -47,6 +47,15 @@ class Projected:
         return states, arrived
 
 
+def is_end(read: Tensor, roots: list[Tensor]) -> bool:
+    """Whether relevance is to end in what a layer reads.
+
+    Not in what comes from other ends: what arrives there would be kept until the backward is over. If the first that is
+    read is no leaf, the graph begins at leaves of the user's that nobody knows, and all that layers read are ends.
+    """
+    return read.is_leaf or not roots or not roots[0].is_leaf
+
+
 def attending(
     module: Any, name: str, roots: list[Tensor], see: Callable[[Projected], None]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -75,7 +84,8 @@ def attending(
         for one in (query, key, value):
             if id(one) not in ends:
                 ends[id(one)] = one if one.requires_grad else one.detach().requires_grad_()
-                roots.append(ends[id(one)])
+                if is_end(ends[id(one)], roots):
+                    roots.append(ends[id(one)])
         seen = Projected()
         run = by_parts(module, seen.watch)
         result = run(*(ends[id(one)] for one in (query, key, value)), *args, **kwargs)

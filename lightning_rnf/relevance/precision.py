@@ -17,10 +17,6 @@ from lightning_rnf.anatomy import Predict
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class RunsAgainError(Exception):
-    """A module runs again in the same forward, and its rule knows one run only."""
-
-
 class UnreachableError(ValueError):
     """Raised where relevance can't reach a layer: no matter of precision."""
 
@@ -86,7 +82,7 @@ class SinglePrecision(TorchFunctionMode):
         def predicted(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             try:
                 return predict(module, batch)
-            except (UnreachableError, RunsAgainError, torch.OutOfMemoryError):
+            except (UnreachableError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 if not self._widened:

@@ -43,7 +43,26 @@ def over(relevance: Tensor, total: Tensor) -> Tensor:
 
 def stabilised(total: Tensor) -> Tensor:
     """Away from 0 by `STABILISER`, without a change of sign."""
-    return total + torch.where(total < 0, -STABILISER, STABILISER)
+    return torch.where(total < 0, total - STABILISER, total + STABILISER)
+
+
+class WrittenToError(Exception):
+    """What a rule has kept by reference was written to in place after it had been read."""
+
+
+def kept(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward of a function has saved.
+
+    Raises:
+        WrittenToError: if it is no longer what it was.
+    """
+    try:
+        found: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise WrittenToError(str(error)) from error
+        raise
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,14 +99,13 @@ class ByContribution(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
         """The value."""
         ctx.call, ctx.biased, ctx.sums, ctx.at_zero, ctx.paid = call, call.biased, call.sums, call.at_zero, False
-        # Copies, since a plain sum doesn't mind what is done in place to its operands afterwards.
-        ctx.save_for_backward(*(tensor.clone() for tensor in tensors))
+        ctx.save_for_backward(*tensors)
         return call.run(*tensors)
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         """The shares."""
-        tensors = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        tensors = [tensor.detach().requires_grad_() for tensor in kept(ctx)]
         if ctx.paid:
             return None, relevance.sum_to_size(tensors[0].shape)
         with torch.enable_grad():
@@ -111,7 +129,8 @@ class Evenly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         """The shares."""
-        return None, *((relevance / ctx.factors).sum_to_size(shape) for shape in ctx.shapes)
+        share = relevance if ctx.factors == 1 else relevance / ctx.factors
+        return None, *(share.sum_to_size(shape) for shape in ctx.shapes)
 
 
 class ToOne(torch.autograd.Function):
@@ -147,7 +166,7 @@ class Gated(torch.autograd.Function):
         """The value."""
         ctx.smooth, ctx.gate, ctx.node = smooth, gate, node
         ctx.shapes = [tensor.shape for tensor in tensors]
-        ctx.save_for_backward(tensors[gate].clone())
+        ctx.save_for_backward(tensors[gate])
         return call.run(*tensors)
 
     @staticmethod
@@ -156,7 +175,7 @@ class Gated(torch.autograd.Function):
         half = relevance / 2
         of_gate, of_gated = half, half
         if ctx.smooth():
-            (value,) = ctx.saved_tensors
+            (value,) = kept(ctx)
             ctx.node.paid = True
             at_zero = over(relevance, value) * ctx.node.at_zero
             of_gate = (relevance - at_zero) / 2

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from against import compared
+from attribution import ATTRIBUTION
 from benchmark import add_common, prepare, surroundings, write_json
 from growth import GROWTH
 from measured import NETWORKS
@@ -29,7 +30,7 @@ from state import STATE
 from step import STEP
 from task_end import TASK_END
 
-PARTS = {part.name: part for part in (STEP, TASK_END, STATE, GROWTH)}
+PARTS = {part.name: part for part in (STEP, TASK_END, ATTRIBUTION, STATE, GROWTH)}
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 

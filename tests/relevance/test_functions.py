@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zennit.composites import EpsilonPlus
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.relevance.attribution import attribute
 from lightning_rnf.relevance.functions import FunctionRules
+from lightning_rnf.relevance.splits import WrittenToError
 
 
 @pytest.fixture(autouse=True)
@@ -285,12 +287,35 @@ def test_what_is_written_to_is_written_to():
 
 def test_operands_may_be_written_to_afterwards():
     (x, y), relevance = positive(5), torch.rand(5, dtype=torch.float64)
-    with FunctionRules():
-        first, second = x * 1, y * 1
-        total = first + second
-        first.mul_(7)
-        second.relu_()
+    rules = FunctionRules()
+    for rules.copies in (False, True):
+        with rules:
+            first, second = x * 1, y * 1
+            total = first + second
+            first.mul_(7)
+            second.relu_()
+        if not rules.copies:  # what `attribute` takes copies for
+            with pytest.raises(WrittenToError, match="modified by an inplace operation"):
+                torch.autograd.grad(total, [x, y], relevance)
     close(torch.autograd.grad(total, [x, y], relevance), x / (x + y) * relevance, y / (x + y) * relevance)
+
+
+def test_a_network_that_writes_to_operands_has_the_relevance_of_one_that_does_not():
+    def forward(net, x, write):
+        first, second = net.first(x), net.second(x)
+        total = first + second
+        later = write(first)
+        return net.head(total.relu() + later.relu())
+
+    parts = {"first": nn.Linear(4, 6), "second": nn.Linear(4, 6), "head": nn.Linear(6, CLASSES)}
+    writing = Built(partial(forward, write=lambda x: x.mul_(0.5)), **parts)
+    copying = Built(partial(forward, write=lambda x: x * 0.5), **parts)
+    batches = [labelled(5, 4, seed=seed) for seed in range(3)]
+    layers = UnitMap.of(copying, batches[0]).layers
+    found, expected = (attribute(net, layers, batches) for net in (writing, copying))
+    for layer in layers:
+        assert torch.equal(found.relevance[layer.name], expected.relevance[layer.name])
+    assert found.conservation.ratios == expected.conservation.ratios
 
 
 def test_without_a_graph_nothing_happens():

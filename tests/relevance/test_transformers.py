@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from zennit.core import Composite
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.relevance import attribution
 from lightning_rnf.relevance.attribution import Attribution, attribute
-from lightning_rnf.relevance.composite import BySign
 from lightning_rnf.relevance.conservation import BIAS, INPUT
 from lightning_rnf.relevance.functions import FunctionRules
 from lightning_rnf.relevance.heatmaps import heatmaps
+from lightning_rnf.relevance.layers import by_sign
 
 WIDTH, HEADS, LENGTH = 8, 2, 5
 
@@ -421,8 +422,7 @@ def test_a_product_after_a_constant_is_linear():
 def test_convolutions_of_smooth_networks_split_by_the_sign_of_their_output(bias):
     conv = nn.Conv1d(6, 5, 1, bias=bias).double().requires_grad_(False)
     x, relevance = leaf(7, 6, 1), torch.randn(7, 5, 1, dtype=torch.float64)
-    with Composite(lambda context, name, module: BySign()).context(conv):
-        (found,) = torch.autograd.grad(conv(x), x, relevance)
+    found = by_sign(conv, x.detach(), relevance)
     z = torch.einsum("ni,oi->noi", x[..., 0], conv.weight[..., 0])
     b = conv.bias.expand(7, 5)[..., None] if bias else torch.zeros(7, 5, 1, dtype=torch.float64)
     total = z.sum(-1, keepdim=True) + b
@@ -626,7 +626,13 @@ def test_networks_of_relus_have_bit_by_bit_the_relevance_that_zennits_rules_give
             nn.init.normal_(parameter, 0.5, 0.3)
     found = attributed(net, batch)
     zennit = EpsilonPlus()
-    monkeypatch.setattr(attribution, "applicable", lambda given, smooth, repeated: Composite(zennit.module_map))
+
+    @contextmanager
+    def hooks(module, rules, copies):
+        with Composite(zennit.module_map).context(module):
+            yield
+
+    monkeypatch.setattr(attribution, "ruled", hooks)
     monkeypatch.setattr(attribution, "FunctionRules", lambda aware: FunctionRules(aware=False))
     expected = attributed(net, batch)
     for layer, relevance in expected.relevance.items():
