@@ -57,7 +57,7 @@ def test_the_suite_writes_one_json_one_markdown_and_a_figure(tmp_path):
     assert content["malloc"] == dict.fromkeys(SETTINGS[:2]) | {"OMP_NUM_THREADS": "1"}
     assert content["threads"] == 1
     rows = {name: part["rows"] for name, part in content["parts"].items()}
-    assert rows.keys() == {"step", "task_end", "state", "growth"}
+    assert rows.keys() == {"step", "task_end", "attribution", "state", "growth"}
 
     of_state = {row["state"]: row for row in rows["step"]}
     assert of_state["without the callback"]["over_plain"] == [1.0]
@@ -78,6 +78,10 @@ def test_the_suite_writes_one_json_one_markdown_and_a_figure(tmp_path):
     assert in_parts["attribution"] == pytest.approx(in_record["attribution"], rel=0.2, abs=0.02)
     assert in_parts["heads"] + in_parts["rows"] + in_parts["measuring"] < in_record["search"] + in_record["settling"]
     assert 0 < rows["state"][0]["bytes_of_bits"] < rows["state"][0]["bytes_of_masks"] < end["bytes_of_state"]
+
+    (relevance,) = rows["attribution"]
+    assert 0 < relevance["peak_of_attribution"] < relevance["peak_of_step"]
+    assert min(relevance["seconds_of_step"] + relevance["seconds_of_attribution"]) > 0
 
     units = [row for row in rows["growth"] if row["over"] == "units"]
     tasks = [row for row in rows["growth"] if row["over"] == "tasks"]
