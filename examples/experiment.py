@@ -241,7 +241,7 @@ class Experiment:
             "capacity": [record.capacity for record in records],
             "reference_accuracy": [[record.accuracy, record.subnetwork_accuracy] for record in records],
             "accepted": [record.accepted for record in records],
-            **({"tasks_found": tasks_found(records)} if untold else {}),
+            **({name: at_the_end(records, name) for name in ("tasks_found", "accuracy_told")} if untold else {}),
             "evaluations": [len(record.evaluations) + len(record.recovery) for record in records],
             **more,
             "seconds": None if is_resumed else round(seconds, 1),  # what came before the stop was not kept
@@ -294,10 +294,10 @@ def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str,
     }
 
 
-def tasks_found(records: Sequence[TaskRecord]) -> list[float]:
-    """Share of each task's test samples that were found to be of it, after the last task; without a callback: none."""
+def at_the_end(records: Sequence[TaskRecord], metric: str) -> list[float]:
+    """What the last task's tests have found of each task under this name; without a callback: nothing."""
     last = records[-1].tests if records else {}
-    return [round(logged["tasks_found"], 6) for logged in last.values() if "tasks_found" in logged]
+    return [round(logged[metric], 6) for logged in last.values() if metric in logged]
 
 
 def add_heads(model: LightningModule, stream: Sequence[TaskDataModule]) -> None:

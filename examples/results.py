@@ -240,8 +240,17 @@ def _overview(methods: Mapping[str, Any]) -> str:
         }
         if not naive:
             del row["over naive, same seeds"]
+        if _has("accuracy_told", methods):
+            row["where the task is told, %"] = _mean_of("accuracy_told", runs)
+            row["task found, %"] = _mean_of("tasks_found", runs)
         rows.append(row)
     return _ruled(f"| {' | '.join(rows[0])} |", [f"| {' | '.join(row.values())} |" for row in rows])
+
+
+def _mean_of(key: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Of all tasks, at the end; empty for fine-tuning, which nobody asks for a task."""
+    means = [100 * sum(run[key]) / len(run[key]) for run in runs if run.get(key)]
+    return mean_and_deviation(means) if means else ""
 
 
 def _over(differences: Sequence[float], runs: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from os import PathLike
 from pathlib import Path
@@ -257,7 +257,8 @@ def fit_stream(
             None: nothing is kept but what ``trainer_factory`` keeps.
         scenario: ``"task"``: tests are told which task a sample is of. ``"class"``: they are not, and classes of all
             tasks so far are one label space: with a callback by `RelevanceFreezing.infer_task`, without one by the
-            largest logit of all heads. The report has the share of samples whose task was found as ``"tasks_found"``.
+            largest logit of all heads. The report has the share of samples whose task was found as ``"tasks_found"``,
+            and what is right where the task is told as ``"accuracy_told"``.
 
     Returns:
         The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal. It is in the callback's report,
@@ -287,34 +288,60 @@ def fit_stream(
         model.to(trainer.strategy.root_device)
         for index, seen in enumerate(tasks[: trained + 1]):
             activate(model, seen)
-            precision = trainer.precision_plugin
             sofar = tasks[: trained + 1] if scenario == "class" else None
-            found: list[Tensor] = []
-            with set_up(seen, trainer, "test"), _asking(model, seen, sofar, callback, activate) as ask, torch.no_grad():
-                explained: list[Explained] = []
-                numbers: bool | None = None  # as the first batch shows: one of another may all be 0 or 1
-                for batch in seen.test_dataloader():
-                    converted = precision.convert_input(on_device(batch, trainer))
-                    with precision.forward_context():
-                        logits, target, named = ask(Flat(predict, Layout(numbers=numbers)), converted)
-                    numbers = is_numbers(target) if numbers is None else numbers
-                    found += [] if named is None else [named]
-                    if is_numbers(target):
-                        explained.append(Explained.of(logits, target))
-                    else:
-                        matrix.update(logits.cpu(), target.cpu(), trained=trained, task=index, named=named)
+            asked = partial(_tested, model, seen, trainer, predict, callback, activate)
+            explained, found = asked(sofar, partial(matrix.update, trained=trained, task=index))
             if explained:
                 scored, score = "r_squared", reduce(add, explained).share
                 shares[trained, index] = score
             else:
                 scored, score = "accuracy", float(matrix.correct[trained, index] / matrix.samples[trained, index])
             if callback is not None and task.task in callback.state.tasks:
-                shown = {scored: score} | ({"tasks_found": float(torch.cat(found).float().mean())} if found else {})
+                shown = {scored: score}
+                if found:
+                    told = AccuracyMatrix(1)
+                    asked(None, partial(told.update, trained=0, task=0))
+                    shown["accuracy_told"] = float(told.correct.sum() / told.samples.sum())
+                    shown["tasks_found"] = float(torch.cat(found).float().mean())
                 callback.state.task(task.task).tests[seen.task] = shown
         model.cpu()
     # torchmetrics makes a number of a matrix of one entry, and warns of one that was never updated
     of_classes = matrix.compute().reshape(len(tasks), len(tasks)) if matrix.samples.any() else shares
     return torch.where(shares.isnan(), of_classes, shares)
+
+
+def _tested(
+    model: LightningModule,
+    task: Any,
+    trainer: Any,
+    predict: Predict,
+    callback: RelevanceFreezing | None,
+    activate: Callable[[LightningModule, Any], None],
+    sofar: list[Any] | None,
+    update: Callable[..., None],
+) -> tuple[list[Explained], list[Tensor]]:
+    """One task's test data go through the model, and answers to ``update``.
+
+    Returns:
+        Of numbers what is explained, and whether samples' tasks were found: by batch. The latter is empty if they are
+        told.
+    """
+    precision = trainer.precision_plugin
+    explained: list[Explained] = []
+    found: list[Tensor] = []
+    numbers: bool | None = None  # as the first batch shows: one of another may all be 0 or 1
+    with set_up(task, trainer, "test"), _asking(model, task, sofar, callback, activate) as ask, torch.no_grad():
+        for batch in task.test_dataloader():
+            converted = precision.convert_input(on_device(batch, trainer))
+            with precision.forward_context():
+                logits, target, named = ask(Flat(predict, Layout(numbers=numbers)), converted)
+            numbers = is_numbers(target) if numbers is None else numbers
+            found += [] if named is None else [named]
+            if is_numbers(target):
+                explained.append(Explained.of(logits, target))
+            else:
+                update(logits.cpu(), target.cpu(), named=named)
+    return explained, found
 
 
 _Ask = Callable[[Predict, Any], tuple[Tensor, Tensor, Tensor | None]]

@@ -186,6 +186,11 @@ def test_fit_stream_tests_without_a_word_of_the_task():
     found = rnf.report(metric="tasks_found").matrix
     assert (found[1] > 0.95).all()
     assert torch.equal(rnf.report().matrix[1], matrix[1])
+    told = rnf.report(metric="accuracy_told").matrix
+    for index, task in enumerate(stream):
+        x, y = task.test.tensors
+        with rnf.recall(task.task, model), torch.no_grad():
+            assert told[1, index] == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
 
 
 def test_without_a_callback_all_heads_are_one_label_space():

@@ -41,7 +41,7 @@ def run(tmp_path):
         summary = importlib.import_module(script_of(name)).main(given)
         settings = [Path(option).stem for option in options if option.endswith(".yaml")]
         file = (settings or [name])[0] + "-fast" * ("--fast" in options)
-        file += "-validation" * ("--on-validation" in options)
+        file += "-validation" * ("--on-validation" in options) + "-class" * ("class" in options)
         assert json.loads((output / f"{file}.json").read_text()) == summary
         assert not (output / f"{file}-unfinished").exists()
         return summary
@@ -122,6 +122,28 @@ def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, opt
     assert one["forgetting"] == 0
     assert one["matrix"][1][0] == one["matrix"][0][0]
     assert 0 < one["free_capacity"][1] <= one["free_capacity"][0]
+
+
+@has("cifar10")
+def test_with_and_without_a_word_of_the_task(run):
+    small = [
+        "--set",
+        "methods.default.freezing.criterion=0.06",
+        "network.width=8",
+        "--epochs",
+        "1",
+        "--samples",
+        "1000",
+        "--tasks",
+        "2",
+    ]
+    summary = run("cifar_split", "--fast", "--scenario", "class", "--method", "default", *small)
+    assert summary["tested_on"] == "test data, of all tasks as one label space"
+    one = of(summary, "default")
+    for untold, told, found in zip(one["matrix"][1], one["accuracy_told"], one["tasks_found"], strict=True):
+        assert 0 < untold <= min(told, found)
+    shown = importlib.import_module("results").table(summary)
+    assert "| where the task is told, % | task found, % |" in shown
 
 
 @pytest.mark.parametrize(
