@@ -143,7 +143,10 @@ class Portrait:
             if not count or not size or not bool((counts > 0).all()):
                 raise ValueError(f"not a state of lightning_rnf: a portrait in the space of {name!r:.80} is empty")
             classes[name] = Gaussians(counts, means, covariances)
-        return cls(Space(layers, center, scale, projection), classes, usual)
+        portrait = cls(Space(layers, center, scale, projection), classes, usual)
+        if unknown := sorted(set(tensors) - set(portrait.tensors())):
+            raise ValueError(f"not a state of lightning_rnf: a portrait has {unknown!r:.80}, which nobody reads")
+        return portrait
 
 
 _KEYS = ("counts", "means", "covariances")

@@ -171,6 +171,14 @@ def test_tensors_that_are_no_portrait_are_refused(broken):
         FreezeState.from_plain(plain)
 
 
+@pytest.mark.parametrize("key", ["2.means", "center ", "1"])
+def test_tensors_that_nobody_reads_are_refused(key):
+    plain = through_a_checkpoint(two_tasks(make(Mlp)).to_plain())
+    plain["tasks"][1]["portrait"]["tensors"][key] = torch.zeros(3)
+    with pytest.raises(ValueError, match=f"a portrait has .'{key}'., which nobody reads"):
+        FreezeState.from_plain(plain)
+
+
 PLAIN: dict[str, Any] = {
     "none": lambda portrait: None,
     "a text": lambda portrait: "portrait",
