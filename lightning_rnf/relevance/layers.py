@@ -65,25 +65,28 @@ def ruled(module: nn.Module, rules: Mapping[str, Rule | None], copies: Callable[
         yield
 
 
-def _split(layer: Any, rule: Rule, copies: Callable[[], bool], x: Tensor, *args: Any, **options: Any) -> Any:
-    run = partial(type(layer).forward, layer)
-    if not _is_of_graph(x) or args or options:
-        return run(x, *args, **options)
+def _split(layer: Any, rule: Rule, copies: Callable[[], bool], *args: Any, **options: Any) -> Any:
+    run, x = partial(type(layer).forward, layer), _of_graph(args, options)
+    if x is None:
+        return run(*args, **options)
     return _Split.apply(layer, rule, run, x.clone() if copies() else x)
 
 
-def _passed(layer: Any, x: Tensor) -> Tensor:
-    run = partial(type(layer).forward, layer)
-    if not _is_of_graph(x):
-        plain: Tensor = run(x)
-        return plain
+def _passed(layer: Any, *args: Any, **options: Any) -> Any:
+    run, x = partial(type(layer).forward, layer), _of_graph(args, options)
+    if x is None:
+        return run(*args, **options)
     written = getattr(layer, "inplace", False)
-    result: Tensor = Evenly.apply(Call(lambda x: run(x.clone())) if written else Call(run), x)
+    result = Evenly.apply(Call(lambda x: run(x.clone())) if written else Call(run), x)
     return x.copy_(result) if written else result  # others may hold what is written to, or a view of it
 
 
-def _is_of_graph(x: object) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
+def _of_graph(args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """What is given, by position or as ``input``, if relevance flows to it."""
+    given = [*args, *options.values()]
+    if len(given) != 1 or not set(options) <= {"input"} or not isinstance(given[0], Tensor):
+        return None
+    return given[0] if given[0].requires_grad and torch.is_grad_enabled() else None
 
 
 class _Split(torch.autograd.Function):

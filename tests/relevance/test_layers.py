@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,26 @@ def test_a_convolution_that_runs_several_times_has_its_rule_in_each_run():
     for layer in layers:
         assert torch.equal(found.relevance[layer.name], expected.relevance[layer.name])
     assert found.conservation.notes == ()
+
+
+def test_layers_that_are_called_by_keyword_have_their_rules():
+    def forward(net, x, *, named):
+        x = net.first(x)
+        if named:
+            return net.head(input=net.act(input=net.second(input=x)).flatten(1))
+        return net.head(net.act(net.second(x)).flatten(1))
+
+    parts = {
+        "first": nn.Conv1d(2, 4, 3),
+        "second": nn.Conv1d(4, 5, 3),
+        "act": nn.ReLU(),
+        "head": nn.Linear(10, CLASSES),
+    }
+    batch = labelled(4, 2, 6)
+    nets = [Built(partial(forward, named=named), **parts) for named in (True, False)]
+    layers = [layer for layer in UnitMap.of(nets[1], batch).layers if layer.name == "first"]
+    found, expected = (attribute(net, layers, [batch]).relevance["first"] for net in nets)
+    assert torch.equal(found, expected)
 
 
 def test_nothing_is_left_on_the_layers():
