@@ -1,6 +1,6 @@
 """How relevance is propagated from the true class to every unit, and other importances to compare it with.
 
-Zennit's rules for layers, rules of our own for functions between them, and an account of where relevance was lost.
+Rules for layers (those of Zennit's EpsilonPlus) and for functions between them, and an account of where it was lost.
 Equations are those of the paper's section 3.1.
 """
 

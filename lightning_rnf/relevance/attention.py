@@ -27,30 +27,24 @@ class Softmax(torch.autograd.Function):
         """The value."""
         weights = call.run(scores)
         ctx.dim, ctx.weighing = dim, False
-        # They are the largest tensors of a transformer, and scores are logarithms of weights, but for a number a row.
-        ctx.save_for_backward(weights, scores.amax(dim, keepdim=True) - weights.amax(dim, keepdim=True).log())
+        ctx.save_for_backward(scores, weights)
         return weights
 
     @staticmethod
     def backward(ctx: Any, arrived: Tensor) -> tuple[Tensor | None, ...]:
         """The shares."""
-        scores, weights = Softmax.scores_of(ctx)
+        scores, weights = kept(ctx)
         gradient = arrived if ctx.weighing else over(arrived, weights)
         gradient = weights * (gradient - (weights * gradient).sum(ctx.dim, keepdim=True))
-        return None, None, scores * gradient
+        return None, None, torch.where(weights == 0, 0.0, scores * gradient)  # masked scores are infinite
 
     @staticmethod
     def told_by_scores(ctx: Any) -> Tensor:
         """``J s``."""
-        scores, weights = Softmax.scores_of(ctx)
+        scores, weights = kept(ctx)
+        scores = torch.where(weights == 0, 0.0, scores)
         result: Tensor = weights * (scores - (weights * scores).sum(ctx.dim, keepdim=True))
         return result
-
-    @staticmethod
-    def scores_of(ctx: Any) -> tuple[Tensor, Tensor]:
-        """Scores, 0 where they are masked (infinite); weights."""
-        weights, added = kept(ctx)
-        return torch.where(weights == 0, 0.0, weights.log() + added), weights
 
 
 class Weighing(torch.autograd.Function):

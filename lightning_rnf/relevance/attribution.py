@@ -1,4 +1,4 @@
-"""Relevance of every unit on reference batches: Zennit's layer-wise relevance propagation on a borrowed module."""
+"""Relevance of every unit on reference batches: layer-wise relevance propagation on a borrowed module."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def attribute(
                 # What a composite of the user's own has no rule for is to be a plain gradient.
                 left = {name for name, submodule in module.named_modules() if _is_layer(submodule)}
             rules.enter_context(journal.recording(module, known))
-            rules.enter_context(ruled(module, own, lambda: functions.copies))
+            rules.enter_context(ruled(module, own, functions.keeps_copies))
             recurrent = {name for name, submodule in module.named_modules() if is_recurrent(submodule)}
             rules.enter_context(functions.attached(module, known | left | recurrent))
             try:

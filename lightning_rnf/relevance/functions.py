@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_rnf.relevance.normalisers import NORMS
 from lightning_rnf.relevance.rules import AWARE, CURVED, FLAGGED, PARTS, RULES, Site, Split
+from lightning_rnf.relevance.splits import may_be_copied
 
 
 class FunctionRules(TorchFunctionMode):
@@ -40,8 +41,9 @@ class FunctionRules(TorchFunctionMode):
             beside a composite of the user's own.
 
     Attributes:
-        copies: whether rules keep copies of their tensors. A plain sum doesn't mind what is done in place to its
-            operands afterwards, rules do (`splits.WrittenToError`); but copies take as much memory again.
+        copies: whether rules keep copies of their tensors everywhere. A plain sum doesn't mind what is done in place
+            to its operands afterwards, rules do (`splits.WrittenToError`, but where it can't be seen: there they always
+            keep copies); but these take as much memory again.
     """
 
     def __init__(self, *, aware: bool = True) -> None:
@@ -71,6 +73,10 @@ class FunctionRules(TorchFunctionMode):
         with ReLUs, what sums to nearly 0 has nearly no relevance.
         """
         return self._mixed or (self._curved and self._summed)
+
+    def keeps_copies(self) -> bool:
+        """Whether rules keep copies of their tensors now."""
+        return self.copies or may_be_copied()
 
     def note_sum(self) -> None:
         """Two tensors of the graph have been added."""
@@ -138,7 +144,7 @@ class FunctionRules(TorchFunctionMode):
         split = rule(Site(self, function, tensors, args, options)) if rule else None
         if split is None:
             return function(*args, **options)
-        return _apply(split, function, tensors, args, options, copies=self.copies)
+        return _apply(split, function, tensors, args, options, copies=self.keeps_copies())
 
 
 def _of_graph(args: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:

@@ -17,6 +17,46 @@ from lightning_rnf.anatomy import OUTPUT, ROLES, by_parts, is_attention
 from lightning_rnf.relevance.precision import UnreachableError
 
 
+class Ends:
+    """Where relevance ends in a batch: leaves that layers read, themselves or through what the forward made of them.
+
+    What layers in between read is no end: what arrives there would be kept until the backward is over.
+
+    Attributes:
+        found: the leaves, in the order in which they were met.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+        self._seen: set[Any] = set()
+
+    def clear(self) -> None:
+        """Before a batch, and after it: what has been seen of the graph is held."""
+        self.found.clear()
+        self._seen.clear()
+
+    def note(self, read: Tensor) -> None:
+        """What a layer reads, of the graph."""
+        pending = [read.grad_fn]
+        if read.is_leaf:
+            self._add(read)
+        while pending:
+            node: Any = pending.pop()
+            if node is None or node in self._seen:
+                continue
+            self._seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):  # of a graph of the user's own
+                self._add(leaf)
+            pending.extend(following for following, _ in node.next_functions)
+        if not self.found:
+            self._add(read)
+
+    def _add(self, leaf: Tensor) -> None:
+        if not any(one is leaf for one in self.found):
+            self.found.append(leaf)
+
+
 @dataclass(eq=False)
 class Projected:
     """Queries, keys and values of one run, and what has arrived at them: each ``(N, positions, width)`` by role."""
@@ -47,17 +87,8 @@ class Projected:
         return states, arrived
 
 
-def is_end(read: Tensor, roots: list[Tensor]) -> bool:
-    """Whether relevance is to end in what a layer reads.
-
-    Not in what comes from other ends: what arrives there would be kept until the backward is over. If the first that is
-    read is no leaf, the graph begins at leaves of the user's that nobody knows, and all that layers read are ends.
-    """
-    return read.is_leaf or not roots or not roots[0].is_leaf
-
-
 def attending(
-    module: Any, name: str, roots: list[Tensor], see: Callable[[Projected], None]
+    module: Any, name: str, roots: Ends, see: Callable[[Projected], None]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A forward by its parts that notes what arrives at them.
 
@@ -84,8 +115,7 @@ def attending(
         for one in (query, key, value):
             if id(one) not in ends:
                 ends[id(one)] = one if one.requires_grad else one.detach().requires_grad_()
-                if is_end(ends[id(one)], roots):
-                    roots.append(ends[id(one)])
+                roots.note(ends[id(one)])
         seen = Projected()
         run = by_parts(module, seen.watch)
         result = run(*(ends[id(one)] for one in (query, key, value)), *args, **kwargs)
@@ -95,7 +125,7 @@ def attending(
     return forward
 
 
-def take_apart(module: nn.Module, see: Mapping[str, Callable[[Projected], None]], roots: list[Tensor]) -> None:
+def take_apart(module: nn.Module, see: Mapping[str, Callable[[Projected], None]], roots: Ends) -> None:
     """For a borrowed module: attention of torch's with unit layers runs by its parts.
 
     Args:

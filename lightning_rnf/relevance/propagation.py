@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,7 +21,7 @@ from lightning_rnf.anatomy import (
     predict_checked,
     why_not_units,
 )
-from lightning_rnf.relevance.packed import Projected, is_end, take_apart
+from lightning_rnf.relevance.packed import Ends, Projected, take_apart
 from lightning_rnf.relevance.precision import SinglePrecision, UnreachableError
 from lightning_rnf.relevance.recurrent import GRADIENTS, Gradients, Seen, SignalTakesAll, unrolled
 from lightning_rnf.relevance.splits import WrittenToError
@@ -81,7 +82,7 @@ def propagate(
             module.requires_grad_(False)  # the only leaves are the inputs of the first layers: no parameter's gradient
             forget_gradient_hooks(module)
             prepare(module)
-            roots: list[Tensor] = []
+            roots = Ends()
             _unroll(module, sums, recurrent)
             take_apart(module, {name: total.see for name, total in sums.items()}, roots)
             for layer in layers:
@@ -102,14 +103,17 @@ def propagate(
                 roots.clear()
                 for total in sums.values():
                     total.begin()
-                # Zennit keeps what its hooks stored until the context is left: once per batch, or memory grows.
+                # Beside a composite Zennit keeps what its hooks stored until the context is left: once per batch.
+                # A forward that writes to its input may run again.
+                own = apply_to_collection(single.batch(batch), Tensor, Tensor.clone, allow_frozen=True)
                 with rules(module):
                     single_predict = Flat.like(predict, single.predicting(predict))
-                    logits, target = predict_checked(single_predict, module, single.batch(batch))
-                    sent, ends = start(logits.detach(), target), tuple(roots)  # checkpointed layers add to it
+                    logits, target = predict_checked(single_predict, module, own)
+                    sent, ends = start(logits.detach(), target), tuple(roots.found)  # checkpointed layers add to it
                     arrived(sent, ends, torch.autograd.grad(logits, ends, grad_outputs=sent, allow_unused=True))
                     for total in sums.values():
                         total.close()
+                roots.clear()
                 return len(target)
 
             for batch in batches:
@@ -203,7 +207,7 @@ def _total(layer: UnitLayer, shares: Sequence[Tensor | bool]) -> Tensor:
     return total
 
 
-def _rooted(name: str, roots: list[Tensor], *, is_needed: bool = True) -> Any:
+def _rooted(name: str, roots: Ends, *, is_needed: bool = True) -> Any:
     """A hook that makes the input of a first layer a leaf of the graph, for relevance to end in; if it is needed."""
 
     def root(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -215,26 +219,26 @@ def _rooted(name: str, roots: list[Tensor], *, is_needed: bool = True) -> Any:
         packed = args[0] if isinstance(args[0], PackedSequence) else None
         data = args[0] if packed is None else packed.data
         if data.requires_grad:
-            if is_end(data, roots):
-                roots.append(data)
+            roots.note(data)
             return None
-        roots.append(data.detach().requires_grad_())
-        return (roots[-1] if packed is None else PackedSequence(roots[-1], *packed[1:]), *args[1:])
+        leaf = data.detach().requires_grad_()
+        roots.note(leaf)
+        return (leaf if packed is None else PackedSequence(leaf, *packed[1:]), *args[1:])
 
     return root
 
 
-def _looked_up(roots: list[Tensor]) -> Any:
+def _looked_up(roots: Ends) -> Any:
     """A hook that makes what an embedding looks up a leaf of the graph."""
 
     def root(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return None
         if output.requires_grad:
-            if is_end(output, roots):
-                roots.append(output)
+            roots.note(output)
             return None
-        roots.append(output.detach().requires_grad_())
-        return roots[-1]
+        leaf = output.detach().requires_grad_()
+        roots.note(leaf)
+        return leaf.clone()  # which may be written to
 
     return root

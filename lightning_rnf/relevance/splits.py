@@ -65,6 +65,17 @@ def kept(ctx: Any) -> tuple[Tensor, ...]:
     return found
 
 
+def may_be_copied() -> bool:
+    """Whether what is saved goes through hooks, as in a checkpointed part, so that nobody sees if it is written to."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(False) is not None
+
+
+def not_a_view(result: Tensor) -> Tensor:
+    """For a function's value: what is a view there could not be written to afterwards."""
+    return result.clone() if result._is_view() else result
+
+
 @dataclass(frozen=True)
 class Call:
     """A function of the tensors that relevance is split among.
@@ -100,7 +111,7 @@ class ByContribution(torch.autograd.Function):
         """The value."""
         ctx.call, ctx.biased, ctx.sums, ctx.at_zero, ctx.paid = call, call.biased, call.sums, call.at_zero, False
         ctx.save_for_backward(*tensors)
-        return call.run(*tensors)
+        return not_a_view(call.run(*tensors))
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +135,7 @@ class Evenly(torch.autograd.Function):
         """The value."""
         ctx.shapes = [tensor.shape for tensor in tensors]
         ctx.factors, ctx.at_zero = call.factors, call.at_zero
-        return call.run(*tensors)
+        return not_a_view(call.run(*tensors))
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +153,7 @@ class ToOne(torch.autograd.Function):
         ctx.shapes = [tensor.shape for tensor in tensors]
         ctx.index = index
         ctx.without = frozenset(range(len(tensors))) - {index}
-        return call.run(*tensors)
+        return not_a_view(call.run(*tensors))
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,7 +178,7 @@ class Gated(torch.autograd.Function):
         ctx.smooth, ctx.gate, ctx.node = smooth, gate, node
         ctx.shapes = [tensor.shape for tensor in tensors]
         ctx.save_for_backward(tensors[gate])
-        return call.run(*tensors)
+        return not_a_view(call.run(*tensors))
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:

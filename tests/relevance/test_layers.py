@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-import gc
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from launched import ROOT
 from networks import CLASSES, Built, labelled
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf.anatomy.units import UnitMap
@@ -39,7 +41,7 @@ def test_a_layer_hands_on_what_it_does_under_zennits_hooks(name, bias, positive)
     x = (x.relu() if positive else x).requires_grad_()
     relevance = torch.randn(layer(x).shape)
     kept = {key: (value, value.clone()) for key, value in layer.named_parameters()}
-    found = (epsilon if isinstance(layer, nn.Linear) else plus)(layer, x.detach(), relevance)
+    found = (epsilon if isinstance(layer, nn.Linear) else plus)(layer, layer, x.detach(), relevance)
     assert all(layer.get_parameter(key) is value and torch.equal(value, was) for key, (value, was) in kept.items())
     with EpsilonPlus().context(nn.Sequential(layer)) as hooked:
         (expected,) = torch.autograd.grad(hooked(x), x, relevance)
@@ -115,16 +117,162 @@ def test_layers_that_are_called_by_keyword_have_their_rules():
     assert torch.equal(found, expected)
 
 
-def test_nothing_is_left_on_the_layers():
+def compared(net, other, *shape):
+    batch = labelled(4, *shape)
+    layers = UnitMap.of(other, batch).layers
+    found, expected = (attribute(one, layers, [batch]) for one in (net, other))
+    for layer in layers:
+        torch.testing.assert_close(found.relevance[layer.name], expected.relevance[layer.name], rtol=1e-5, atol=1e-7)
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_linear_layer_says_of_positions_may_be_written_to(bias):
+    def forward(net, x, act):
+        y = net.first(x)
+        y += 1.0
+        return net.head(act(net.second(act(y))).mean(1))
+
+    parts = {"first": nn.Linear(4, 6, bias=bias), "second": nn.Linear(6, 6, bias=bias), "head": nn.Linear(6, CLASSES)}
+    nets = [Built(partial(forward, act=act), **parts) for act in (nn.ReLU(inplace=True), torch.relu)]
+    compared(*nets, 5, 4)
+
+
+def test_a_part_whose_input_begins_at_a_leaf_of_the_forward_s_own():
+    def forward(net, x, leaf):
+        first, other = x[:, :4], x[:, 4:].detach()
+        other = other.requires_grad_() * 2 if leaf else other * 2
+        return net.head(net.last(net.first(first).relu() + net.other(other).relu()).relu())
+
+    parts = {"first": nn.Linear(4, 6), "other": nn.Linear(3, 6), "last": nn.Linear(6, 6), "head": nn.Linear(6, CLASSES)}
+    compared(*(Built(partial(forward, leaf=leaf), **parts) for leaf in (True, False)), 7)
+
+
+def test_what_is_written_to_in_a_checkpointed_part_was_something_else_when_it_was_added():
+    class Part(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.b, self.c, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(inplace)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.b(x)
+            y = a + x
+            written = self.act(a)
+            return self.c(y) + written
+
+    def forward(net, x):
+        return net.head(checkpoint(net.part, net.first(x).relu(), use_reentrant=False).relu())
+
+    parts = {"first": nn.Linear(4, 6), "head": nn.Linear(6, CLASSES)}
+    compared(*(Built(forward, **parts, part=Part(inplace)) for inplace in (True, False)), 4)
+
+
+def test_a_forward_that_writes_to_its_input_and_to_operands_runs_as_if_once():
+    def forward(net, x, write):
+        x = write(x)
+        first, second = net.first(x), net.second(x)
+        total = first + second
+        return net.head(total.relu() + write(first).relu())
+
+    parts = {"first": nn.Linear(4, 6), "second": nn.Linear(4, 6), "head": nn.Linear(6, CLASSES)}
+    writes = (lambda x: x.sub_(0.5), lambda x: x - 0.5)
+    compared(*(Built(partial(forward, write=write), **parts) for write in writes), 4)
+
+
+def test_a_forward_of_an_activation_s_own_is_run_and_left_there():
+    def turned(x):
+        return (-x).relu()
+
+    nets = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, CLASSES)) for _ in "ab"]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[0][1].forward = turned
+    nets[1][0].weight.data.neg_()
+    nets[1][0].bias.data.neg_()
+    found = compared(*nets, 4)
+    assert nets[0][1].forward is turned
+    assert found.relevance["0"].abs().sum() > 0
+
+
+def test_what_is_looked_up_may_be_written_to():
+    def forward(net, x, inplace):
+        x = net.embedding((x[:, :3] > 0).long())
+        x = nn.functional.relu(x, inplace=inplace)
+        return net.head(net.first(x).relu().mean(1))
+
+    parts = {"embedding": nn.Embedding(2, 4), "first": nn.Linear(4, 6), "head": nn.Linear(6, CLASSES)}
+    compared(*(Built(partial(forward, inplace=inplace), **parts) for inplace in (True, False)), 4)
+
+
+def test_attention_to_nothing_is_nothing():
+    def forward(net, x, attends):
+        x = net.first(x)
+        if attends:
+            x = x + nn.functional.scaled_dot_product_attention(x, x[:, :0], x[:, :0])
+        return net.head(x.relu().mean(1))
+
+    parts = {"first": nn.Linear(4, 6), "head": nn.Linear(6, CLASSES)}
+    compared(*(Built(partial(forward, attends=attends), **parts) for attends in (True, False)), 5, 4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_convolution_whose_weight_is_an_attribute_has_the_rule_of_that_weight():
+    def network():
+        return nn.Sequential(
+            nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4)
+        )
+
+    net, other = network(), network()
+    other.load_state_dict(net.state_dict())
+    net[2] = torch.nn.utils.weight_norm(net[2])
+    batch = labelled(4, 2, 6)
+    layers = [layer for layer in UnitMap.of(other, batch).layers if layer.name == "0"]
+    found, expected = (attribute(one, layers, [batch]).relevance["0"] for one in (net, other))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_transposed_convolution_with_a_size_of_its_output_has_its_rule():
+    def forward(net, x, named):
+        x = net.first(x).relu()
+        x = net.up(x, output_size=(8,)) if named else net.up(x)
+        return net.head(x.relu().mean(2))
+
+    parts = {"first": nn.Conv1d(2, 4, 3), "head": nn.Linear(5, CLASSES)}
+    up = nn.ConvTranspose1d(4, 5, 3, stride=2), nn.ConvTranspose1d(4, 5, 3, stride=2, output_padding=0)
+    up[1].load_state_dict(up[0].state_dict())
+    nets = [Built(partial(forward, named=named), **parts, up=up[not named]) for named in (True, False)]
+    batch = labelled(4, 2, 5)
+    layers = [layer for layer in UnitMap.of(nets[1], batch).layers if layer.name == "first"]
+    # Of stride 2, 3 positions become 7 by default and 8 if they are asked for: the last says the bias alone.
+    found, expected = (attribute(net, layers, [batch]) for net in nets)
+    assert found.conservation.notes == expected.conservation.notes == ()
+    ratios = [one.conservation.ratios["first"] for one in (found, expected)]
+    assert ratios[0] == pytest.approx(ratios[1], abs=0.5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_layers(fails):
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)).eval()
-    before = [dict(vars(part)) for part in net.modules()]
-    batch = labelled(4, 2, 6, 6)
-    attribute(net, UnitMap.of(net, batch).layers, [batch])
-    assert [dict(vars(part)) for part in net.modules()] == before
+
+    def state():
+        return [{key: dict(one) if isinstance(one, dict) else one for key, one in vars(part).items()} for part in parts]
+
+    def predict(module, batch):
+        logits = module(batch[0])
+        if fails:
+            raise RuntimeError("on purpose")
+        return logits, batch[1]
+
+    parts, batch = list(net.modules()), labelled(4, 2, 6, 6)
+    layers, before = UnitMap.of(net, batch).layers, state()
+    with pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext():
+        attribute(net, layers, [batch], predict)
+    assert state() == before
 
 
-def test_what_is_kept_for_the_backward_is_a_training_steps_or_less():
-    """Bytes of tensors that are alive when the logits are there, by their storages."""
+def test_attribution_takes_no_more_memory_than_a_training_step(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    from peak_memory import PeakMemory
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -138,33 +286,16 @@ def test_what_is_kept_for_the_backward_is_a_training_steps_or_less():
             y += x
             return self.relu(y)
 
-    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), *(Block() for _ in range(6)), nn.AdaptiveAvgPool2d(1))
+    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), *(Block() for _ in range(8)), nn.AdaptiveAvgPool2d(1))
     net = nn.Sequential(net, nn.Flatten(), nn.Linear(8, CLASSES))
-    batch = labelled(8, 2, 16, 16)
+    batch = labelled(16, 2, 16, 16)
     layers = UnitMap.of(net.eval(), batch).layers
-    counted: list[int] = []
-
-    def alive() -> int:
-        gc.collect()
-        tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and type(one) is not nn.Parameter]
-        storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-        return sum(storages.values())
-
-    def predict(module: nn.Module, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        logits = module(given[0])
-        counted.append(alive())
-        return logits, given[1]
-
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # with itself the graph would hold itself
-
-    before = alive()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net.train()(batch[0])
-    of_step = sum(saved.values())
-    net.eval()
-    attribute(net, layers, [batch], predict)
-    assert counted[0] - before <= of_step
+    peaks = {}
+    for what in ("step", "attribution"):
+        with PeakMemory(torch.device("cpu")) as peak:
+            if what == "step":
+                nn.functional.cross_entropy(net.train()(batch[0]), batch[1]).backward()
+            else:
+                attribute(net.eval(), layers, [batch])
+        peaks[what] = peak.after
+    assert peaks["attribution"] <= peaks["step"]

@@ -422,7 +422,7 @@ def test_a_product_after_a_constant_is_linear():
 def test_convolutions_of_smooth_networks_split_by_the_sign_of_their_output(bias):
     conv = nn.Conv1d(6, 5, 1, bias=bias).double().requires_grad_(False)
     x, relevance = leaf(7, 6, 1), torch.randn(7, 5, 1, dtype=torch.float64)
-    found = by_sign(conv, x.detach(), relevance)
+    found = by_sign(conv, conv, x.detach(), relevance)
     z = torch.einsum("ni,oi->noi", x[..., 0], conv.weight[..., 0])
     b = conv.bias.expand(7, 5)[..., None] if bias else torch.zeros(7, 5, 1, dtype=torch.float64)
     total = z.sum(-1, keepdim=True) + b
