@@ -21,7 +21,8 @@ from lightning_rnf.anatomy import (
     predict_checked,
     why_not_units,
 )
-from lightning_rnf.relevance.packed import Ends, Projected, take_apart
+from lightning_rnf.relevance.ends import Ends
+from lightning_rnf.relevance.packed import Projected, take_apart
 from lightning_rnf.relevance.precision import SinglePrecision, UnreachableError
 from lightning_rnf.relevance.recurrent import GRADIENTS, Gradients, Seen, SignalTakesAll, unrolled
 from lightning_rnf.relevance.splits import WrittenToError
