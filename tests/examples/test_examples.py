@@ -575,10 +575,12 @@ def test_the_files_of_results_are_those_that_the_settings_make(name):
     from experiment import about
     from result_files import Results
 
-    read = settings.read(EXAMPLES / f"{name}.yaml")
-    no_options = options(fast=False, on_validation=False, tasks=None, samples=None, set=[])
+    of_settings = name.removesuffix("-class")
+    scenario = "task" if of_settings == name else "class"
+    read = settings.read(EXAMPLES / f"{of_settings}.yaml")
+    no_options = options(fast=False, on_validation=False, tasks=None, samples=None, set=[], scenario=scenario)
     kept = Results(EXAMPLES / "results" / f"{name}.json", about(read, no_options))
-    experiment = importlib.import_module(script_of(name)).EXPERIMENT
+    experiment = importlib.import_module(script_of(of_settings)).EXPERIMENT
     for method, of_method in kept.read()["methods"].items():
         made_with = experiment.made_with(read, method, options(precision=of_precision(of_method)), f"{name}.yaml")
         kept.check(method, made_with)
