@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rnf.relevance.splits import LAYOUT_KEPT, MOVES, Call, behind, kept, kind_of, over
+from lightning_rnf.relevance.splits import LAYOUT_KEPT, MOVES, Call, behind, kept, kind_of, not_a_view, over
 
 
 class Softmax(torch.autograd.Function):
@@ -58,7 +58,7 @@ class Weighing(torch.autograd.Function):
         """The value."""
         ctx.call, ctx.softmax, ctx.first = call, softmax, first
         ctx.save_for_backward(*tensors)
-        return call.run(*tensors)
+        return not_a_view(call.run(*tensors))
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:

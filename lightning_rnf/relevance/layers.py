@@ -29,7 +29,7 @@ _GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.MultiheadAttention)  # their functions 
 def layer_rules(module: nn.Module, smooth: Callable[[], bool]) -> dict[str, Rule | None]:
     """The layers with a rule, by name, and which; None: relevance passes.
 
-    None for a layer with a forward of its own: what it computes with its weight is not known.
+    A layer with a forward of its own is left out: what it computes with its weight is not known.
 
     Args:
         module: the model.
