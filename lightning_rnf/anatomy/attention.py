@@ -156,13 +156,14 @@ def projections(trace: Trace, layers: Iterable[UnitLayer]) -> dict[str, Projecti
     if not trace.attended or not outputs:
         return packed
     inside = frozenset().union(*(attended.nodes for attended in trace.attended))
-    elsewhere = _reached([trace.logits.grad_fn], inside)
+    reached = _reached([trace.logits.grad_fn], inside)
+    elsewhere = {call.name for node, call in outputs.items() if node in reached}  # in any of its runs
     roles: dict[str, Tensor] = {}
     heads: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for attended in trace.attended:
         for bit, (tensor, width) in enumerate(zip(attended.read, attended.widths, strict=True)):
             nodes = _reached([tensor.grad_fn], {*outputs, *inside})
-            calls = [call for node, call in outputs.items() if node in nodes and node not in elsewhere]
+            calls = [call for node, call in outputs.items() if node in nodes and call.name not in elsewhere]
             for call, read in zip(calls, _read_of(tensor, calls, axes), strict=True):
                 roles[call.name] = roles.get(call.name, 0) | (read.long() << bit)
                 made, left = divmod(int(read.sum()), width)

@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy.layers import coupling, has_rows, inside, layer_calls, matches, not_rows, why_whole
 from lightning_rnf.anatomy.trace import Trace
@@ -138,10 +139,13 @@ def _nothing(trace: Trace, head: str, reasons: Sequence[str], globs: Sequence[st
         if size
     )
     holders = f"the most parameters outside of it are those of {largest}" if largest else "nothing else has parameters"
+    baked = ""
+    if any(is_parametrized(trace.modules[name]) and not inside(name, head) for name in trace.modules):
+        baked = "; torch.nn.utils.parametrize.remove_parametrizations makes plain layers of parametrized ones"
     return (
         f"no unit layers: {found}; {holders}. A network needs a hidden layer each of whose outputs depends on its own "
         "row alone, such as torch's Linear or convolutions, a recurrent layer or attention; if those are such layers, "
-        "lightning_rnf.register_layer(Kind, axis) says so"
+        f"lightning_rnf.register_layer(Kind, axis) says so{baked}"
     )
 
 

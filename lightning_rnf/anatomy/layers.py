@@ -221,30 +221,40 @@ def layer_calls(trace: Trace) -> Iterator[Call]:
 def why_whole(trace: Trace, name: str) -> str | None:
     """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
     calls = [call for call in trace.calls if call.name == name]
-    found: str | None = None
     if is_recurrent(trace.modules[name]) or is_attention(trace.modules[name]):
         why_not = why_not_units if is_recurrent(trace.modules[name]) else why_not_rows
         if found := why_not(trace.modules[name]):
             return found
+        if len(calls) > 1:
+            return f"runs {len(calls)} times in one forward, and its units are inside of it"
     elif is_parametrized(trace.modules[name]):
         if not calls or not _is_by_unit(_layer(trace, name), trace.own_parameters(name)):
             return "is parametrized, and what its weight is computed from has no rows for its units"
         if len(calls) == 1 and (coupled := coupling(trace, name)):
             return f"is parametrized, and is not made of rows, {coupled}"
-    if len(calls) > 1:
-        found = f"runs {len(calls)} times in one forward, so the relevance of its units is not defined"
+    if len(calls) > 1 and name in trace.given:  # only its first run can be tried
+        return f"runs {len(calls)} times in one forward, and may do something else than torch's layer each time"
+    if len(calls) > 1 and not all(map(trace.reached, calls)):
+        return (
+            f"runs {len(calls)} times in one forward, not always where the logits' gradient comes by (no_grad, detach)"
+        )
     for key, parameter in trace.own_parameters(name).items():
         if others := trace.sharers(key, parameter):
-            found = f"shares {key!r} with {others}"
-        elif len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
-            found = f"has its {key!r} used a second time outside the layer"
-    return found
+            return f"shares {key!r} with {others}"
+        if calls and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
+            return f"has its {key!r} used a second time outside the layer"
+    return None
 
 
 def unit_layer(trace: Trace, name: str) -> UnitLayer:
-    """The layer of that name, with the norm and the slopes that are its units' own; see `why_whole`."""
-    (call,) = (call for call in trace.calls if call.name == name)
+    """The layer of that name, with the norm and the slopes that are its units' own; see `why_whole`.
+
+    What follows a layer that runs several times is nobody's: each run may be followed by something else.
+    """
+    call, *more = (call for call in trace.calls if call.name == name)
     layer = _layer(trace, name)
+    if more:
+        return replace(layer, parameters=tuple(trace.own_parameters(name)))
     norm = _follower(trace, call, layer, _is_norm_of_channels)
     slopes = _follower(trace, norm or call, layer, _is_prelu)
     parameters = [

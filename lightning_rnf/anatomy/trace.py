@@ -204,14 +204,17 @@ class Trace:
         return any(self.edges[node] > 0 or node is self.logits.grad_fn for node in nodes)
 
     def uses_outside(self, parameter: nn.Parameter, call: Call) -> int:
-        """How many edges lead to a parameter from other operations than those of a module's only run."""
+        """How many edges lead to a parameter from other operations than those of a module's runs, given one of these.
+
+        What may do something else than torch's layer, and recurrent layers and attention, have to run once.
+        """
         leaf = self.leaves.get(parameter)
         if leaf is None:
             return 0
         if is_recurrent(self.modules[call.name]) or is_attention(self.modules[call.name]):  # in every step, each part
             return self.edges[leaf] - _edges_inside(call, self.edges)[leaf]
-        if call.name not in self.given:  # torch's own layers read their parameters once
-            return self.edges[leaf] - 1
+        if call.name not in self.given:  # torch's own layers read their parameters once in each run
+            return self.edges[leaf] - sum(other.name == call.name and self.reached(other) for other in self.calls)
         if call.node is None:  # it says something else than a tensor: trying it tells
             return 0
         return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +73,8 @@ class Conservation:
 
     Attributes:
         ratios: by unit layer, in execution order, after `INPUT`: sum of its relevance over that of the logits. NaN if
-            the logits have none. Of recurrent layers it is the sum over steps, each of which may have all of it.
+            the logits have none. Of recurrent layers it is the sum over steps, and of a layer that runs
+            several times that over its runs, each of which may have all of it.
         cuts: those of them that all relevance runs through, from the logits down: 1 is right there. Elsewhere it is
             the share of a branch.
         size: sum of the absolute relevance of the logits over that of the signed, at least 1: how much they cancel.
@@ -125,7 +126,7 @@ class Journal:
 
     def __init__(self, layers: Sequence[UnitLayer]) -> None:
         # What arrives at a recurrent layer's units arrives again in the step before, and beside what arrives at one of
-        # attention's there is more: no cuts of all relevance.
+        # attention's there is more: no cuts of all relevance. Neither is one run of several.
         self._layers = {layer.name for layer in layers if layer.is_open}
         self._calls: list[_Call] | None = []
         self._cuts: tuple[str, ...] = ()
@@ -169,7 +170,12 @@ class Journal:
         if self._calls is None:
             return
         graph = _Graph(logits)
-        at = {call.name: call.after[0] for call in self._calls if call.name in self._layers and call.after}
+        runs = Counter(call.name for call in self._calls)
+        at = {
+            call.name: call.after[0]
+            for call in self._calls
+            if call.name in self._layers and call.after and runs[call.name] == 1
+        }
         cuts = [name for name, node in at.items() if graph.share.get(node) == 1]
         cuts.sort(key=lambda name: graph.position[at[name]])
         found = _causes(graph, self._calls)

@@ -108,11 +108,15 @@ class Enough:
     Args:
         criterion: of the task.
         budget: the cutoff that leaves all that the task may claim: the first that is asked about.
+        nothing: the cutoff that leaves none of it, for a task that recovers. Where the budget falls short of the
+            criterion and this one does as well, accuracy does not tell which units the task needs (a head that can't
+            be fitted hears too little of them to say anything): it recovers inside the whole budget. None: never.
     """
 
-    def __init__(self, criterion: AccuracyDrop, budget: int) -> None:
+    def __init__(self, criterion: AccuracyDrop, budget: int, nothing: int | None = None) -> None:
         self.criterion = criterion
         self.budget = budget
+        self.nothing = nothing
         self.floor: float | None = None
         self.is_met = True
 
@@ -123,4 +127,8 @@ class Enough:
             is_budget = score.cutoff == self.budget
             self.floor = (score.accuracy if is_budget else score.baseline) - slack(self.criterion, score) - 1e-12
             self.is_met = accepted or not is_budget
-        return score.accuracy >= self.floor and (accepted or not self.is_met)
+        does = score.accuracy >= self.floor and (accepted or not self.is_met)
+        if does and not self.is_met and score.cutoff == self.nothing != self.budget:
+            self.floor = math.inf
+            return False
+        return does

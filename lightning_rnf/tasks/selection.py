@@ -211,7 +211,7 @@ class Selection:
                 if not is_last and not self._is_enough(candidates, criterion, share, asks=survey is not None):
                     known.forget()
                     continue
-                found, taken = self._searched(candidates, criterion, asks=survey is not None)
+                found, taken = self._searched(candidates, criterion, asks=survey is not None, recovers=bool(later))
             break
         score, whole = found.taken.score, found.evaluations[0].score
         accepted = found.taken.accepted or reference.ranks.decided(partial(criterion.met, score))
@@ -240,18 +240,21 @@ class Selection:
         )
         return reference.ranks.decided(lambda: record), taken
 
-    def _searched(self, candidates: Subnetworks, criterion: Criterion, *, asks: bool) -> tuple[SearchResult, Taken]:
+    def _searched(
+        self, candidates: Subnetworks, criterion: Criterion, *, asks: bool, recovers: bool
+    ) -> tuple[SearchResult, Taken]:
         """What the search has found, with the head that it keeps; what is taken says whether the criterion accepts it.
 
         Args:
             candidates: to be measured.
             criterion: what the search may take.
             asks: whether the walk through the whole network has to have seen all modules that run.
+            recovers: whether the task trains on inside of what is taken.
         """
         ranks, ranking = candidates.ranks, candidates.ranking
         enough: Enough | None = None
         if self.rations == "auto" and auto.takes(criterion):
-            enough = Enough(criterion, ranking.beyond_ration)
+            enough = Enough(criterion, ranking.beyond_ration, ranking.candidates if recovers else None)
 
         def verdict(score: SubnetworkScore) -> bool:
             # A criterion may be any function of the user's: all ranks go by what it says on rank 0.

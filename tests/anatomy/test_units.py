@@ -867,9 +867,13 @@ def tied_to_the_head() -> nn.Module:
     return net
 
 
+class OwnLinear(nn.Linear):
+    """It does as torch's does, in a class of its own: that has to be tried, and only a first run can be."""
+
+
 WHOLE = {
     "runs twice": (
-        lambda: two_layers(lambda net, x: net.head(net.second(net.second(net.first(x))))),
+        lambda: two_layers(lambda net, x: net.head(net.second(net.second(net.first(x)))), second=OwnLinear(4, 4)),
         "second",
         "runs 2 times",
     ),
@@ -919,6 +923,29 @@ def test_a_layer_that_units_cant_follow_is_refused_where_it_is_asked_for(case, w
 
 def test_where_no_layer_is_left_it_says_how_they_are_used():
     with pytest.raises(ValueError, match=r"no unit layers: layer 'first' shares .*; layer 'second' shares"):
+        units_of(tied())
+
+
+def test_a_layer_of_torch_that_runs_several_times_is_made_of_units_and_what_follows_it_is_not_theirs():
+    norm = nn.BatchNorm1d(4)
+    net = two_layers(lambda net, x: net.head(norm(net.second(net.second(net.first(x)).relu()))), norm=norm)
+    units = units_of(net)
+    assert (names(units), units.whole) == (["first", "second"], {})
+    assert units.layers[1] == UnitLayer("second", 4, -1, ("second.weight", "second.bias"))
+    assert set(units.shared) == {"norm.weight", "norm.bias"}
+    assert "where it runs can't be followed" in units.by_rows["second"]
+
+
+def test_a_weight_that_a_function_reads_beside_several_runs_of_its_layer_is_not_the_units():
+    net = two_layers(lambda net, x: net.head(net.second(net.second(linear(net.first(x), net.second.weight)))))
+    assert names(units_of(net)) == ["first"]
+
+
+def test_where_all_layers_are_parametrized_it_says_how_to_make_plain_ones():
+    net = two_layers(first=spectral_norm(nn.Linear(4, 4)), second=spectral_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"no unit layers: layer 'first' is parametrized.*remove_parametrizations"):
+        units_of(net)
+    with pytest.raises(ValueError, match=r"no unit layers: .* says so$"):
         units_of(tied())
 
 

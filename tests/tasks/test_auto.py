@@ -109,6 +109,20 @@ def test_where_the_whole_network_may_be_claimed_it_is_the_budget(accuracy, basel
     assert not enough(found) or criterion(found)
 
 
+@given(ACCURACIES, ACCURACIES, ACCURACIES, ACCURACIES, TOLERANCES, st.integers(1, 10_000))
+def test_a_task_recovers_in_all_that_it_may_claim_where_nothing_does_as_well(
+    baseline, budget, none, other, tolerance, samples
+):
+    criterion = AccuracyDrop(tolerance)
+    enough, usual = Enough(criterion, budget=5, nothing=9), Enough(criterion, budget=5)
+    scores = [score(one, baseline, cutoff, samples) for cutoff, one in ((5, budget), (9, none), (7, other))]
+    said, otherwise = [enough(one) for one in scores], [usual(one) for one in scores]
+    if otherwise[1] and not criterion(scores[0]):  # accuracy doesn't tell which units it needs
+        assert said == [True, False, False]
+    else:
+        assert said == otherwise
+
+
 def test_criteria_that_name_an_end_are_followed_to_it():
     assert auto.takes(AccuracyDrop(0.1))
     for criterion in (FreeCapacity(0.5), AccuracyDrop(0.1) & FreeCapacity(0.5), as_criterion(lambda score: True)):

@@ -116,14 +116,15 @@ def test_a_task_that_never_runs_a_known_layer_ends_and_leaves_it_alone():
 
 
 class Branches(Experts):
-    """The second expert is followed by a norm that is another's, too: no layer of units can be made of it."""
+    """The weight of the second expert is used outside of it, too: no layer of units can be made of it."""
 
     def forward(self, x):
         hidden, is_rare = self.body(x), x[:, 5] < -1.2
         out = self.experts[0](hidden).relu()
         if is_rare.any():
             extra = self.experts[1](hidden)
-            out = out + (extra + self.experts[1](hidden.flip(1))) * is_rare.view(-1, 1)  # runs twice
+            again = nn.functional.linear(hidden.flip(1), self.experts[1].weight)
+            out = out + (extra + again) * is_rare.view(-1, 1)
         return self.heads(out)
 
 
