@@ -151,6 +151,8 @@ def test_with_and_without_a_word_of_the_task(run):
     [
         pytest.param("monthly_series", "statsmodels"),
         pytest.param("languages_of_names", "babel"),
+        pytest.param("names_by_lstm", "babel"),
+        pytest.param("two_games", "gymnasium"),
     ],
 )
 def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
