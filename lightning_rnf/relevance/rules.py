@@ -51,6 +51,9 @@ _ACTIVATIONS = (
 # Beyond what a composite of the user's own leaves to these rules.
 _POWERS = "pow __pow__ float_power"
 _FROM_ZERO = "square abs absolute __abs__ erf sqrt sin expm1 log1p sinh atan arctan asinh arcsinh"
+# Not 0 at 0: Taylor at what they read. A gradient alone would be relevance of what is 0 itself, such as the largest
+# score in `exp(s - s.max())`, and what has made that from a difference would hand on any multiple of it.
+_NOT_FROM_ZERO = "exp exp2 cos cosh log log2 log10"
 _LENGTHS = "norm std"  # of degree 1: Euler's theorem holds for them, too
 _SOFTMAX = "softmax"
 # They let negative values through, which a ReLU doesn't.
@@ -245,7 +248,7 @@ def _gate(site: Site) -> Split | None:
     return _evenly(at_zero=0.5) if site.is_elementwise else None
 
 
-def _length(site: Site) -> Split | None:
+def _taylor(site: Site) -> Split | None:
     return _by_contribution() if site.is_elementwise else None
 
 
@@ -311,10 +314,10 @@ AWARE = _named(
     (_POWERS, _power),
     (_FROM_ZERO, _activation),
     ("sigmoid hardsigmoid", _gate),
-    (_LENGTHS, _length),
+    (f"{_LENGTHS} {_NOT_FROM_ZERO}", _taylor),
     ("batch_norm", _batch_normed),
     (_SOFTMAX, _weights),
-) | {**dict.fromkeys(NORMS, _normed), torch.linalg.vector_norm: _length, torch.special.softmax: _weights}
+) | {**dict.fromkeys(NORMS, _normed), torch.linalg.vector_norm: _taylor, torch.special.softmax: _weights}
 PARTS: dict[Any, Callable[[Sequence[Any], Mapping[str, Any]], Any]] = {
     nn.functional.scaled_dot_product_attention: _attention_by_parts,
     nn.functional.multi_head_attention_forward: of_several_heads,

@@ -669,3 +669,28 @@ def test_queries_and_keys_that_are_nearly_orthogonal_get_no_more_in_single_preci
 
     for single, double in zip(relevance(torch.float32), relevance(torch.float64), strict=True):
         assert (single.double() - double).norm() < double.norm()  # scores recovered from weights: 17 times that
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.exp2, torch.cos, torch.cosh, torch.log])
+def test_what_is_not_zero_at_zero_hands_on_what_a_change_of_its_size_would_make(function):
+    x = (0.1 + 0.8 * torch.rand(7, 5).double()).requires_grad_()
+    with FunctionRules():
+        y = function(x)
+    sent = torch.rand_like(y)
+    slope = torch.autograd.functional.jvp(function, x.detach(), torch.ones_like(x))[1]
+    (found,) = torch.autograd.grad(y, x, sent)
+    torch.testing.assert_close(found, (sent / y * slope * x).detach(), rtol=1e-4, atol=1e-9)
+
+
+def test_a_softmax_by_hand_hands_no_more_to_its_scores_than_their_size():
+    """As graph networks have it: the largest score of each row is 0 then, and has been made from a difference."""
+    scores = (3 * torch.randn(50, 8).double()).requires_grad_()
+    values = torch.randn(50, 8, 4).double().requires_grad_()
+    with FunctionRules():
+        weights = (scores - scores.detach().amax(1, keepdim=True)).exp()
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-16)
+        out = (weights[..., None] * values).sum(1)
+    at_scores, at_values = torch.autograd.grad(out, (scores, values), out.detach())
+    said = (weights[..., None] * values).sum(2)
+    torch.testing.assert_close(at_values.sum(), out.sum() / 2, rtol=1e-5, atol=0)  # half is theirs
+    assert (at_scores.abs() <= scores.abs() * said.abs() / 2 * 1.02 + 1e-4).all()  # some of what is said cancels
