@@ -3,8 +3,8 @@
     python examples/cifar_vit.py --data FOLDER          # shards as in FOLDER/cifar100/train_00.avif
 
 The stream is that of `cifar_resnet.py`. The network is a ViT in small: patches, a class token, pre-norm blocks with
-fused queries, keys and values, as in timm. A peer of another kind is `lora`: the first task trains the network, which stays
-as it is from then on, and each later task has an adapter of low rank of its own beside every linear layer.
+fused queries, keys and values, as in timm. A peer of another kind is `lora`: the first task trains the network, which
+stays as it is from then on, and each later task has an adapter of low rank of its own beside every linear layer.
 """
 
 from __future__ import annotations

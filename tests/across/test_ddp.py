@@ -106,7 +106,12 @@ def test_targets_and_not_samples_are_counted_by_all_processes_together(alone):
     assert any(one["score"]["samples"] < record["samples"] for one in record["evaluations"])
 
 
-@pytest.mark.parametrize(("kind", "entries"), [("sequence", ["body.3.weight", "body.7.weight"]), ("rows", [])])
+KINDS = ["block.linear2.weight", "block.self_attn.out_proj.weight", "body.0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries"), [("sequence", ["body.3.weight", "body.7.weight"]), ("rows", []), ("kinds", KINDS)]
+)
 def test_what_is_frozen_is_bit_equal_on_all_ranks_through_recovery_and_pinned_norms(run, kind, entries):
     for rank in run.ranks:
         found = rank[kind]

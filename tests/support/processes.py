@@ -178,10 +178,25 @@ def recovered():
     }
 
 
-def sequence(freeze):
+class Kinds(Classifier):
+    """Signs of six numbers as tokens, read by attention, by an LSTM, and by a layer that runs twice."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.embed = nn.Embedding(12, 16)
+        self.block = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.lstm, self.same = nn.LSTM(16, 20, batch_first=True), nn.Linear(20, 20)
+        self.body = nn.Sequential(nn.Linear(20, 40), nn.ReLU())
+
+    def forward(self, x):
+        hidden = self.lstm(self.block(self.embed((x > 0) + 2 * torch.arange(6))))[0].amax(1)
+        return self.heads(self.body(self.same(self.same(hidden).relu()).relu()))
+
+
+def sequence(freeze, model_type=ConvClassifier):
     """Two tasks, trained in earnest, with norms, recovery and pinned statistics."""
     seed_everything(1, verbose=False)
-    model = ConvClassifier(weight_decay=0.1)
+    model = model_type(weight_decay=0.1)
     rnf = RelevanceFreezing(
         criterion=0.1, recovery_epochs=1, ration=0.5, norm_statistics="pinned", reset_free=True, freeze=freeze
     )
@@ -359,6 +374,7 @@ if __name__ == "__main__":
         "recovered": recovered(),
         "sequence": sequence("connections"),
         "rows": sequence("units"),
+        "kinds": sequence("connections", Kinds),
         "saved": saved(Path(sys.argv[1]) / "many"),
         "gone_on": gone_on(Path(sys.argv[1]) / "alone" / "a-ended.ckpt"),
         "by_hand": by_hand(),
