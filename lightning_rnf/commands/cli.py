@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: None: those of the process.
 
     Raises:
-        SystemExit: with 2 and one sentence if what was asked for can't be done; with 1 if masks differ.
+        SystemExit: with 2 and a sentence if what was asked for can't be done, or a report fails on a condition; with 1
+            if masks differ.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -80,6 +81,17 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML whose key model says which model to build: layers frozen by connections are compared in it alone",
     )
     report.add_argument("--metric", help="of the matrix: one that tests have logged (the first with acc in it)")
+    report.add_argument(
+        "--fail-on",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CONDITION",
+        help="for pipelines: exit code 2 if one holds, or can't be told: changed (rows are not bit-equal), drift "
+        "(logits are not), criterion (a sub-network falls short of it), accuracy=0.9 (a task's last test is below), "
+        "forgetting=0.01 (above), free=0.1 (units, below)",
+    )
+    report.add_argument("--junit", type=Path, metavar="XML", help="write what --fail-on found for a CI system")
     report.set_defaults(run=_report)
 
     export = commands.add_parser("export", help="cut a finished task's sub-network out, as a small dense module")
@@ -135,19 +147,27 @@ def _read(path: Path) -> tuple[Any, Any]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_rnf.report import RetentionReport
+    from lightning_rnf.report import RetentionReport, failing, junit, verdicts
     from lightning_rnf.tasks import checkpoints
 
+    if options.junit and not options.fail_on:
+        raise ValueError("--junit writes what --fail-on has found: name a condition, as in --fail-on changed drift")
     state, checkpoint = _read(options.file)
     if options.config is not None and checkpoint is None:
         raise ValueError(f"--config is of use for a checkpoint: {options.file} has no weights that a model could have")
     model = None if options.config is None else _model_of(checkpoint, options.config)
     audit = None if checkpoint is None else checkpoints.audit_of(checkpoint, state, model)
     report = RetentionReport.of(state, metric=options.metric, audit=audit)
+    found = verdicts(report, options.fail_on)
     if options.html:
         options.html.write_text(report.to_html(), encoding="utf-8")
-        return
-    print(report.to_json() if options.json else report.to_markdown() if options.markdown else report)
+    else:
+        print(report.to_json() if options.json else report.to_markdown() if options.markdown else report)
+    if options.junit:
+        options.junit.write_text(junit(found, f"rnf report {options.file.name}"), encoding="utf-8")
+    if broken := failing(found):
+        print("\n".join(f"rnf: {sentence}" for sentence in broken), file=sys.stderr)
+        raise SystemExit(2)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ imported when something is drawn.
 
 from lightning_rnf.report import tracking
 from lightning_rnf.report.figures import StreamResult, literal, new_figure, plot_retention
+from lightning_rnf.report.gates import failing, junit, verdicts
 from lightning_rnf.report.retention import RetentionReport, accuracy_rows
 from lightning_rnf.report.tables import rich_table
 
@@ -13,9 +14,12 @@ __all__ = [
     "RetentionReport",
     "StreamResult",
     "accuracy_rows",
+    "failing",
+    "junit",
     "literal",
     "new_figure",
     "plot_retention",
     "rich_table",
     "tracking",
+    "verdicts",
 ]

@@ -312,6 +312,21 @@ def test_report_masks_and_export_read_a_checkpoint(ended, tmp_path, capsys):
         torch.testing.assert_close(torch.load(small, weights_only=False)(inputs()), model(inputs()))
 
 
+def test_a_pipeline_fails_on_what_a_report_is_held_to(ended, tmp_path, capsys):
+    config, xml = ["--config", fit_config(tmp_path)], tmp_path / "found.xml"
+    main(["report", str(ended), *config, "--fail-on", "changed", "drift", "free=0.01", "--junit", str(xml)])
+    assert 'failures="0"' in xml.read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(ended), *config, "--json", "--fail-on", "changed", "--fail-on", "free=1"])
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert json.loads(printed.out)["tasks"], "the report is printed all the same"
+    assert re.fullmatch(r"rnf: free=1: free capacity: 0\.\d+\n", printed.err)
+    assert "name a condition" in refused(["report", str(ended), "--junit", str(xml)], capsys)
+    assert "--fail-on dance: expected some of changed" in refused(["report", str(ended), "--fail-on", "dance"], capsys)
+
+
 def test_report_compares_the_weights_in_a_checkpoint(ended, tmp_path, capsys):
     def audited(path, *options):
         main(["report", str(path), "--json", *options])
