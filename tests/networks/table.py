@@ -47,6 +47,8 @@ PACKAGES = ("torch", "lightning", "zennit", "timm", "transformers", "peft", "tor
 PARTS = {"train": 384, "validation": 192, "test": 256}
 """How many samples: of what is trained on, of reference data, of test data."""
 EPOCHS, BATCH, RATE = 20, 32, 2e-3
+MOST_TOLD = 150
+"""Of a refusal, in letters: the file has all of it."""
 LARGE = ("timm", "torchvision")
 """Families whose networks take a core minutes: a third of the epochs on two thirds of the data."""
 
@@ -124,7 +126,7 @@ def accuracy(said: Tensor, target: Tensor) -> float:
 
 
 def told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:800]}"
 
 
 def row(name: str, seed: int = 0) -> dict[str, Any]:
@@ -214,7 +216,8 @@ def versions() -> dict[str, str]:
 
 def as_row(name: str, about: dict[str, Any]) -> str:
     if "second" not in about:
-        return f"| {name} | {about.get('refused') or about.get('crashed')} | | | | |"
+        why = about.get("refused") or about.get("crashed", "")
+        return f"| {name} | {why if len(why) < MOST_TOLD else why[:MOST_TOLD] + '…'} | | | | |"
     first, second = about["first"], about["second"]
     return (
         f"| {name} | {first['free_weights']:.2f}, {second['free_weights']:.2f} | {first['accuracy']:.2f} | "
