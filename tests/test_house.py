@@ -137,3 +137,12 @@ def test_the_picture_of_the_wings_is_that_of_the_contract():
     assert script["filled"](page) == page
     drawn = {name for floor in script["floors"]() for name in floor}
     assert drawn == {*WINGS, *(path.stem for path in PACKAGE.glob("*.py"))} - {"__init__"}
+
+
+def test_the_tests_that_security_names_are_there():
+    said = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", said))
+    assert len(named) > 5
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not [name for name in named if not any(f"def {name}(" in text for text in files)]
+    assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", said))

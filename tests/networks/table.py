@@ -2,7 +2,8 @@
 
     pip install timm transformers peft torch_geometric
     PYTHONPATH=tests/networks python tests/networks/table.py [name ...] --output tests/networks/two_tasks.json
-    PYTHONPATH=tests/networks python tests/networks/table.py --print --output tests/networks/two_tasks.json
+    PYTHONPATH=tests/networks python tests/networks/table.py --docs docs/networks.md \
+        --output tests/networks/two_tasks.json
 
 A network that the file has already is not run again, so a run that was stopped goes on. Each is trained on the first
 task and on the second with one `RelevanceFreezing()`, and, for comparison, a network from the same weights on the
@@ -47,6 +48,8 @@ PACKAGES = ("torch", "lightning", "zennit", "timm", "transformers", "peft", "tor
 PARTS = {"train": 384, "validation": 192, "test": 256}
 """How many samples: of what is trained on, of reference data, of test data."""
 EPOCHS, BATCH, RATE = 20, 32, 2e-3
+HEADER = "| network | free | first | second, fresh | recall | export |\n| --- | --- | --- | --- | --- | --- |"
+START, END = "<!-- two tasks -->", "<!-- /two tasks -->"
 MOST_TOLD = 150
 """Of a refusal, in letters: the file has all of it."""
 LARGE = ("timm", "torchvision")
@@ -232,7 +235,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("two_tasks.json"))
     parser.add_argument("--again", action="store_true", help="run those that the file has, too")
     parser.add_argument("--family", nargs="*", help="only those of these packages")
-    parser.add_argument("--print", action="store_true", help="nothing is run")
+    parser.add_argument("--docs", type=Path, help="nothing is run, the table in this file is written anew")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_rnf").setLevel(logging.ERROR)
@@ -242,7 +245,7 @@ def main() -> None:
     names = options.names or [
         name for name, one in specimens.ALL.items() if not options.family or one.family in options.family
     ]
-    for name in () if options.print else names:
+    for name in () if options.docs else names:
         if name in found["networks"] and not options.again:
             continue
         try:
@@ -253,10 +256,14 @@ def main() -> None:
         found["versions"] = versions()
         options.output.write_text(json.dumps(found, indent=1) + "\n")
         print(as_row(name, found["networks"][name]), file=sys.stderr, flush=True)
-    print("| network | free | first | second, fresh | recall | export |\n| --- | --- | --- | --- | --- | --- |")
-    for name in specimens.ALL:
-        if name in found["networks"]:
-            print(as_row(name, found["networks"][name]))
+    rows = [as_row(name, found["networks"][name]) for name in specimens.ALL if name in found["networks"]]
+    lines = "\n".join((HEADER, *rows))
+    if options.docs:
+        text = options.docs.read_text(encoding="utf-8")
+        before, _, rest = text.partition(START)
+        options.docs.write_text(f"{before}{START}\n\n{lines}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    else:
+        print(lines)
 
 
 if __name__ == "__main__":
