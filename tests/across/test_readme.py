@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there."""
+"""The code of README and the guide runs as it stands there; links lead somewhere, and tests that are named exist."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
+from documents import TEXT, blocks
 from launched import ROOT
 from torch import nn
 from training import Classifier, clusters, inputs, loader, task_data, trainer
@@ -14,7 +15,12 @@ from training import Classifier, clusters, inputs, loader, task_data, trainer
 from lightning_rnf import MultiHead, RelevanceFreezing, UnitMap
 from lightning_rnf.streams import TaskDataModule
 
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "examples/README.md",
+    ROOT / "tests/benchmarks/README.md",
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning")
@@ -28,10 +34,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         TaskDataModule(name, 2, *(clusters(task, 320, seed) for seed in range(3)), batch_size=32)
         for task, name in (("a", "digits-01"), ("b", "digits-23"))
     ]
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     # test_real_projects runs the first, test_export_by_torch_export the second, the test below the third
     elsewhere = ("torchgeo", "reviews", "protect")
-    code, *more = [block for block in blocks if not any(name in block for name in elsewhere)]
+    code, *more = [block for block in blocks("python") if not any(name in block for name in elsewhere)]
     names = {"model": model, "tasks": tasks, "x": inputs(), "torch": torch, "UnitMap": UnitMap}
     exec(code, names)
     (names["path"],) = tmp_path.rglob("digits-23-ended.ckpt")
@@ -74,7 +79,7 @@ def test_a_pretrained_network_keeps_what_it_can(tmp_path, monkeypatch):
     net = Net()
     module = Module(net)
     trainer(max_epochs=3).fit(module, datamodule=task_data("a"))
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "protect" in block]
+    (code,) = [block for block in blocks("python") if "protect" in block]
     names = {
         "net": net,
         "module": module,
@@ -94,6 +99,33 @@ def test_a_pretrained_network_keeps_what_it_can(tmp_path, monkeypatch):
 def test_every_parameter_of_the_callback_is_in_the_table():
     from inspect import signature
 
-    table = README[README.index("| parameter |") :]
+    table = TEXT[TEXT.index("| parameter |") :]
     for name in signature(RelevanceFreezing).parameters:
         assert f"`{name}`" in table.split("\n\n")[0], name
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
+def test_tests_that_are_named_are_there(page):
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 5
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, name)

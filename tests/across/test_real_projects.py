@@ -5,13 +5,12 @@ Needs the extra ``projects``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from launched import ROOT
+from documents import blocks
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 from torchmetrics.classification import MultilabelF1Score
@@ -101,8 +100,7 @@ def test_classification_with_a_second_head():
 
 def test_the_example_of_the_readme():
     pytest.importorskip("torchgeo")
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "torchgeo" in block]
+    (code,) = [block for block in blocks("python") if "torchgeo" in block]
     names: dict[str, Any] = {}
     exec(code, names)
     names["heads"].activate("autumn")

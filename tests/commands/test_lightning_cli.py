@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launched import ROOT
+from documents import blocks
 from project import name_of_task, predict, score
 from training import inputs
 from zennit.composites import EpsilonPlus
@@ -149,11 +149,8 @@ def test_functions_by_their_names():
 @pytest.mark.parametrize("command", ["fit", "stream"])
 def test_the_files_in_the_readme_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text()
     path = tmp_path / f"{command}.yaml"
-    path.write_text(
-        next(text for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if f"# {command}" in text)
-    )
+    path.write_text(next(text for text in blocks("yaml") if f"# {command}" in text))
     options = [f"--trainer.{name}={value}".lower() for name, value in {**QUIET, "max_epochs": 1}.items()]
     main([command, "--config", str(path), *options])
     assert len(list(tmp_path.rglob("*-ended.ckpt"))) == (1 if command == "fit" else 2)

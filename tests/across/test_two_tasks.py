@@ -1,0 +1,53 @@
+"""A slice of the table in docs/networks.md: two tasks in networks of plain torch, with nothing configured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
+
+import specimens
+import table
+
+SLICE = (
+    "deep and cross",
+    "GRU of tokens, tied weights",
+    "hypernetwork",
+    "MLP, two numbers",
+    "siamese towers",
+    "TCN, weight norm",
+)
+RESULTS = json.loads((Path(table.__file__).with_name("two_tasks.json")).read_text())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # they are hardly trained
+@pytest.mark.parametrize("name", SLICE)
+def test_two_tasks_are_learned_and_the_first_is_recalled_bit_by_bit(name, monkeypatch):
+    monkeypatch.setattr(table, "EPOCHS", 2)
+    found = table.row(name)
+    assert not {"refused", "crashed"} & set(found), found
+    assert found["recall"] is True
+    assert 0 < found["second"]["free_weights"] <= found["first"]["free_weights"] <= 1
+    assert found["export"][0].isdigit(), found["export"]
+
+
+def test_what_is_not_made_of_rows_is_refused_by_a_sentence_that_names_a_way(monkeypatch):
+    monkeypatch.setattr(table, "EPOCHS", 1)
+    found = table.row("CNN, spectral norm")
+    assert found["refused"].startswith("first task: ValueError: no unit layers")
+    assert "remove_parametrizations" in found["refused"]
+
+
+def test_the_recorded_table_is_of_networks_that_there_are_and_nothing_of_it_was_recalled_otherwise():
+    networks = RESULTS["networks"]
+    assert set(networks) <= set(specimens.ALL)
+    assert all(found["recall"] for found in networks.values() if "recall" in found)
+    ran = [found for found in networks.values() if "second" in found]
+    assert len(ran) >= 0.9 * len(networks)
+    docs = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    for name, found in networks.items():
+        assert table.as_row(name, found) in docs, name
