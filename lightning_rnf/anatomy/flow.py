@@ -260,7 +260,7 @@ def _why_whole(node: fx.Node, traced: Traced) -> str:
     if node in traced.aliased:
         return f"{name}: its output is written to in place, and read again"
     if node.op == "call_module" and node.target in traced.bound:
-        return f"{name} runs twice, or shares a parameter"
+        return f"{name} runs several times, or shares a parameter"
     if node.op == "call_module":
         mixes = isinstance(traced.modules[str(node.target)], _MIXING_MODULES)
     elif function_name(node) in _LAYER_FUNCTIONS:

@@ -241,7 +241,9 @@ def why_whole(trace: Trace, name: str) -> str | None:
     for key, parameter in trace.own_parameters(name).items():
         if others := trace.sharers(key, parameter):
             return f"shares {key!r} with {others}"
-        if calls and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
+        if len(calls) > 1 and not trace.in_each_run(parameter, len(calls)):
+            return f"runs {len(calls)} times in one forward, and its {key!r} may be used elsewhere, too"
+        if len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
             return f"has its {key!r} used a second time outside the layer"
     return None
 

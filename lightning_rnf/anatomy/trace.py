@@ -170,7 +170,8 @@ class Trace:
                 owner = trace.modules[call.name]
                 for parameter in trace.own_parameters(call.name).values():
                     hidden = id(parameter) in reads.outside and not trace.uses_outside(parameter, call)
-                    if kind_of(owner) and hidden and reaches_past(module, owner, parameter, batch, predict):
+                    once = trace.runs[call.name] == 1  # of those that run more often `in_each_run` tells
+                    if once and kind_of(owner) and hidden and reaches_past(module, owner, parameter, batch, predict):
                         trace.elsewhere.add(parameter)
         return trace
 
@@ -204,20 +205,26 @@ class Trace:
         return any(self.edges[node] > 0 or node is self.logits.grad_fn for node in nodes)
 
     def uses_outside(self, parameter: nn.Parameter, call: Call) -> int:
-        """How many edges lead to a parameter from other operations than those of a module's runs, given one of these.
-
-        What may do something else than torch's layer, and recurrent layers and attention, have to run once.
-        """
+        """How many edges lead to a parameter from other operations than those of a module's only run."""
         leaf = self.leaves.get(parameter)
         if leaf is None:
             return 0
         if is_recurrent(self.modules[call.name]) or is_attention(self.modules[call.name]):  # in every step, each part
             return self.edges[leaf] - _edges_inside(call, self.edges)[leaf]
-        if call.name not in self.given:  # torch's own layers read their parameters once in each run
-            return self.edges[leaf] - sum(other.name == call.name and self.reached(other) for other in self.calls)
+        if call.name not in self.given:  # torch's own layers read their parameters once
+            return self.edges[leaf] - 1
         if call.node is None:  # it says something else than a tensor: trying it tells
             return 0
         return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]
+
+    def in_each_run(self, parameter: nn.Parameter, runs: int) -> bool:
+        """Whether a layer of torch's that runs several times reads a parameter once in each, and nothing else does.
+
+        Whatever else may have read its value, in the graph or out of it, is taken to have: inside of autocast there is
+        one edge for all runs, and then nothing is known.
+        """
+        leaf = self.leaves.get(parameter)
+        return leaf is not None and self.edges[leaf] == runs and id(parameter) not in self.outside
 
 
 def _raw(predict: Predict, returned: list[Any], module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class UnitMap:
             predict: how to get logits of a batch.
             units: globs of module names, those behind a ``!`` of what is left out; None: every linear layer and
                 convolution outside the head, and every layer of a kind that is registered. What units can't follow (it
-                runs twice, shares its weight, is parametrized) is frozen whole, see ``whole``. Layers that are kept
+                shares its weight, say, or is parametrized) is frozen whole, see ``whole``. Layers that are kept
                 from training (``requires_grad`` is False: what an adapter stands on) are units only if globs ask for
                 them, or if there are no others. Embeddings that are left out by ``!`` are frozen whole, too.
             heads: globs of module names; None: the module that made the logits, see `logits.find_head`.

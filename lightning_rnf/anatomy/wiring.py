@@ -92,7 +92,8 @@ def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str
     for layer in layers:
         node = nodes.get(layer.name)
         if node is None:
-            yield layer.name, "where it runs can't be followed"
+            several = layer.name in flow.traced.bound
+            yield layer.name, "it runs several times" if several else "where it runs can't be followed"
         elif layer.recurrent is not None:
             yield layer.name, "it hears all of its units in each step"
         elif layer.packed:

@@ -170,13 +170,16 @@ class FreezeState:
         if not self.tasks and self.recovering is None:
             return units
         known = {layer.name: layer for layer in self.layers}
-        found = {layer.name: _as_before(layer, known.get(layer.name), units.kinds) for layer in units.layers}
+        found = {layer.name: _as_before(layer, known.get(layer.name)) for layer in units.layers}
         for name in known.keys() & found.keys():
             for what, had in vars(known[name]).items():
-                if getattr(found[name], what) != had:
+                if (has := getattr(found[name], what)) != had:
+                    once = what in ("norm", "slopes") and has is None
                     raise ValueError(
                         f"the model's layers no longer match the finished tasks: layer {name!r} had {what} "
-                        f"{had!r}, in its place is one with {getattr(found[name], what)!r}; {_SOME_ONLY}"
+                        f"{had!r}, in its place is one with {has!r}"
+                        f"{' (what follows it is its own only while it runs once in a forward)' if once else ''}; "
+                        f"{_SOME_ONLY}"
                     )
         # Experts that no earlier task has run: the model had them, so recall of those tasks does without. And what an
         # earlier version has frozen whole: recurrent layers, attention.
@@ -372,13 +375,19 @@ class FreezeState:
         return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, *of_fit)
 
 
-def _as_before(layer: UnitLayer, known: UnitLayer | None, kinds: Mapping[str, str]) -> UnitLayer:
-    """A layer without the group norm that follows it, where an earlier version has not counted that as its norm."""
-    if known is None or known.norm is not None or kinds.get(layer.norm or "") != "GroupNorm":
+def _as_before(layer: UnitLayer, known: UnitLayer | None) -> UnitLayer:
+    """A layer without the norm and the slopes that follow it, where these were nobody's when an earlier task ended.
+
+    An earlier version has not counted a group norm, and behind a layer that ran several times nothing counts.
+    """
+    if known is None:
         return layer
-    followers = [f"{name}." for name in (layer.norm, layer.slopes) if name is not None]
-    own = tuple(name for name in layer.parameters if not name.startswith(tuple(followers)))
-    return replace(layer, norm=None, slopes=None, parameters=own)
+    is_new = known.norm is None and layer.norm is not None
+    norm = None if is_new else layer.norm
+    slopes = None if is_new or known.slopes is None else layer.slopes
+    left = tuple(f"{name}." for name in (layer.norm, layer.slopes) if name is not None and name not in (norm, slopes))
+    own = tuple(name for name in layer.parameters if not name.startswith(left)) if left else layer.parameters
+    return replace(layer, norm=norm, slopes=slopes, parameters=own)
 
 
 def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class Enough:
         budget: the cutoff that leaves all that the task may claim: the first that is asked about.
         nothing: the cutoff that leaves none of it, for a task that recovers. Where the budget falls short of the
             criterion and this one does as well, accuracy does not tell which units the task needs (a head that can't
-            be fitted hears too little of them to say anything): it recovers inside the whole budget. None: never.
+            be fitted hears too little of them to say anything): `is_flat`, and it recovers inside the whole budget.
+            None: never.
     """
 
     def __init__(self, criterion: AccuracyDrop, budget: int, nothing: int | None = None) -> None:
@@ -119,6 +120,7 @@ class Enough:
         self.nothing = nothing
         self.floor: float | None = None
         self.is_met = True
+        self.is_flat = False
 
     def __call__(self, score: SubnetworkScore) -> bool:
         """Whether the search may take it; the first score has to be the budget's, or the budget is all there is."""
@@ -129,6 +131,5 @@ class Enough:
             self.is_met = accepted or not is_budget
         does = score.accuracy >= self.floor and (accepted or not self.is_met)
         if does and not self.is_met and score.cutoff == self.nothing != self.budget:
-            self.floor = math.inf
-            return False
-        return does
+            self.is_flat, self.floor = True, math.inf
+        return does and not self.is_flat

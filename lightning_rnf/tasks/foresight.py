@@ -197,8 +197,9 @@ def of_runs(name: str, left: Sequence[str]) -> None:
     if left:
         named = _listed(where or "the model itself" for where in left)
         rank_zero_warn(
-            f"{name}: {named} ran on some batches of the reference data only, and can't be made of units (it runs "
-            "twice there, batches disagree about it, or earlier tasks know no such layer): frozen whole with the task"
+            f"{name}: {named} ran on some batches of the reference data only, and can't be made of units (something "
+            "else uses its weight there, batches disagree about it, or earlier tasks know no such layer): frozen whole "
+            "with the task"
         )
 
 

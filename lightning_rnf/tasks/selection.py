@@ -267,6 +267,9 @@ class Selection:
         measure = partial(self._measure, candidates, asks=asks)
         how: dict[str, Any] = {"method": self.search, "resolution": self.resolution}
         found = search_cutoff(ranking, measure, verdict, precision=self._precision(candidates.criterion), **how)
+        if enough is not None and enough.is_flat:
+            all_of_it = next(one for one in found.evaluations if one.score.cutoff == enough.budget)
+            found = replace(found, taken=all_of_it)
         whole, cutoff = found.evaluations[0].score, found.taken.score.cutoff
         baseline = Measured(whole.accuracy, whole.values, whole.samples)
 

@@ -55,6 +55,31 @@ class Teacher(nn.Module):
         return self.last(torch.cat([self.first(x), beside], 1).relu()).relu()
 
 
+class Cast(nn.Module):
+    """Inside of its own autocast the graph has one edge to the weight, whatever reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.last = nn.Linear(6, 6), nn.Linear(6, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.same(self.same(x).relu()).relu()
+            return self.last(nn.functional.linear(x, self.same.weight).relu()).relu().float()
+
+
+class Mirrored(nn.Module):
+    """It runs once with its weight and once with that turned over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.last = nn.Linear(6, 6), nn.Linear(6, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = {"weight": self.same.weight.flip(0), "bias": self.same.bias}
+        return self.last(torch.func.functional_call(self.same, turned, self.same(x).relu()).relu()).relu()
+
+
 class Tied(nn.Module):
     """Two layers with one weight, a norm behind one of them; the other has nothing else."""
 
@@ -82,6 +107,8 @@ PARAMETRIZED = "is parametrized, and"
 NETS = {
     "run twice": (RunTwice, 1, "body.same runs 2 times in one forward, and may do something else", ["last"]),
     "teacher": (Teacher, 1, "body.first runs 2 times in one forward, not always where", ["last"]),
+    "cast": (Cast, 1, "body.same runs 2 times in one forward, and its 'body.same.weight' may be", ["last"]),
+    "mirrored": (Mirrored, 1, "body.same runs 2 times in one forward, and its 'body.same.weight' may be", ["last"]),
     "decoded": (Decoded, 1, "body.encoder has its 'body.encoder.weight' used a second time outside", ["last"]),
     "tied": (
         Tied,
@@ -148,9 +175,10 @@ class Tokens(Classifier):
         return self.heads(self.body["norm"](x + self.body["narrow"](self.body["wide"](x).relu())).mean(1))
 
 
-def test_a_head_that_has_the_weight_of_an_embedding_keeps_it():
+@pytest.mark.parametrize("search", ["fewest", "bisect"])
+def test_a_head_that_has_the_weight_of_an_embedding_keeps_it(search):
     torch.manual_seed(0)
-    model, rnf, x = Tokens(), RelevanceFreezing(), inputs()
+    model, rnf, x = Tokens(), RelevanceFreezing(search=search), inputs()
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         train(model, rnf, "a", max_epochs=12)

@@ -6,6 +6,7 @@ Their units are silent in all runs or in none, relevance is summed over runs, an
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -208,7 +209,7 @@ def test_their_network_is_exported_whole(case):
 def test_they_are_not_widened_and_it_says_so():
     model, rnf = built("pyramid"), RelevanceFreezing()
     train(model, rnf, "a", max_epochs=2)
-    with pytest.raises(ValueError, match=r"body\.same.*runs twice"):
+    with pytest.raises(ValueError, match=r"body\.same.*runs several times"):
         rnf.widen(model, 0.5, layers="body.same")
 
 
@@ -225,6 +226,57 @@ def test_a_layer_that_an_earlier_version_has_frozen_whole_stays_so():
     assert torch.equal(model.body.encoder.weight, weight)
     with later.recall("a", model), torch.no_grad():
         assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("norm", ["per_task", "frozen"])
+def test_a_norm_that_was_nobodys_stays_so_where_the_layer_runs_once_in_a_later_task(norm):
+    class Sometimes(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same, self.norm = nn.Linear(6, 40), nn.Linear(40, 40), nn.BatchNorm1d(40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.norm(self.same(self.first(x).relu())).relu()
+            return self.heads(self.norm(self.same(hidden)).relu() if self.heads.active == "a" else hidden)
+
+    torch.manual_seed(0)
+    model, rnf, x = Sometimes(), RelevanceFreezing(norm_parameters=norm), inputs()
+    train(model, rnf, "a", max_epochs=2)
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    for task in "bc":
+        train(model, rnf, task, max_epochs=2)
+        with rnf.recall("b", model), torch.no_grad():
+            if task == "b":
+                of_b = model(x)
+            assert torch.equal(model(x), of_b)
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(x), before)
+    again, once = RelevanceFreezing(), Sometimes()
+    train(once, again, "b", max_epochs=2)
+    with pytest.raises(ValueError, match=r"'same' had norm 'norm', in its place is one with None \(what follows it"):
+        train(once, again, "a", max_epochs=2)
+
+
+def test_they_are_frozen_by_whole_rows_and_the_map_says_so():
+    model, rnf = built("pyramid"), RelevanceFreezing()
+    train(model, rnf, "a", max_epochs=2)
+    assert frozen_entries(rnf, model)["body.same.weight"].ndim == 1
+    assert re.search(r"body\.same +it runs several times", str(UnitMap.of(model, next(iter(loader("a"))))))
+
+
+def test_a_trace_does_not_take_longer_with_each_run():
+    forwards = []
+
+    class Watched(Cell):
+        def forward(self, x: Tensor) -> Tensor:
+            forwards.append(len(x))
+            return super().forward(x) + 0 * self.say.weight.detach().norm()
+
+    model = built("cell")
+    model.body = Watched()
+    UnitMap.of(model, next(iter(loader("a"))))
+    assert len(forwards) < 6
 
 
 def test_a_cell_may_run_as_often_as_there_are_steps():

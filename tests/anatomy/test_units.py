@@ -933,7 +933,7 @@ def test_a_layer_of_torch_that_runs_several_times_is_made_of_units_and_what_foll
     assert (names(units), units.whole) == (["first", "second"], {})
     assert units.layers[1] == UnitLayer("second", 4, -1, ("second.weight", "second.bias"))
     assert set(units.shared) == {"norm.weight", "norm.bias"}
-    assert "where it runs can't be followed" in units.by_rows["second"]
+    assert units.by_rows["second"] == "it runs several times"
 
 
 def test_a_weight_that_a_function_reads_beside_several_runs_of_its_layer_is_not_the_units():
