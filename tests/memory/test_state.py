@@ -270,7 +270,8 @@ def test_other_layers_than_before_are_refused_and_nothing_is_kept():
     conv1, conv2 = net.layers
     cases = {
         "conv2": (conv1, replace(conv2, units=6)),
-        "bn2": (conv1, replace(conv2, norm="bn2")),
+        "bn2": (replace(conv1, norm="bn2"), conv2),
+        "only while it runs once": (replace(conv1, norm=None), conv2),
         r"\['conv2'\]": (conv1,),
         r"\['conv3'\]": (conv1, conv2, replace(conv2, name="conv3")),
     }
