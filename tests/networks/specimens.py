@@ -715,7 +715,6 @@ MORE_IMAGES = {
 }
 
 MORE_IMAGES |= {
-    "gmlp": Specimen(mixer("SpatialGatingBlock"), images, "timm"),
     "resmlp": Specimen(mixer("ResBlock"), images, "timm"),
 }
 
