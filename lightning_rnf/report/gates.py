@@ -70,17 +70,18 @@ def junit(found: Sequence[Verdict], name: str) -> str:
 
 def _held(report: RetentionReport, condition: str) -> Iterator[Verdict]:
     kind, _, limit = condition.partition("=")
-    if kind in _OF_TASKS and not limit:
+    bound = _bound(condition, kind, limit)
+    if not report.state.tasks:
+        yield Verdict(condition, "all tasks", True, "no task has ended")
+    elif kind in _OF_TASKS:
         for task in report.state.tasks:
             yield Verdict(condition, task, *_OF_TASKS[kind](report, task))
     elif kind == "accuracy":
-        least = _limit(condition, limit)
         now = [math.nan] * len(report.state.tasks) if report.matrix is None else report.matrix[-1].tolist()
         for task, value in zip(report.state.tasks, now, strict=True):
             said = "its last test is not known" if math.isnan(value) else f"{value:.4f} in the last test"
-            yield Verdict(condition, task, value < least - ROUNDING or math.isnan(value), said)
-    elif kind in ("forgetting", "free"):
-        bound = _limit(condition, limit)
+            yield Verdict(condition, task, value < bound - ROUNDING or math.isnan(value), said)
+    else:
         name = {"forgetting": "forgetting", "free": "free capacity"}[kind]
         value = report.numbers.get(name, math.nan)
         if kind == "forgetting" and len(report.state.tasks) == 1:
@@ -90,18 +91,21 @@ def _held(report: RetentionReport, condition: str) -> Iterator[Verdict]:
         yield Verdict(
             condition, name, fails, report.not_known.get(name, "not known") if value != value else f"{value:.4f}"
         )
-    else:
+
+
+def _bound(condition: str, kind: str, limit: str) -> float:
+    """The limit of a condition, in [0, 1]; of one without: 0."""
+    if kind in _OF_TASKS and condition == kind:
+        return 0.0
+    if kind not in ("accuracy", "forgetting", "free"):
         known = ", ".join((*_OF_TASKS, "accuracy=0.9", "forgetting=0.01", "free=0.1"))
         raise ValueError(f"--fail-on {condition}: expected some of {known}")
-
-
-def _limit(condition: str, limit: str) -> float:
     try:
         value = float(limit)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise ValueError(f"--fail-on {condition}: expected a limit in [0, 1], as in {condition.partition('=')[0]}=0.9")
+        raise ValueError(f"--fail-on {condition}: expected a limit in [0, 1], as in {kind}=0.9")
     return value
 
 

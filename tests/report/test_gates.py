@@ -10,6 +10,7 @@ import torch
 from records import Mlp, every_second, make, record_of, state_of
 
 from lightning_rnf.memory.fingerprints import Audit
+from lightning_rnf.memory.state import FreezeState
 from lightning_rnf.report import RetentionReport, failing, junit, verdicts
 
 NAN = float("nan")
@@ -72,6 +73,12 @@ def test_logits_that_have_drifted_fail_and_so_do_those_that_can_not_be_compared(
 def test_a_criterion_that_was_not_met_fails():
     assert failed("criterion", accepted=True) == []
     assert failed("criterion", accepted=False) == ["second"]
+
+
+def test_where_no_task_has_ended_nothing_has_been_shown():
+    empty = RetentionReport.of(FreezeState())
+    for condition in ("changed", "drift", "criterion", "accuracy=0", "forgetting=1", "free=0"):
+        assert failing(verdicts(empty, [condition])) == [f"{condition}: all tasks: no task has ended"]
 
 
 @pytest.mark.parametrize(
