@@ -26,7 +26,7 @@ RESULTS = json.loads((Path(table.__file__).with_name("two_tasks.json")).read_tex
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # they are hardly trained
 @pytest.mark.parametrize("name", SLICE)
-def test_two_tasks_are_learned_and_the_first_is_recalled_bit_by_bit(name, monkeypatch):
+def test_two_tasks_run_and_the_first_is_recalled_bit_by_bit(name, monkeypatch):
     monkeypatch.setattr(table, "EPOCHS", 2)
     found = table.row(name)
     assert not {"refused", "crashed"} & set(found), found

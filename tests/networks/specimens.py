@@ -615,21 +615,11 @@ GRAPHS = {
 _V = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def mixer(block: str) -> Any:
-    def build() -> nn.Module:
-        from timm.models import mlp_mixer
+def resmlp() -> nn.Module:
+    from timm.models.mlp_mixer import MlpMixer, ResBlock
 
-        return mlp_mixer.MlpMixer(
-            num_classes=CLASSES,
-            img_size=SIDE,
-            patch_size=8,
-            embed_dim=48,
-            num_blocks=2,
-            block_layer=getattr(mlp_mixer, block),
-            mlp_ratio=4,
-        )
-
-    return build
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "num_blocks": 2, "mlp_ratio": 4}
+    return MlpMixer(num_classes=CLASSES, block_layer=ResBlock, **sizes)
 
 
 MORE_IMAGES = {
@@ -715,7 +705,7 @@ MORE_IMAGES = {
 }
 
 MORE_IMAGES |= {
-    "resmlp": Specimen(mixer("ResBlock"), images, "timm"),
+    "resmlp": Specimen(resmlp, images, "timm"),
 }
 
 _BART = {
