@@ -11,7 +11,7 @@ import torch
 from zennit.core import Composite
 
 from lightning_rnf.anatomy import Predict, supervised
-from lightning_rnf.freezing import ElasticityOption, check_elasticity, check_globs, initial
+from lightning_rnf.freezing import ElasticityOption, EmbeddingRows, check_elasticity, check_globs, check_rows, initial
 from lightning_rnf.memory import FreezeState, TaskRecord
 from lightning_rnf.packages import pl
 from lightning_rnf.recall import NormParameters, NormStatistics
@@ -102,6 +102,8 @@ class RelevanceFreezing(BetweenFits):
             them, and recall is not exact.
         norm_parameters: ``"per_task"``: each task has scale and shift of norms of its own, which recall brings back.
             ``"frozen"``: with their units, or whole. None: per task where recall is exact and its statistics are.
+        embeddings: ``"per_task"``: each task has rows of its own, which recall brings back. ``"frozen"``: a row is once
+            a task has read it. None: per task up to 2²³ numbers a table. With ``retention="paper"`` they are whole.
         recalibrate_norm: estimate each candidate's running statistics anew, from what relevance is measured on.
         reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
@@ -151,6 +153,7 @@ class RelevanceFreezing(BetweenFits):
         resolution: int = 1,
         norm_statistics: NormStatistics = "per_task",
         norm_parameters: NormParameters | None = None,
+        embeddings: EmbeddingRows | None = None,
         recalibrate_norm: bool = True,
         reference_samples: int | None = 5000,
         attribution_samples: int | None = 1000,
@@ -170,8 +173,7 @@ class RelevanceFreezing(BetweenFits):
             arguments.of_type("task", task, (str, Callable), "a name or a function (trainer, module)"),
         )
         criterion = as_criterion(criterion)
-        given = (ration, recovery_epochs, reset_free)
-        ration, recovery_epochs, reset_free = auto.settled(*given, paper=retention == "paper", criterion=criterion)
+        ration, recovery_epochs, reset_free = auto.settled(ration, recovery_epochs, reset_free, retention, criterion)
         self.ending = Ending(
             Selection(
                 *(importance, composite, normalize, candidates, ration, search, resolution),
@@ -188,6 +190,7 @@ class RelevanceFreezing(BetweenFits):
         )
         self.elasticity = check_elasticity("elasticity", elasticity)
         self.irrelevant_elasticity = check_elasticity("irrelevant_elasticity", irrelevant_elasticity)
+        self.embeddings = check_rows(embeddings, retention)
         if reset_free != "auto":
             arguments.of_type("reset_free", reset_free, bool, "True or False")
         self.reset_free = reset_free
@@ -432,7 +435,7 @@ class RelevanceFreezing(BetweenFits):
 
     def _hold(self, module: pl.LightningModule) -> Holding:
         return Holding(
-            *(module, self.state, self.elasticity, self.irrelevant_elasticity),
+            *(module, self.state, self.elasticity, self.irrelevant_elasticity, self.embeddings),
             pins_norms=self.ending.selection.norm_statistics == "pinned",
             by_rows=not self.ending.connections,
         )

@@ -13,29 +13,34 @@ from lightning_rnf.freezing.connections import (
     harmless,
     heard,
 )
-from lightning_rnf.freezing.embeddings import Unread
+from lightning_rnf.freezing.embeddings import EmbeddingRows, Unread, check_rows, has_own_rows
 from lightning_rnf.freezing.freezer import (
     ElasticityOption,
     Freezer,
     check_elasticity,
     check_globs,
     elasticities,
+    factor_of,
     hold_in_copy,
 )
 from lightning_rnf.freezing.rows import can_choose_rows
 
 __all__ = [
     "ElasticityOption",
+    "EmbeddingRows",
     "Freezer",
     "Listening",
     "Unread",
     "can_choose_rows",
     "check_elasticity",
     "check_globs",
+    "check_rows",
     "elasticities",
+    "factor_of",
     "free_weights",
     "frozen_connections",
     "harmless",
+    "has_own_rows",
     "heard",
     "hold_in_copy",
     "initial",

@@ -49,8 +49,8 @@ def elasticities(
     all_frozen = state.frozen()
     for layer in state.layers:
         frozen = all_frozen[layer.name]
-        relevant = torch.tensor(_factor(elasticity, layer.name, 0.0))
-        irrelevant = torch.tensor(_factor(irrelevant_elasticity, layer.name, 1.0))
+        relevant = torch.tensor(factor_of(elasticity, layer.name, 0.0))
+        irrelevant = torch.tensor(factor_of(irrelevant_elasticity, layer.name, 1.0))
         of_units = torch.where(frozen, relevant, irrelevant)
         if inside is not None:
             of_units = of_units.masked_fill(~inside[layer.name], 0.0)
@@ -64,12 +64,12 @@ def elasticities(
                 of_entries = of_entries.masked_fill(outside, 0.0)
             factors[f"{layer.name}.weight"] = of_entries
     for name in state.shared:
-        factors[name] = torch.tensor(_factor(elasticity, name.rpartition(".")[0], 0.0))
+        factors[name] = torch.tensor(factor_of(elasticity, name.rpartition(".")[0], 0.0))
     for name in state.embeddings:
-        module, read = name.rpartition(".")[0], state.read(name)
-        assert read is not None
-        of_read = torch.tensor(_factor(elasticity, module, 0.0))
-        factors[name] = torch.where(read, of_read, torch.tensor(_factor(irrelevant_elasticity, module, 1.0)))
+        module, held = name.rpartition(".")[0], state.frozen_rows(name)
+        assert held is not None
+        of_held = torch.tensor(factor_of(elasticity, module, 0.0))
+        factors[name] = torch.where(held, of_held, torch.tensor(factor_of(irrelevant_elasticity, module, 1.0)))
     for record in state.tasks.values():
         for name in record.head_parameters:
             factors[name] = torch.tensor(0.0)
@@ -359,7 +359,8 @@ def _rows(module: nn.Module, factors: Mapping[str, Tensor]) -> dict[str, HeldRow
     }
 
 
-def _factor(option: ElasticityOption, module_name: str, default: float) -> float:
+def factor_of(option: ElasticityOption, module_name: str, default: float) -> float:
+    """What an elasticity is in a module."""
     if not isinstance(option, Mapping):
         return float(option)
     return next((float(factor) for glob, factor in option.items() if fnmatchcase(module_name, glob)), default)

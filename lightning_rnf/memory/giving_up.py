@@ -60,6 +60,7 @@ def without(state: FreezeState, task: str) -> FreezeState:
         forms=state.forms if known_units else {},
         widenings=state.widenings,
         embeddings=state.embeddings if tasks else (),
+        own_rows=state.own_rows if tasks else (),
     )
 
 

@@ -33,6 +33,7 @@ def wider(state: FreezeState, found: Wider, drawn: Mapping[str, Tensor]) -> Free
         forms={name: _form(form, found, name) for name, form in state.forms.items()},
         widenings=(*state.widenings, found),
         embeddings=state.embeddings,
+        own_rows=state.own_rows,
     )
 
 

@@ -75,10 +75,10 @@ def free_weights(state: FreezeState, of_layers: Mapping[str, float]) -> float:
 
 
 def free_rows(state: FreezeState) -> dict[str, float]:
-    """Share of each embedding's rows that no finished task has read, by the embedding's name."""
-    read = {name: state.read(name) for name in state.embeddings}
+    """Share of each embedding's rows that are not frozen, by the embedding's name."""
+    frozen = {name: state.frozen_rows(name) for name in state.embeddings}
     return {
-        name.rpartition(".")[0]: 1.0 - float(mask.double().mean()) for name, mask in read.items() if mask is not None
+        name.rpartition(".")[0]: 1.0 - float(mask.double().mean()) for name, mask in frozen.items() if mask is not None
     }
 
 

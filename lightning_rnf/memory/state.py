@@ -43,7 +43,8 @@ class FreezeState:
         widenings: where the model was made wider, in order; records say how many there had been at a task's end.
         several: whether a task was ended inside the fit that is under way, which goes on with the next one.
         begun: the epoch that this fit began with: a Trainer that is used again goes on counting.
-        embeddings: names of the weights of embeddings whose rows are frozen one by one.
+        embeddings: names of the weights of embeddings whose rows belong to tokens.
+        own_rows: those of them of whose rows each task has its own: none is frozen, and recall brings back what was.
         learned: rows of embeddings that have learned something in the fit that is under way, bool ``(rows,)`` by name.
     """
 
@@ -61,6 +62,7 @@ class FreezeState:
     kept: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
     learned: dict[str, Tensor] = field(default_factory=dict)
+    own_rows: tuple[str, ...] = ()
 
     def add(self, record: TaskRecord, units: UnitMap) -> None:
         """Keep a task's record, and what its forward has shown of the model.
@@ -127,11 +129,15 @@ class FreezeState:
             old = rows_of.joined(old, self.tasks[later].old_rows)
         return replace(record, old_rows=old)
 
-    def read(self, embedding: str) -> Tensor | None:
-        """Rows of an embedding that a finished task has read: bool ``(rows,)``; None: it is none of `embeddings`."""
+    def frozen_rows(self, embedding: str) -> Tensor | None:
+        """Rows of an embedding that no later task may change: bool ``(rows,)``; None: it is none of `embeddings`.
+
+        They are those that a finished task has read.
+        """
         found = rows_of.read_by(embedding, (record.tokens for record in self.tasks.values()))
-        if found is None and embedding in self.embeddings:  # those that had it were given up
-            return torch.zeros(sizes_of(self.forms[embedding])[0], dtype=torch.bool)
+        if embedding in self.own_rows or found is None:  # or those that had it were given up
+            is_known = embedding in self.embeddings
+            return torch.zeros(sizes_of(self.forms[embedding])[0], dtype=torch.bool) if is_known else None
         return found
 
     def keep_rows(self, learned: Mapping[str, Tensor], before: Mapping[str, rows_of.OldRows]) -> None:
@@ -320,6 +326,7 @@ class FreezeState:
             **({"kept": list(self.kept)} if self.kept else {}),
             **({"embeddings": list(self.embeddings)} if self.embeddings else {}),
             **({"learned": dict(self.learned)} if self.learned else {}),
+            **({"own_rows": list(self.own_rows)} if self.own_rows else {}),
         }
 
     @classmethod
@@ -371,7 +378,8 @@ class FreezeState:
         kept = get_names(plain, "kept") if "kept" in plain else ()
         if not set(kept) <= set(names):
             raise ValueError(f"not a state of lightning_rnf: 'kept' has what is not in 'shared': {kept!r:.80}")
-        of_fit = (several, begun, kept, embeddings, learned)
+        own_rows = get_names(plain, "own_rows") if "own_rows" in plain else ()
+        of_fit = (several, begun, kept, embeddings, learned, own_rows)
         return cls(layers, names, tasks, training, unfinished, initial, resets, forms, widenings, *of_fit)
 
 

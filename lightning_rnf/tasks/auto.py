@@ -84,12 +84,12 @@ def recovery_epochs(trainer: Trainer, begun: int = 0) -> int:
 
 
 def settled(
-    ration: Any, recovery_epochs: Any, reset_free: Any, *, paper: bool, criterion: Criterion
+    ration: Any, recovery_epochs: Any, reset_free: Any, retention: str, criterion: Criterion
 ) -> tuple[Any, Any, Any]:
     """The three options, without ``"auto"`` where nothing sets itself: in the paper, by other kinds of criteria."""
-    if ration == "auto" and (paper or not takes(criterion)):
+    if ration == "auto" and (retention == "paper" or not takes(criterion)):
         ration = None
-    if paper:
+    if retention == "paper":
         recovery_epochs = 0 if recovery_epochs == "auto" else recovery_epochs
         reset_free = False if reset_free == "auto" else reset_free
     return ration, recovery_epochs, reset_free

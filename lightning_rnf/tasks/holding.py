@@ -12,10 +12,13 @@ from torch import Tensor
 from lightning_rnf.anatomy import UnitMap, form
 from lightning_rnf.freezing import (
     ElasticityOption,
+    EmbeddingRows,
     Freezer,
     Unread,
     elasticities,
+    factor_of,
     frozen_connections,
+    has_own_rows,
     heard,
     hold_in_copy,
     initial,
@@ -38,6 +41,7 @@ class Holding:
         state: the finished tasks.
         elasticity: of relevant units.
         irrelevant_elasticity: of the others.
+        embeddings: whether each task has rows of its own; None: as `freezing.has_own_rows` says.
         pins_norms: whether frozen channels normalise with their stored statistics.
         by_rows: whether whole rows of relevant units are frozen, whatever their tasks read.
 
@@ -51,6 +55,7 @@ class Holding:
         state: FreezeState,
         elasticity: ElasticityOption,
         irrelevant_elasticity: ElasticityOption,
+        embeddings: EmbeddingRows | None = None,
         *,
         pins_norms: bool,
         by_rows: bool = False,
@@ -60,6 +65,7 @@ class Holding:
         self.elasticities = (elasticity, irrelevant_elasticity)
         self.pins_norms = pins_norms
         self.by_rows = by_rows
+        self.embedding_rows = embeddings
         self._connections: dict[str, Tensor] = {}
         self._followed: list[str] | None = None
         self._doubted: set[str] = set()
@@ -136,7 +142,7 @@ class Holding:
         self._waiting.close()
         self._embeddings = units.embeddings
         self._whole = {name for name in units.embeddings if name in units.reasons}
-        if self._whole:
+        if self._give_rows() or self._whole:
             self.freezer.change(self.factors())
         self._hold_unread()
         self.freezer.attach(optimizers)
@@ -149,6 +155,8 @@ class Holding:
         self.freezer.detach()
         state.check_module(self.module)
         self.state = state
+        if optimizers is not None:
+            self._give_rows()
         self._begin()
         if optimizers is not None:
             self._hold_unread()
@@ -177,6 +185,7 @@ class Holding:
         if reset:
             with sharding.whole(self.module):
                 initial.reset_free(self.state, self.module, self.followed())
+        self._give_rows()
         self._hold_unread()
         self.freezer.change(self.factors())
         self._pin_norms()
@@ -257,7 +266,8 @@ class Holding:
             for layer in self.state.layers
             if (factors[layer.weight][layer.spread(layer.weight, frozen[layer.name])] != 0).any()
         }
-        of_embeddings = {name for name in self.state.embeddings if factors[name][self.state.read(name)].any()}
+        frozen_rows = {name: self.state.frozen_rows(name) for name in self.state.embeddings}
+        of_embeddings = {name for name, rows in frozen_rows.items() if factors[name][rows].any()}
         return of_layers | of_embeddings | {name for name in self.state.shared if factors[name] != 0}
 
     def _form(self, parameter: str) -> str:
@@ -269,6 +279,21 @@ class Holding:
         foresight.of_let_go(self.module, self.state)
         self.freezer.stop_gradients()
 
+    def _give_rows(self) -> bool:
+        """Let the state know of which embeddings each task has its own rows; whether that is otherwise than before."""
+        before, self.state.own_rows = self.state.own_rows, ()
+        if not sharding.is_sharded(self.module):
+            asked, elasticity = self.embedding_rows, self.elasticities[0]
+            self.state.own_rows = tuple(
+                name
+                for name in dict.fromkeys((*self.state.embeddings, *self._embeddings))
+                if name not in self._whole
+                and has_own_rows(
+                    self.module.get_parameter(name), asked, factor_of(elasticity, name.rpartition(".")[0], 0.0)
+                )
+            )
+        return before != self.state.own_rows
+
     def _hold_unread(self) -> None:
         """Hold rows of embeddings until they are read, from what they are now."""
         self._tasks, self.freezer.unread = list(self.state.tasks), {}
@@ -276,8 +301,9 @@ class Holding:
             return
         for name in dict.fromkeys((*self.state.embeddings, *self._embeddings)):
             if name not in self._whole and name not in self.state.shared:
-                read, learned = self.state.read(name), self.state.learned.get(name)
-                self.freezer.unread[name] = Unread(self.module.get_parameter(name), read, learned)
+                frozen, learned = self.state.frozen_rows(name), self.state.learned.get(name)
+                frozen = None if frozen is None or not frozen.any() else frozen
+                self.freezer.unread[name] = Unread(self.module.get_parameter(name), frozen, learned)
 
     def _pin_norms(self) -> None:
         self._pinned.close()

@@ -18,10 +18,12 @@ from torch import nn
 from training import frozen_entries, trainer
 
 from lightning_rnf import RelevanceFreezing
+from lightning_rnf.freezing import embeddings as rows_of
 
 A, B, C = (set(VOCABULARY[task]) for task in "abc")
 NOBODY = set(range(49, WORDS))
 QUICK = {"recovery_epochs": 0, "ration": None, "fit_head": False}
+FROZEN = QUICK | {"embeddings": "frozen"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:no free units are left:UserWarning")
 
@@ -53,9 +55,9 @@ def trained(task="a", model_type=Reader, seed=0, rnf=None, **options):
     return model, rnf
 
 
-@pytest.fixture(scope="module")
-def _first():
-    return trained()
+@pytest.fixture(scope="module", params=["per_task", "frozen"])
+def _first(request):
+    return trained(rnf=RelevanceFreezing(**QUICK | {"embeddings": request.param}))
 
 
 @pytest.fixture
@@ -63,12 +65,22 @@ def first(_first):
     return copy.deepcopy(_first[0]), copy.deepcopy(_first[1])
 
 
+@pytest.fixture(scope="module")
+def _frozen():
+    return trained(rnf=RelevanceFreezing(**FROZEN))
+
+
+@pytest.fixture
+def first_frozen(_frozen):
+    return copy.deepcopy(_frozen[0]), copy.deepcopy(_frozen[1])
+
+
 @pytest.mark.parametrize("model_type", [Reader, Attending])
 def test_new_words_learn_old_ones_stay_and_words_of_nobody_stay_though_weights_decay(model_type):
     torch.manual_seed(0)
     begun = model_type()
     start = {words: rows(begun, of) for words, of in (("b", B - A), ("nobody", NOBODY | C - B - A))}
-    model, rnf = begun, RelevanceFreezing(**QUICK)
+    model, rnf = begun, RelevanceFreezing(**FROZEN)
     fit(model, rnf, "a")
     of_a, new, nobodys = rows(model, A), rows(model, B - A), rows(model, NOBODY | C - B - A)
     assert not differ(new, start["b"]).any()
@@ -78,16 +90,17 @@ def test_new_words_learn_old_ones_stay_and_words_of_nobody_stay_though_weights_d
     assert differ(rows(model, B - A), new).all()
     assert not differ(rows(model, NOBODY | C - B - A), nobodys).any()
     name = rnf.state.embeddings[0]
-    read = rnf.state.read(name).nonzero().view(-1).tolist()
+    read = rnf.state.frozen_rows(name).nonzero().view(-1).tolist()
     assert set(read) - {0} == A | B
     assert rnf.weights_left()[name.rpartition(".")[0]] == pytest.approx(1 - len(read) / WORDS)
     assert not any(rnf.report(model).changed.values())
 
 
 @pytest.mark.filterwarnings("ignore:.*frozen rows were moved without a write that torch counts:UserWarning")
+@pytest.mark.parametrize("embeddings", ["per_task", "frozen"])
 @pytest.mark.parametrize("model_type", [Reader, Attending])
-def test_recall_is_exact_for_any_words_after_all_that_may_move_has_become_nan(model_type):
-    model, rnf = trained(model_type=model_type)
+def test_recall_is_exact_for_any_words_after_all_that_may_move_has_become_nan(model_type, embeddings):
+    model, rnf = trained(model_type=model_type, rnf=RelevanceFreezing(**QUICK | {"embeddings": embeddings}))
     x, long = anything(), anything(length=LENGTH + 2)
     expected = {"a": [recalled(rnf, model, one) for one in (x, long)[: 1 + (model_type is Attending)]]}
     fit(model, rnf, "b")
@@ -126,8 +139,8 @@ def everything():
     return data
 
 
-def test_after_two_tasks_no_entry_that_is_free_is_heard_of_the_words_of_both(first):
-    model, rnf = first
+def test_after_two_tasks_no_entry_that_is_free_is_heard_of_the_words_of_both(first_frozen):
+    model, rnf = first_frozen
     x, of_a = anything(words=A | B), anything(words=A)
     seen, unseen = recalled(rnf, model, of_a), recalled(rnf, model, x)
     fit(model, rnf, "b")
@@ -159,7 +172,8 @@ def test_a_fit_that_is_given_up_takes_nothing_from_finished_tasks(first):
     fit(model, rnf, "b")
     assert torch.equal(recalled(rnf, model, x), expected)
     assert not any(rnf.report(model).changed.values())
-    assert rnf.state.tasks["a"].old_rows["embedding.weight"].rows.tolist() == sorted((B | C) - A)
+    own = set() if rnf.state.own_rows else A
+    assert rnf.state.tasks["a"].old_rows["embedding.weight"].rows.tolist() == sorted((B | C) - own)
 
 
 def in_order(task):
@@ -180,14 +194,14 @@ def test_resumed_in_the_middle_it_ends_as_if_it_had_not_been_stopped(first, task
         if task == "b":
             return copy.deepcopy(first)
         torch.manual_seed(1)
-        return Reader(), RelevanceFreezing(**QUICK)
+        return Reader(), RelevanceFreezing(**options)
 
     def run(model, rnf, *callbacks, **options):
         model.heads.activate(task)
         with contextlib.suppress(SystemExit):
             trainer(*callbacks, rnf, max_epochs=3, **options).fit(model, datamodule=in_order(task), ckpt_path=path)
 
-    path = None
+    path, options = None, QUICK | {"embeddings": first[1].embeddings}
     whole, rnf = begun()
     x = anything()
     expected = recalled(rnf, whole, x) if task == "b" else None
@@ -197,7 +211,7 @@ def test_resumed_in_the_middle_it_ends_as_if_it_had_not_been_stopped(first, task
     path = tmp_path / "last.ckpt"
     assert torch.load(path, weights_only=True)["callbacks"]["RelevanceFreezing"]["learned"]["embedding.weight"].any()
     torch.manual_seed(5)
-    resumed, other = Reader(), RelevanceFreezing(**QUICK)
+    resumed, other = Reader(), RelevanceFreezing(**options)
     run(resumed, other)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -226,6 +240,84 @@ def test_a_task_is_added_in_a_new_process_from_its_checkpoint(first, tmp_path):
     for task, logits in expected.items():
         assert torch.equal(recalled(again, other, x, task), logits)
     assert differ(rows(other, C - B - A), rows(model, C - B - A)).all()
+
+
+def test_each_task_has_rows_of_its_own_and_all_hear_theirs():
+    model, rnf = trained()
+    x = anything()
+    expected = {"a": recalled(rnf, model, x)}
+    for task, words in (("b", B), ("c", C)):
+        before, others = rows(model, words), rows(model, set(range(WORDS)) - words)
+        fit(model, rnf, task)
+        assert differ(rows(model, words), before).all()  # of those that earlier tasks have read, too
+        assert not differ(rows(model, set(range(WORDS)) - words), others).any()
+        expected[task] = recalled(rnf, model, x, task)
+    for task, logits in expected.items():
+        assert torch.equal(recalled(rnf, model, x, task), logits)
+    assert rnf.weights_left()["embedding"] == 1
+    assert not any(rnf.report(model).changed.values())
+    (row,) = rnf.report(model).to_dict()["embeddings"]
+    assert row["kept"] == len(B) + len(C)
+
+
+def test_a_second_task_in_which_words_mean_something_else_learns_as_a_fresh_model_does():
+    longer = {"max_epochs": 12}
+    model, rnf = trained()
+    fit(model, rnf, "b", **longer)
+    torch.manual_seed(0)
+    fresh, alone = Reader(), text_data("b").test.tensors
+    fresh.heads.activate("b")
+    trainer(**longer).fit(fresh, datamodule=text_data("b"))
+    with torch.no_grad():
+        said = recalled(rnf, model, alone[0], "b"), fresh(alone[0])
+    found, of_fresh = (float((one.argmax(1) == alone[1]).float().mean()) for one in said)
+    assert of_fresh > 0.8
+    assert found > of_fresh - 0.03
+
+
+@pytest.mark.parametrize("order", [("frozen", "per_task", "frozen"), ("per_task", "frozen", "per_task")])
+def test_what_was_asked_for_of_earlier_tasks_does_not_bind_later_ones(order):
+    x, expected, model, state = anything(), {}, None, None
+    for task, asked in zip("abc", order, strict=True):
+        rnf = RelevanceFreezing(**QUICK | {"embeddings": asked})
+        if model is None:
+            torch.manual_seed(0)
+            model = Reader()
+        else:
+            rnf.load_state_dict(state)
+        earlier = {"a": set(), "b": A, "c": A | B}[task]
+        before = rows(model, earlier)
+        fit(model, rnf, task)
+        moved = {word for word, has in zip(sorted(earlier), differ(rows(model, earlier), before), strict=True) if has}
+        assert moved == (earlier & set(VOCABULARY[task]) if asked == "per_task" else set())
+        expected[task], state = recalled(rnf, model, x, task), rnf.state_dict()
+        for one, logits in expected.items():
+            assert torch.equal(recalled(rnf, model, x, one), logits)
+
+
+@pytest.mark.filterwarnings("ignore:elasticity=:UserWarning")
+def test_unasked_rows_of_large_tables_are_frozen_and_elastic_ones_are_elastic(monkeypatch):
+    model, rnf = trained(rnf=RelevanceFreezing(elasticity={"embedding": 0.1}, **QUICK))
+    assert rnf.state.embeddings == ("embedding.weight",)
+    assert not rnf.state.own_rows
+    monkeypatch.setattr(rows_of, "MOST", model.embedding.weight.numel())
+    assert trained()[1].state.own_rows == ("embedding.weight",)
+    monkeypatch.setattr(rows_of, "MOST", model.embedding.weight.numel() - 1)
+    assert not trained()[1].state.own_rows
+    asked = trained(rnf=RelevanceFreezing(embeddings="per_task", **QUICK))[1]
+    assert asked.state.own_rows == ("embedding.weight",)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"embeddings": "kept"}, "embeddings is 'kept', expected one of 'per_task', 'frozen'"),
+        ({"embeddings": "per_task", "retention": "paper"}, "it goes with retention='exact'"),
+    ],
+)
+def test_what_embeddings_can_not_do_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        RelevanceFreezing(**options)
 
 
 def test_weights_in_which_a_word_of_nobody_has_another_meaning_are_refused_and_reported(first):
@@ -287,8 +379,8 @@ def test_one_that_torch_export_follows_has_them_too():
         torch.testing.assert_close(small(x), expected)
 
 
-def test_what_is_given_up_is_free_again_and_others_hear_what_they_heard(first):
-    model, rnf = first
+def test_what_is_given_up_is_free_again_and_others_hear_what_they_heard(first_frozen):
+    model, rnf = first_frozen
     x = anything()
     expected = {"a": recalled(rnf, model, x)}
     for task in "bc":
@@ -297,7 +389,7 @@ def test_what_is_given_up_is_free_again_and_others_hear_what_they_heard(first):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rnf.forget("b")
-    read = set(rnf.state.read("embedding.weight").nonzero().view(-1).tolist())
+    read = set(rnf.state.frozen_rows("embedding.weight").nonzero().view(-1).tolist())
     assert read - {0} == A | C
     for task in "ac":
         assert torch.equal(recalled(rnf, model, x, task), expected[task])
@@ -309,9 +401,11 @@ def test_what_is_given_up_is_free_again_and_others_hear_what_they_heard(first):
     assert not any(rnf.report(model).changed.values())
 
 
-def test_tasks_that_are_ended_by_hand_in_one_fit():
+@pytest.mark.parametrize("embeddings", ["per_task", "frozen"])
+def test_tasks_that_are_ended_by_hand_in_one_fit(embeddings):
     torch.manual_seed(0)
-    model, rnf = Reader(), RelevanceFreezing(task=lambda trainer, module: module.heads.active, **QUICK)
+    options = QUICK | {"embeddings": embeddings}
+    model, rnf = Reader(), RelevanceFreezing(task=lambda trainer, module: module.heads.active, **options)
     seen = {}
 
     class InTurn(pl.Callback):
@@ -326,7 +420,7 @@ def test_tasks_that_are_ended_by_hand_in_one_fit():
     of_both = [torch.utils.data.DataLoader(data, 32, shuffle=shuffle) for shuffle in (True, False)]
     trainer(InTurn(), rnf, max_epochs=4).fit(model, *of_both)
     assert list(rnf.state.tasks) == ["a", "b"]
-    assert not differ(rows(model, A), seen["rows"]).any()
+    assert bool(differ(rows(model, A), seen["rows"]).any()) is (embeddings == "per_task")
     assert torch.equal(recalled(rnf, model, anything()), seen["a"])
 
 
@@ -344,7 +438,7 @@ def test_with_averaged_weights_words_of_nobody_stay(first, tmp_path):
 
 def test_what_was_never_trained_here_keeps_the_meaning_of_all_its_words():
     torch.manual_seed(0)
-    model, rnf = Reader(), RelevanceFreezing(**QUICK)
+    model, rnf = Reader(), RelevanceFreezing(**FROZEN)
     plain = {"max_epochs": 2}
     model.heads.activate("a")
     trainer(**plain).fit(model, datamodule=text_data("a"))
@@ -402,8 +496,8 @@ def test_elasticity_is_of_rows_that_a_task_has_read():
     fit(model, rnf, "c")
 
 
-def test_the_report_has_a_table(first):
-    model, rnf = first
+def test_the_report_has_a_table(first_frozen):
+    model, rnf = first_frozen
     fit(model, rnf, "b")
     (row,) = rnf.report(model).to_dict()["embeddings"]
     assert (row["embedding"], row["rows"], row["kept"]) == ("embedding", WORDS, len(B - A))
@@ -461,7 +555,7 @@ def test_two_processes_read_and_learn_what_one_does(processes):
                 assert all(torch.equal(mask, record[key][name]) for name, mask in other[key].items()), key
         kept, of_one = (one["state"]["tasks"][0]["old_rows"]["embedding.weight"] for one in (found, alone))
         assert torch.equal(kept["rows"], of_one["rows"])
-        assert torch.equal(kept["values"], of_one["values"])
+        torch.testing.assert_close(kept["values"], of_one["values"])
         for name, value in alone["weights"].items():
             torch.testing.assert_close(found["weights"][name], value)
             assert torch.equal(found["weights"][name], processes[0]["stream"]["weights"][name])

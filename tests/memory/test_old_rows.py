@@ -46,7 +46,7 @@ def state(net=None):
     found = FreezeState()
     for name, read in (("first", (0, 1, 2)), ("second", (2, 3, 4, 5)), ("third", (5, 6, 7))):
         if name != "first":
-            new = [row for row in read if not found.read(NAME)[row]]
+            new = [row for row in read if not found.frozen_rows(NAME)[row]]
             found.keep_rows({NAME: of(*new)}, {NAME: old(*new, value=len(found.tasks))})
         head = {"head": f"heads.tasks.{name}", "head_parameters": head_parameters(name) if name in TASKS else ()}
         record = record_of(net, tokens={NAME: of(*read)}, **{"name": name, **head})
@@ -64,7 +64,7 @@ def test_each_task_hears_what_was_changed_after_it_as_it_was():
     assert heard(found, "first") == {3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
     assert heard(found, "second") == {6: 2, 7: 2}
     assert heard(found, "third") == {}
-    assert found.read(NAME).nonzero().view(-1).tolist() == list(range(8))
+    assert found.frozen_rows(NAME).nonzero().view(-1).tolist() == list(range(8))
     assert found.learned == {}
 
 
@@ -92,7 +92,7 @@ def test_what_only_a_task_that_is_given_up_had_is_free_and_others_hear_it_as_it_
     found.keep_rows({NAME: of(3)}, {NAME: old(3, value=1)})
     found.add(record_of(net, "second", tokens={NAME: of(3)}), net.units("second"))
     left = without(found, "second")
-    assert not left.read(NAME).any()
+    assert not left.frozen_rows(NAME).any()
     assert heard(left, "first") == {3: 1}
     again = FreezeState.from_plain(left.to_plain())
     assert elasticities(again)[NAME].tolist() == [1.0] * ROWS

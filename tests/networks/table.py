@@ -132,11 +132,11 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:800]}"
 
 
-def row(name: str, seed: int = 0) -> dict[str, Any]:
-    """What became of a network: see the module's docstring."""
+def row(name: str, seed: int = 0, tasks: int | None = None) -> dict[str, Any]:
+    """What became of a network: see the module's docstring; ``tasks``: how many the callback is told there will be."""
     specimen = specimens.ALL[name]
     about: dict[str, Any] = {"family": specimen.family}
-    start, rnf, module = time.perf_counter(), RelevanceFreezing(), with_heads(specimen, seed)
+    start, rnf, module = time.perf_counter(), RelevanceFreezing(tasks=tasks), with_heads(specimen, seed)
     about["parameters"] = sum(parameter.numel() for parameter in module.net.parameters())
     said = {}
     for task in TASKS:

@@ -28,8 +28,15 @@ WORDS = 220
 VOCABULARY = {"a": range(1, 121), "b": range(81, 201)}
 """Nobody has those from 201 on."""
 
-NETWORKS = {"mean": (Reader, {"width": 8}, "embedding"), "attention": (Attending, {"width": 16}, "words")}
-WAYS = ("now", "before", "naive", "fresh")
+NETWORKS = {"mean": (Reader, {"width": 8}), "attention": (Attending, {"width": 16})}
+WAYS = {
+    "default": {},
+    "frozen": {"embeddings": "frozen"},
+    "whole": {"units": ["!embedding", "!words", "!places"]},
+    "naive": None,
+    "fresh": None,
+}
+"""What the callback is told; None: there is none."""
 
 
 def texts(task: str, samples: int, seed: int) -> TensorDataset:
@@ -56,11 +63,13 @@ def accuracy(model, task: str, seed: int) -> float:
 
 
 def run(network: str, way: str, seed: int, epochs: int) -> str:
-    kind, options, embedding = NETWORKS[network]
+    kind, options = NETWORKS[network]
     torch.manual_seed(seed)
     model = kind(words=WORDS, lr=1e-2, **options)
-    whole = {"units": [f"!{name}" for name in (embedding, "places") if hasattr(model, name)]} if way == "before" else {}
-    rnf = RelevanceFreezing(**whole) if way in ("now", "before") else None
+    said_to = WAYS[way]
+    if said_to is not None and "units" in said_to:
+        said_to = {"units": [glob for glob in said_to["units"] if hasattr(model, glob[1:])]}
+    rnf = None if said_to is None else RelevanceFreezing(**said_to)
     x = torch.randint(1, WORDS, (2000, LENGTH), generator=torch.Generator().manual_seed(99))
     said, of_first = [], torch.empty(0)
     for task in "ab" if way != "fresh" else "b":
