@@ -2,17 +2,20 @@
 
     python examples/results.py                # examples/results/*.json: figures beside them, tables into the README
     python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
-    python examples/results.py --check        # exit with 1 if the README or a figure shows other results than the files
+    python examples/results.py --check        # exit with 1 if a page or a figure shows other results than the files
 
 In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``, and
-between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each.
+between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each. Numbers in sentences, there and on the
+project's other pages, are written and checked, too: see `prose.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import prose
 import torch
 from images import from_text
 from PIL import Image
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OWN = Path(__file__).parent
+ROOT = OWN.resolve().parent
 COMPARED = ("naive", "paper", "exact", "default", "best")
 _OVERVIEW = re.compile(r"(<!-- overview -->\n)(.*?)(<!-- /overview -->)", flags=re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)
@@ -54,29 +59,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not summaries:
         parser.error(f"{options.folder} holds no JSON file")
     pictures = {
-        file: (make, _fingerprint(file, summary))
+        file: (make, _fingerprint(file, summary, make.func))
         for name, summary in summaries.items()
         for file, make in figures(name, summary).items()
     }
-    if readme is not None:
-        before = readme.read_text(encoding="utf-8")
-        try:
-            after = filled(before, summaries, options.folder.resolve().relative_to(readme.parent.resolve()).as_posix())
-        except ValueError as error:
-            sys.exit(f"{readme}: {error}")
+    try:
+        texts, sentences = _pages(readme, summaries, options.folder, is_own=is_own)
+    except ValueError as error:
+        sys.exit(str(error))
+    stale = [file for file, (_, source) in pictures.items() if not _shows(options.folder / file, source)]
     if options.check:
-        stale = [file for file, (_, source) in pictures.items() if not _shows(options.folder / file, source)]
-        stale += [str(readme)] if readme is not None and before != after else []
-        if stale:
-            sys.exit(f"what {options.folder} holds is not shown by {', '.join(stale)}: run examples/results.py")
+        stale += [str(page) for page, text in texts.items() if page.read_text(encoding="utf-8") != text]
+        shown = f"what {options.folder} holds is not shown by {', '.join(stale)}: run examples/results.py"
+        if stale or sentences:
+            sys.exit("\n".join([*map(str, sentences), *([shown] if stale else [])]))
         return
-    drawn = {file: (make(), source) for file, (make, source) in pictures.items()}
-    for file, (figure, source) in drawn.items():
-        figure.savefig(options.folder / file, dpi=110, metadata={"Source": source})
-    if readme is not None:
-        readme.write_text(after, encoding="utf-8")
-    else:
+    for file, figure in {file: pictures[file][0]() for file in stale}.items():
+        figure.savefig(options.folder / file, dpi=110, metadata={"Source": pictures[file][1]})
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
+    if readme is None:
         print("\n\n".join(table(summary) for summary in summaries.values()))
+    for sentence in sentences:
+        print(f"{'written, read it again' if sentence.is_mended else 'to be written by hand'}: {sentence}")
+    if not all(sentence.is_mended for sentence in sentences):
+        sys.exit(1)
+
+
+def _pages(
+    readme: Path | None, summaries: Mapping[str, Mapping[str, Any]], folder: Path, *, is_own: bool
+) -> tuple[dict[Path, str], list[prose.Problem]]:
+    """What the pages should be, and which of their sentences are not as they should be."""
+    texts, problems = {}, []
+    known = prose.names(summaries)
+    for page in ([readme] if readme else []) + (
+        [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if is_own else []
+    ):
+        text = page.read_text(encoding="utf-8")
+        try:
+            if page == readme:
+                text = filled(text, summaries, folder.resolve().relative_to(page.parent.resolve()).as_posix())
+            texts[page], wrong = prose.corrected(text, known, os.path.relpath(page), all_bound=page.name == "README.md")
+        except ValueError as error:
+            raise ValueError(f"{page}: {error}") from error
+        problems += wrong
+    return texts, problems
 
 
 def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -> str:
@@ -157,9 +184,9 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
+def figures(name: str, summary: Mapping[str, Any]) -> dict[str, partial[Figure]]:
     """What there is to draw of a result: functions that do, by the name of the file."""
-    found: dict[str, Callable[[], Figure]] = {}
+    found: dict[str, partial[Figure]] = {}
     if len(_drawn(summary)) > 1:
         found[f"{name}.png"] = partial(_retention, summary)
     if _has("heatmaps", summary["methods"]):
@@ -167,9 +194,15 @@ def figures(name: str, summary: Mapping[str, Any]) -> dict[str, Callable[[], Fig
     return found
 
 
-def _fingerprint(file: str, summary: Mapping[str, Any]) -> str:
-    """Of a figure's results; the figure carries it, since the same results give other pixels elsewhere."""
-    return hashlib.sha256(json.dumps([file, summary]).encode()).hexdigest()
+def _fingerprint(file: str, summary: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Figure]) -> str:
+    """Of a figure's results, title and drawing code; the figure carries it, as the same gives other pixels elsewhere.
+
+    The code is the project's own: another Matplotlib draws no other figure.
+    """
+    drawn_by = (make, _drawn, _left_out, _free, *map(inspect.getmodule, (retention, compare_heatmaps)))
+    code = [inspect.getsource(part) for part in drawn_by if part is not None]
+    said = [caption(summary), _seeds(summary["methods"])]
+    return hashlib.sha256(json.dumps([file, summary, said, code]).encode()).hexdigest()
 
 
 def _shows(figure: Path, source: str) -> bool:

@@ -892,6 +892,60 @@ def test_check_sees_a_changed_file_a_typed_number_and_a_missing_figure(shown):
         main(arguments)
 
 
+def test_figures_are_drawn_anew_when_the_drawing_code_has_changed_and_not_for_another_matplotlib(shown, monkeypatch):
+    import inspect
+
+    import results
+
+    arguments = [str(shown / "results"), "--readme", str(shown / "README.md")]
+    results.main(arguments)
+    monkeypatch.setattr("matplotlib.__version__", "99.0")
+    results.main([*arguments, "--check"])
+    source = inspect.getsource
+    for changed in (results._retention, results._free, inspect.getmodule(results.retention)):
+        with monkeypatch.context() as code:
+            code.setattr(inspect, "getsource", lambda part, changed=changed: source(part) + "#" * (part is changed))
+            with pytest.raises(SystemExit, match=r"not shown by a\.png: run"):
+                results.main([*arguments, "--check"])
+            results.main(arguments)
+            results.main([*arguments, "--check"])
+        before = (shown / "results" / "a.png").stat().st_mtime_ns
+        results.main(arguments)
+        results.main(arguments)  # what is fresh is left alone
+        assert before < (shown / "results" / "a.png").stat().st_mtime_ns
+        before = (shown / "results" / "a.png").stat().st_mtime_ns
+        results.main(arguments)
+        assert (shown / "results" / "a.png").stat().st_mtime_ns == before
+
+
+def test_numbers_in_sentences_are_checked_and_written_with_the_tables(shown, capsys):
+    from results import main
+
+    arguments = [str(shown / "results"), "--readme", str(shown / "README.md")]
+    readme = shown / "README.md"
+    blocks = readme.read_text()
+    sentence = (
+        "Ours is 17.5 points above, in two seeds.\n<!-- numbers of a\n17.5: best.over(naive).mean(); two: 2\n-->\n"
+    )
+    readme.write_text(blocks + sentence)
+    main(arguments)
+    main([*arguments, "--check"])
+    capsys.readouterr()
+    file = shown / "results" / "a.json"
+    file.write_text(file.read_text().replace('"average": 0.75', '"average": 0.85'))
+    with pytest.raises(SystemExit, match=r"17\.5 should be 22\.5 .*in: after Ours is 17\.5 points above"):
+        main([*arguments, "--check"])
+    main(arguments)
+    assert "written, read it again: " in capsys.readouterr().out
+    assert readme.read_text().endswith(sentence.replace("17.5", "22.5"))
+    main([*arguments, "--check"])
+    readme.write_text(readme.read_text() + "Naive has 65.0 %.\n")
+    for options in ([], ["--check"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, *options])
+    assert "to be written by hand: " in capsys.readouterr().out
+
+
 def test_images_come_back_from_text():
     from images import as_text, from_text
 
