@@ -11,7 +11,7 @@ an expression in Python over the results::
 - A number has to be the value at the digits shown; a word from zero to twelve is a number, too.
 - Where the value is true or false it has to be true, and what is before the colon may be any words:
   ``a third: 30 < share < 36``.
-- A text in quotes is where a number is from that no result here has: a publication, a setting, arithmetic.
+- A text in quotes is where a number is from that no result here has: a publication, a name; or "not recorded".
 
 Names are the methods of the experiment that the comment names (`Method`), every experiment by the name of its file, and
 `rows` and `recorded` of any other JSON. The expressions are the repository's own, as a doctest's are.
