@@ -1,15 +1,18 @@
-"""README and the pages behind it, as one text: their code goes on from page to page."""
+"""README and the pages of docs/: their code."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from launched import ROOT
 
-PAGES = ("README.md", "docs/options.md", "docs/guide.md", "docs/networks.md", "docs/processes.md")
-TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+START = ROOT / "docs/start.md"
 
 
-def blocks(language: str) -> list[str]:
-    """Code blocks of these pages, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, *pages: Path) -> list[str]:
+    """Code blocks of pages, of all if none is named, in order."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages or (README, *PAGES))
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
