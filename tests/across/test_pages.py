@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -144,6 +145,13 @@ def test_a_pretrained_network_keeps_what_it_can():
     exec("net.fc.activate" + code.partition("net.fc.activate")[2], names)
     assert list(names["rnf"].state.tasks) == ["imagenet", "ages"]
     assert torch.equal(names["logits"], before)
+
+
+def test_pictures_are_what_their_script_draws():
+    script = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    assert len(script["PICTURES"]) == 3
+    for name, (draw, title) in script["PICTURES"].items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == script["page"](*draw(), title), name
 
 
 def test_every_block_is_of_a_language_that_something_runs():

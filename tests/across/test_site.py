@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -83,6 +84,25 @@ def test_links_lead_somewhere(pages):
                 assert unquote(parts.fragment) in pages[target].anchors | {"__skip"}, (path, link)
             checked += 1
     assert checked > 1000
+
+
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [
+        (None, "[a](guide/later.md#x) [b](ddp.py) `[c](limits.md)` [d](https://x.org/y.md)"),
+        (
+            "https://x.org/r/",
+            "[a](guide/later.md#x) [b](https://x.org/r/blob/main/examples/ddp.py) `[c](limits.md)` [d]"
+            "(https://x.org/y.md)",
+        ),
+    ],
+)
+def test_links_out_of_the_pages_lead_to_the_repository_where_it_is_known(repository, expected):
+    rewritten = runpy.run_path(str(ROOT / "docs/hooks.py"))["rewritten"]
+    text = "[a](../docs/guide/later.md#x) [b](ddp.py) `[c](limits.md)` [d](https://x.org/y.md)"
+    places = {ROOT / "docs/guide/later.md": "guide/later.md"}
+    found = rewritten(text, ROOT / "examples/README.md", "results.md", places, repository)
+    assert found == expected
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
