@@ -93,7 +93,7 @@ def _pages(
     texts, problems = {}, []
     known = prose.names(summaries)
     for page in ([readme] if readme else []) + (
-        [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if is_own else []
+        [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if is_own else []
     ):
         text = page.read_text(encoding="utf-8")
         try:

@@ -123,7 +123,7 @@ def test_users_find_everything_in_five_places():
         "lightning_rnf",
         *(f"lightning_rnf.{name}" for name in ("streams", "metrics", "heads", "pytorch_lightning")),
     }
-    blocks = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    blocks = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for page in blocks:
         for line in page.read_text().splitlines():
             words = line.strip().strip("`").split()
