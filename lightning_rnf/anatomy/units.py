@@ -213,9 +213,7 @@ class UnitMap:
             lines.append("shared, frozen whole after the first task:")
             lines += _table([(module, _keys(names), reason) for (module, reason), names in by_reason])
         if self.embeddings:
-            lines.append(
-                "embeddings, whose rows are each task's own, or each frozen once a finished task has read it:"
-            )
+            lines.append("embeddings, whose rows are each task's own, or each frozen once a finished task has read it:")
             owners = [(name.rpartition(".")[0], self.forms.get(name, "").partition("(")[2]) for name in self.embeddings]
             lines += _table([(one, self._kind(one), f"{form.partition(',')[0]:>5} rows") for one, form in owners])
         if self.own:
