@@ -8,7 +8,15 @@ torch.set_num_threads(1)
 
 collect_ignore = ["benchmarks"]  # scripts that need the examples on the path
 
-LONGEST = ("test_architectures", "test_sharding", "test_examples", "test_ddp", "test_photographs", "test_export")
+LONGEST = (
+    "test_architectures",
+    "test_sharding",
+    "test_examples",
+    "test_ddp",
+    "test_photographs",
+    "test_notebooks",
+    "test_export",
+)
 """Files that take longest, which begin first: else one worker is at the last of them when all others are done."""
 
 
