@@ -166,6 +166,11 @@ class UnitMap:
             own=tuple(dict.fromkeys((*self.own, *own))),
         )
 
+    @property
+    def read_whole(self) -> tuple[str, ...]:
+        """Those of ``embeddings`` that this forward needs whole."""
+        return tuple(name for name in self.embeddings if name in self.reasons)
+
     def with_whole(self, embeddings: Collection[str], reason: str) -> UnitMap:
         """The same map in which some embeddings are frozen whole, and why."""
         names = [name for name in self.embeddings if name in embeddings]

@@ -33,7 +33,8 @@ class OldRows:
 
     def first_of(self, later: OldRows) -> OldRows:
         """These, and those of a later moment that are not among them."""
-        new = ~torch.isin(later.rows, self.rows)
+        own = torch.zeros(max([0, *(int(rows[-1]) + 1 for rows in (self.rows, later.rows) if len(rows))])).bool()
+        new = ~own.index_fill_(0, self.rows, True)[later.rows]  # many times as fast as `torch.isin`
         if not new.any():
             return self
         rows = torch.cat([self.rows, later.rows[new]])
@@ -123,6 +124,8 @@ def check(
     records = list(records)
     read = [pair for record in records for pair in record.tokens.items()]
     read += [(name, mask) for name, mask in learned.items() if name in forms]
+    if strangers := {name for record in records for name in record.read_whole} - set(sizes):
+        raise ValueError(f"not a state of lightning_rnf: 'read_whole' has {sorted(strangers)!r:.80}, no embedding's")
     for name, mask in read:
         if [len(mask)] != sizes.get(name, sizes_of(forms.get(name, "")))[:1]:
             raise ValueError(f"not a state of lightning_rnf: it knows other rows of {name!r:.80} than that has")

@@ -72,6 +72,8 @@ class TaskRecord:
             they learned anything, and in its reference data.
         old_rows: by the weight's name, rows that were not frozen at this task's end and that a fit has changed since,
             before another task ended, as they were: see `FreezeState.recalled`.
+        read_whole: embeddings that the task reads otherwise than by lookups, so that recall can't put rows into what
+            they say: none of their rows may change after it.
         portrait: what its data look like to its sub-network and to those of earlier tasks; None: it was not asked for.
     """
 
@@ -106,6 +108,7 @@ class TaskRecord:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     old_rows: dict[str, OldRows] = field(default_factory=dict)
     portrait: Portrait | None = None
+    read_whole: tuple[str, ...] = ()
 
 
 def record_to_plain(record: TaskRecord) -> dict[str, Any]:
@@ -121,6 +124,7 @@ def record_to_plain(record: TaskRecord) -> dict[str, Any]:
         "tokens",
         "old_rows",
         "portrait",
+        "read_whole",
     ):
         if not plain[key]:
             del plain[key]  # as files were before there were any
@@ -130,6 +134,8 @@ def record_to_plain(record: TaskRecord) -> dict[str, Any]:
         plain["portrait"] = record.portrait.to_plain()
     if record.connections:
         plain["connections"] = list(record.connections)
+    if record.read_whole:
+        plain["read_whole"] = list(record.read_whole)
     return plain | {
         "head_parameters": list(record.head_parameters),
         "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
@@ -204,6 +210,7 @@ def record_from_plain(plain: Mapping[str, Any], layers: tuple[UnitLayer, ...]) -
         tokens=tokens_from_plain(plain, "tokens") if "tokens" in plain else {},
         old_rows=old_rows_from_plain(plain, "old_rows") if "old_rows" in plain else {},
         portrait=_get_portrait(plain, relevant) if "portrait" in plain else None,
+        read_whole=get_names(plain, "read_whole") if "read_whole" in plain else (),
     )
 
 

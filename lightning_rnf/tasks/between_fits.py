@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from lightning_rnf.freezing import initial
+from lightning_rnf.freezing import ElasticityOption, EmbeddingRows, initial
 from lightning_rnf.memory import TaskRecord
 from lightning_rnf.packages import pl
 from lightning_rnf.runtime import arguments, sharding
 from lightning_rnf.tasks import widening
 from lightning_rnf.tasks.ending import Ending
 from lightning_rnf.tasks.finished import FinishedTasks
+from lightning_rnf.tasks.holding import give_rows
 from lightning_rnf.tasks.recovery import CriterionOption
 
 
@@ -25,6 +26,8 @@ class BetweenFits(FinishedTasks):
 
     ending: Ending
     reset_free: Any
+    embeddings: EmbeddingRows | None
+    elasticity: ElasticityOption
 
     def protect(
         self,
@@ -69,6 +72,7 @@ class BetweenFits(FinishedTasks):
         finally:
             if len(self.state.tasks) > finished:  # also where a warning is an error: the record stands before it
                 self._model = weakref.ref(module)
+                give_rows(module, self.state, self.state.embeddings, self.embeddings, self.elasticity)
                 if self.reset_free and not finished:
                     initial.remember(self.state, module, self.state.layers)
 

@@ -361,7 +361,7 @@ class Ending:
         found.write()
         wiring = Wiring.of(module, found.units.layers) if self.masked and self.connections else None
         of_task = {} if wiring is None else trusted(module, wiring, found.record, reference)
-        record = replace(found.record, connections=tuple(of_task))
+        record = replace(found.record, connections=tuple(of_task), read_whole=found.units.read_whole)
         record.tokens.update(tokens(module, found.units, state, read, reference.ranks))
         record.rows.update(fingerprints(module, found.units, record, state, of_task))
         if self.portraits:

@@ -31,6 +31,31 @@ from lightning_rnf.tasks import foresight
 from lightning_rnf.tasks.checkpoints import file_name, refuse_more_parameters, widen_for
 
 
+def give_rows(
+    module: torch.nn.Module,
+    state: FreezeState,
+    names: Iterable[str],
+    asked: EmbeddingRows | None,
+    elasticity: ElasticityOption,
+) -> None:
+    """Let a state know of which embeddings each task has its own rows: of none that a finished task needs whole.
+
+    Args:
+        module: the model.
+        state: the finished tasks.
+        names: of the embeddings' weights.
+        asked: as for `freezing.has_own_rows`.
+        elasticity: of relevant units.
+    """
+    needed = {name for record in state.tasks.values() for name in record.read_whole}
+    state.own_rows = tuple(
+        name
+        for name in dict.fromkeys(() if sharding.is_sharded(module) else names)
+        if name not in needed
+        and has_own_rows(module.get_parameter(name), asked, factor_of(elasticity, name.rpartition(".")[0], 0.0))
+    )
+
+
 class Holding:
     """The rows of frozen units, pinned norms, and in a recovery the silence around the sub-network: one fit's.
 
@@ -141,7 +166,7 @@ class Holding:
         """
         self._waiting.close()
         self._embeddings = units.embeddings
-        self._whole = {name for name in units.embeddings if name in units.reasons}
+        self._whole = set(units.read_whole)
         if self._give_rows() or self._whole:
             self.freezer.change(self.factors())
         self._hold_unread()
@@ -155,8 +180,6 @@ class Holding:
         self.freezer.detach()
         state.check_module(self.module)
         self.state = state
-        if optimizers is not None:
-            self._give_rows()
         self._begin()
         if optimizers is not None:
             self._hold_unread()
@@ -275,23 +298,16 @@ class Holding:
 
     def _begin(self) -> None:
         self._followed = None
+        self._give_rows()  # first: what is frozen whole is out of training from here on
         self.freezer = Freezer(self.module, self.factors())
         foresight.of_let_go(self.module, self.state)
         self.freezer.stop_gradients()
 
     def _give_rows(self) -> bool:
         """Let the state know of which embeddings each task has its own rows; whether that is otherwise than before."""
-        before, self.state.own_rows = self.state.own_rows, ()
-        if not sharding.is_sharded(self.module):
-            asked, elasticity = self.embedding_rows, self.elasticities[0]
-            self.state.own_rows = tuple(
-                name
-                for name in dict.fromkeys((*self.state.embeddings, *self._embeddings))
-                if name not in self._whole
-                and has_own_rows(
-                    self.module.get_parameter(name), asked, factor_of(elasticity, name.rpartition(".")[0], 0.0)
-                )
-            )
+        before = self.state.own_rows
+        names = [name for name in (*self.state.embeddings, *self._embeddings) if name not in self._whole]
+        give_rows(self.module, self.state, names, self.embedding_rows, self.elasticities[0])
         return before != self.state.own_rows
 
     def _hold_unread(self) -> None:

@@ -27,7 +27,7 @@ def tokens(
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys((*state.embeddings, *units.embeddings)):
         rows = len(module.get_parameter(name))
-        if name in units.reasons:  # it is read by more than lookups
+        if name in units.read_whole:
             found[name] = torch.ones(rows, dtype=torch.bool)
             continue
         masks = [one[name].cpu() for one in (read, state.learned) if name in one]

@@ -295,6 +295,29 @@ def test_what_was_asked_for_of_earlier_tasks_does_not_bind_later_ones(order):
             assert torch.equal(recalled(rnf, model, x, one), logits)
 
 
+def test_a_table_whose_rows_were_all_read_and_frozen_learns_when_each_task_is_to_have_its_own():
+    torch.manual_seed(0)
+    model, frozen, x = Attending(), RelevanceFreezing(**FROZEN), anything()
+    model.places = nn.Embedding(LENGTH, model.places.embedding_dim)
+    fit(model, frozen, "a")
+    assert frozen.state.frozen_rows("places.weight").all()
+    rnf = RelevanceFreezing(**QUICK)
+    rnf.load_state_dict(frozen.state_dict())
+    expected, before = recalled(rnf, model, x), model.places.weight.detach().clone()
+    fit(model, rnf, "b")
+    assert differ(model.places.weight.detach(), before).all()
+    assert torch.equal(recalled(rnf, model, x), expected)
+
+
+def test_what_a_protected_task_has_read_is_free_where_the_next_one_is_to_have_its_own():
+    torch.manual_seed(0)
+    model = Reader()
+    for options, free in ((QUICK, 1.0), (FROZEN, 1 - (len(A) + 1) / WORDS)):
+        rnf = RelevanceFreezing(**options)
+        rnf.protect(model, text_data("a").val_dataloader(), name="a")
+        assert rnf.weights_left()["embedding"] == pytest.approx(free)
+
+
 @pytest.mark.filterwarnings("ignore:elasticity=:UserWarning")
 def test_unasked_rows_of_large_tables_are_frozen_and_elastic_ones_are_elastic(monkeypatch):
     model, rnf = trained(rnf=RelevanceFreezing(elasticity={"embedding": 0.1}, **QUICK))
@@ -522,6 +545,37 @@ def test_a_task_that_uses_it_otherwise_has_it_whole_and_earlier_ones_stay(first)
     assert torch.equal(model.embedding.weight, before)
     assert rnf.state.tasks["b"].tokens["embedding.weight"].all()
     assert torch.equal(recalled(rnf, model, x), expected)
+
+
+class Partly(Reader):
+    """The second task reads the table past its module."""
+
+    def forward(self, x):
+        found = nn.functional.embedding(x, self.embedding.weight) if self.heads.active == "b" else self.embedding(x)
+        return self.heads(self.body(found.mean(1)))
+
+
+@pytest.mark.parametrize("embeddings", ["per_task", "frozen"])
+def test_later_tasks_leave_a_table_as_it_is_that_one_has_read_otherwise_until_that_is_given_up(embeddings, tmp_path):
+    model, rnf = trained(model_type=Partly, rnf=RelevanceFreezing(**QUICK | {"embeddings": embeddings}))
+    x, longer = anything(), {"max_epochs": 4}
+    fit(model, rnf, "b", **longer)
+    expected = {task: recalled(rnf, model, x, task) for task in "ab"}
+    rnf.save(tmp_path / "masks.safetensors")
+    rnf = RelevanceFreezing(**QUICK | {"embeddings": embeddings})
+    rnf.load(tmp_path / "masks.safetensors", model)
+    table = model.embedding.weight.detach().clone()
+    for _ in range(2):
+        fit(model, rnf, "c", **longer)
+        assert rnf.weights_left()["embedding"] == 0
+        assert torch.equal(model.embedding.weight, table)
+        for task, logits in expected.items():
+            assert torch.equal(recalled(rnf, model, x, task), logits)
+        rnf.forget("c")
+    rnf.forget("b")
+    fit(model, rnf, "c")
+    assert differ(rows(model, C - A), table[sorted(C - A)]).all()
+    assert torch.equal(recalled(rnf, model, x), expected["a"])
 
 
 def test_a_compiled_module_holds_its_rows(first):
