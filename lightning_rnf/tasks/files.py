@@ -29,6 +29,11 @@ class KeptInFiles(Callback):
         self._holding: Holding | None = None  # of a fit that is under way
         self._witnesses = Witnesses()
 
+    def _note_rows(self) -> None:
+        """In a fit: let the state know what it has changed so far that finished tasks hear as it was."""
+        if self._holding is not None:
+            self._holding.note_rows()
+
     def save(self, path: str | os.PathLike[str], *, relevance: bool = False) -> None:
         """Write the finished tasks into a small file to hand on: a bit for each unit and task, no weights.
 
@@ -44,6 +49,7 @@ class KeptInFiles(Callback):
         Raises:
             ValueError: if no task has ended.
         """
+        self._note_rows()
         maskfiles.save(self.state, path, relevance=relevance)
 
     def load(self, path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> None:

@@ -137,6 +137,7 @@ class FinishedTasks(Recalling):
         """
         module = self._model() if model is None else getattr(model, "_orig_mod", model)
         looked_at = None
+        self._note_rows()
         if module is not None and not sharding.is_sharded(module):
             self.state.check_module(module)
             drift = drifts(module, self.state, self._witnesses.probes, masked=self.retention == "exact")
@@ -205,8 +206,7 @@ class FinishedTasks(Recalling):
 
     def state_dict(self) -> dict[str, Any]:
         """The finished tasks, as plain data for a checkpoint."""
-        if self._holding is not None:
-            self._holding.note_rows()
+        self._note_rows()
         return self.state.to_plain()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

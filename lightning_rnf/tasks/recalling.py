@@ -146,6 +146,7 @@ class Recalling(KeptInFiles):
 
     @contextmanager
     def _recalled_task(self, task: str, module: torch.nn.Module) -> Iterator[None]:
+        self._note_rows()
         record = self.state.recalled(task)
         with as_it_was(
             module, self.state.widenings, len(self.state.widenings)
@@ -196,6 +197,7 @@ class Recalling(KeptInFiles):
             ValueError: if the model lacks something that the task uses, runs another head, is sharded, or can't be
                 traced.
         """
+        self._note_rows()
         record = self.state.recalled(task)
         module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
         if sharding.is_sharded(module):

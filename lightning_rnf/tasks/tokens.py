@@ -1,4 +1,4 @@
-"""Which rows of embeddings a task has read that ends: they are frozen from then on."""
+"""Which rows of embeddings a task has read that ends: they are frozen from then on, if not each task has its own."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Tracing:
         units: which layers are made of units.
         heads: which modules are heads.
         own_norms: whether each task has scale and shift of norms of its own.
-        by_tokens: whether rows of embeddings are frozen one by one; if not, or if the model is sharded, embeddings are
+        by_tokens: whether rows of embeddings are told apart; if not, or if the model is sharded, embeddings are
             frozen whole.
         rehearsed: the units that were found before the training.
 

@@ -176,6 +176,28 @@ def test_a_fit_that_is_given_up_takes_nothing_from_finished_tasks(first):
     assert rnf.state.tasks["a"].old_rows["embedding.weight"].rows.tolist() == sorted((B | C) - own)
 
 
+def test_what_a_fit_has_changed_so_far_is_not_heard_in_it(first):
+    model, rnf = first
+    x, steps = anything(), []
+    expected = recalled(rnf, model, x)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if not steps:
+                small = rnf.export(pl_module, "a")
+                with torch.no_grad():
+                    torch.testing.assert_close(small(x), expected)
+            steps.append(torch.equal(recalled(rnf, pl_module, x), expected))
+            pl_module.train()
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            assert rnf.report(pl_module).changed == {"a": ()}
+
+    fit(model, rnf, "b", Look())
+    assert len(steps) > 10
+    assert all(steps)
+
+
 def in_order(task):
     data = text_data(task)
     data.train_dataloader = data.val_dataloader
