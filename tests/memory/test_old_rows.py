@@ -201,3 +201,14 @@ def test_a_model_in_which_it_is_no_plain_embedding_is_refused():
     net.words.forward = lambda ids: ids
     with pytest.raises(ValueError, match=r"'words\.weight' was the weight of an embedding .* not that of a plain"):
         found.check_module(net)
+
+
+def test_what_a_task_has_read_whole_is_in_a_file_and_of_an_embedding():
+    found = state()
+    assert "read_whole" not in found.to_plain()["tasks"][0]  # as files were before
+    found.tasks["second"] = replace(found.tasks["second"], read_whole=(NAME,))
+    plain = found.to_plain()
+    assert [record.read_whole for record in FreezeState.from_plain(plain).tasks.values()] == [(), (NAME,), ()]
+    plain["tasks"][0]["read_whole"] = ["heads.weight"]
+    with pytest.raises(ValueError, match="'read_whole' has"):
+        FreezeState.from_plain(plain)
