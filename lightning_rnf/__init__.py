@@ -12,7 +12,7 @@ from lightning_rnf.report import RetentionReport, StreamResult, plot_retention
 from lightning_rnf.search import AccuracyDrop, ComputeBudget, Criterion, FreeCapacity, MetricDrop, SubnetworkScore
 from lightning_rnf.tasks import RichUnitSummary, UnitSummary
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AccuracyDrop",
