@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, ParamSpec, cast
 
 import pytorch_lightning as pl
 
@@ -41,5 +43,12 @@ class TaskDataModule(streams.TaskDataModule, pl.LightningDataModule):  # type: i
     """`lightning_rnf.streams.TaskDataModule` as a data module of `pytorch_lightning`."""
 
 
-split_by_class = partial(streams.split_by_class, kind=TaskDataModule)
-permute_pixels = partial(streams.permute_pixels, kind=TaskDataModule)
+P = ParamSpec("P")
+
+
+def _of_that_package(split: Callable[P, list[streams.TaskDataModule]]) -> Callable[P, list[TaskDataModule]]:
+    return partial(cast(Any, split), kind=TaskDataModule)
+
+
+split_by_class = _of_that_package(streams.split_by_class)
+permute_pixels = _of_that_package(streams.permute_pixels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import site
 import subprocess
 import sys
@@ -142,7 +143,9 @@ def test_the_leg_of_minimum_versions_has_what_the_wheel_asks_for_at_least(metada
     assert {name: constraints[name] for name, _ in asked} == dict(asked)
 
 
-# -- a user's typed file -----------------------------------------------------------------------------------------------
+# -- a user's typed files ----------------------------------------------------------------------------------------------
+
+TYPED = ("typed_project.py", "typed_pytorch_lightning.py")
 
 WRONG = """
 
@@ -156,7 +159,7 @@ def wrong(rnf: RelevanceFreezing, model: Classifier) -> None:
 
 @pytest.fixture(scope="module")
 def checked(wheel, tmp_path_factory):
-    """A folder with the typed file, one with mistakes, and an environment where the wheel is installed."""
+    """A folder with the typed files, one with mistakes, and an environment where the wheel is installed."""
     folder = tmp_path_factory.mktemp("typed")
     environment = folder / "environment"
     venv.create(environment)
@@ -166,8 +169,9 @@ def checked(wheel, tmp_path_factory):
         (installed / name).write_bytes(content)
     own = [*site.getsitepackages(), *(path for path in sys.path if path.endswith("site-packages"))]
     (installed / "others.pth").write_text("\n".join(dict.fromkeys(own)))  # all that this Python has, behind it
-    text = (SUPPORT / "typed_project.py").read_text(encoding="utf-8")
-    (folder / "typed_project.py").write_text(text, encoding="utf-8")
+    for name in TYPED:
+        shutil.copy(SUPPORT / name, folder)
+    text = (SUPPORT / TYPED[0]).read_text(encoding="utf-8")
     (folder / "mistaken.py").write_text(text + WRONG, encoding="utf-8")
     (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict", "include": ["*.py"]}))
     python = environment / "bin" / "python"
@@ -183,23 +187,23 @@ def said_of(command: list[str | Path], folder: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, env=environment, **options)
 
 
-def test_a_users_typed_file_passes_mypy_and_one_with_mistakes_does_not(checked):
+def test_a_users_typed_files_pass_mypy_and_one_with_mistakes_does_not(checked):
     folder, python = checked
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
-    found = said_of([*command, "typed_project.py"], folder)
+    found = said_of([*command, *TYPED], folder)
     assert found.returncode == 0, found.stdout + found.stderr
     found = said_of([*command, "mistaken.py"], folder)
     refused = [line for line in found.stdout.splitlines() if ": error: " in line]
     assert len(refused) == 3, found.stdout
 
 
-def test_a_users_typed_file_passes_pyright_and_one_with_mistakes_does_not(checked):
+def test_a_users_typed_files_pass_pyright_and_one_with_mistakes_does_not(checked):
     folder, python = checked
     command = [sys.executable, "-m", "pyright", "--pythonpath", str(python), "--outputjson"]
     found = said_of(command, folder)
     errors = [one for one in json.loads(found.stdout)["generalDiagnostics"] if one["severity"] == "error"]
     assert not [one for one in errors if not one["file"].endswith("mistaken.py")]
-    first = len((folder / "typed_project.py").read_text().splitlines())
+    first = len((folder / TYPED[0]).read_text().splitlines())
     wrong = {one["range"]["start"]["line"] - first for one in errors}
     assert {3, 4, 5} <= wrong, errors
 
