@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_rnf.freezing.rows import LearnRows
 from lightning_rnf.freezing.slices import LARGEST_BLOCK, AllBut, Block, Entries, Slice
-from lightning_rnf.freezing.stillness import Stillness
+from lightning_rnf.freezing.stillness import Stillness, writes_of_step
 from lightning_rnf.runtime import sharding
 
 
@@ -123,11 +123,8 @@ class HeldRows:
             if group is not None:
                 self.still = None
             return False
-        by_optimizer = 0  # writes that torch counts: none of those of fused kernels
-        if group is not None and self.parameter.grad is not None and not group.get("fused"):
-            by_optimizer = 1
         writes = sharding.writes(self.parameter)
-        if writes != self.pinned_writes + by_optimizer:
+        if writes != self.pinned_writes + writes_of_step(optimizer, group, self.parameter):
             return False
         self.pinned_writes = writes
         return True

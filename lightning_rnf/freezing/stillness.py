@@ -24,6 +24,9 @@ _FIRST_MOMENT: dict[type, str] = {
 }
 """By the very class: what a subclass does nobody knows."""
 
+_IS_ADAM = issubclass(torch.optim.AdamW, torch.optim.Adam)
+"""Not so in torch 2.6, whose AdamW multiplies by one where there is no decay, and so writes twice."""
+
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
 _UNUSUAL = ("maximize", "capturable", "differentiable")
@@ -95,6 +98,13 @@ class Stillness:
                 return False
             self._zero = first
         return True
+
+
+def writes_of_step(optimizer: torch.optim.Optimizer, group: Mapping[str, Any] | None, parameter: Tensor) -> int:
+    """How many writes to a parameter torch counts in a step of an optimizer whose steps are known."""
+    if group is None or parameter.grad is None or group.get("fused"):  # fused kernels' are not counted
+        return 0
+    return 1 if _IS_ADAM or type(optimizer) is not torch.optim.AdamW else 2
 
 
 class SecondMoments:

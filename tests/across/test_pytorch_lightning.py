@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import lightning.pytorch
 import pytest
 import torch
 from launched import ROOT, SUPPORT, ended, launched, started
+from lightning_utilities.core.imports import compare_version
 from packaged import DIGITS, LIGHTNING, OTHER, assert_imported, module_of, ours, program, stream
 
 import lightning_rnf
@@ -25,6 +27,7 @@ other = pytest.importorskip(OTHER)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*relevance is not conserved:UserWarning"),
+    pytest.mark.filterwarnings("ignore:no free units are left:UserWarning"),  # as torch's version rounds
     pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in `LightningModule`:UserWarning"),
 ]
 
@@ -65,6 +68,10 @@ def test_it_gives_the_same_bit_for_bit_under_pytorch_lightning(expected, tmp_pat
 
 
 def test_the_callback_of_the_other_package_in_its_list_works_too(expected, tmp_path):
+    if compare_version(OTHER, operator.lt, "2.6"):  # asks of each in the list what only callbacks of its own know
+        with pytest.raises(ValueError, match="Expected a parent"):
+            program(OTHER, tmp_path, lightning_rnf.RelevanceFreezing)
+        return
     assert_equal(program(OTHER, tmp_path, lightning_rnf.RelevanceFreezing), expected)
 
 

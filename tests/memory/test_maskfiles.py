@@ -14,7 +14,7 @@ import torch
 from launched import ended, started
 from records import ConvNet, Mlp, every_second, make, record_of, state_of
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import _TYPES, load_file, save_file
 from torch import nn
 from torchvision.models import vgg16
 
@@ -26,6 +26,12 @@ from lightning_rnf.memory.state import FreezeState
 from lightning_rnf.search.cutoff import Evaluation
 
 NAN = float("nan")
+
+WITH_COMPLEX_NUMBERS = [
+    ("bn1.running_mean", lambda value: value.to(torch.complex64), "in this model, and was of torch.complex64")
+]
+if torch.complex64 not in _TYPES.values():  # safetensors 0.4.5 knows none: nobody can write such a file
+    WITH_COMPLEX_NUMBERS = []
 
 
 def two_tasks(net):
@@ -311,7 +317,7 @@ def test_a_score_that_can_not_have_been_measured_is_refused(key, tmp_path):
         ("bn1.running_mean", lambda value: value * NAN, "has no statistics of relevant units in 'bn1.running_mean'"),
         ("bn1.running_var", lambda value: -value, "has no statistics of relevant units in 'bn1.running_var'"),
         ("bn1.running_mean", lambda value: value.to(torch.int8), "in this model, and was of torch.int8"),
-        ("bn1.running_mean", lambda value: value.to(torch.complex64), "in this model, and was of torch.complex64"),
+        *WITH_COMPLEX_NUMBERS,
         ("bn1.num_batches_tracked", lambda value: value > 0, "in this model, and was of torch.bool"),
         ("bn1.running_mean", lambda value: value[:2].clone(), "and had (2,)"),
     ],
