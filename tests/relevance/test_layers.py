@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import operator
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from launched import ROOT
+from lightning_utilities.core.imports import compare_version
 from networks import CLASSES, Built, labelled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
