@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
 
 import specimens
 import table
+import three_seeds
 
 SLICE = (
     "deep and cross",
@@ -51,3 +53,22 @@ def test_the_recorded_table_is_of_networks_that_there_are_and_nothing_of_it_was_
     docs = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
     for name, found in networks.items():
         assert table.as_row(name, found) in docs, name
+
+
+def test_the_table_of_three_seeds_is_the_recorded_one_and_what_is_said_of_it_holds():
+    found = json.loads(Path(three_seeds.__file__).with_suffix(".json").read_text())
+    docs = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    assert three_seeds.as_table(found) in docs
+    runs = [run for of_name in found["networks"].values() for of_said in of_name.values() for run in of_said.values()]
+    assert len(runs) == len(three_seeds.NETWORKS) * len(three_seeds.SAID) * len(three_seeds.SEEDS)
+    assert all(run["recall"] for run in runs)
+    short = {
+        said: {
+            name: 100 * mean(run["fresh"] - run["second"]["accuracy"] for run in of_name[said].values())
+            for name, of_name in found["networks"].items()
+        }
+        for said in three_seeds.SAID
+    }
+    assert round(max(short["tasks=2"].values()), 1) == 2.3
+    assert [name for name, points in short["no argument"].items() if points > 2.3] == ["GRU"]
+    assert round(short["no argument"]["GRU"], 1) == 7.8
