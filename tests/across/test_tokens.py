@@ -264,6 +264,22 @@ def test_a_task_is_added_in_a_new_process_from_its_checkpoint(first, tmp_path):
     assert differ(rows(other, C - B - A), rows(model, C - B - A)).all()
 
 
+def test_a_pad_stays_though_weights_decay():
+    torch.manual_seed(0)
+    model, rnf = Reader(), RelevanceFreezing(**QUICK)
+    with torch.no_grad():
+        model.embedding.weight[0] = 1.0  # as pretrained ones may be; its gradient is zero, and torch lets it decay
+    for task in "ab":
+        fit(model, rnf, task)
+        assert (model.embedding.weight[0] == 1).all()
+    other = Reader()
+    with torch.no_grad():
+        other.embedding.weight[0] = 1.0
+    other.heads.activate("a")
+    trainer(max_epochs=1).fit(other, datamodule=text_data("a"))
+    assert (other.embedding.weight[0] < 1).all()
+
+
 def test_each_task_has_rows_of_its_own_and_all_hear_theirs():
     model, rnf = trained()
     x = anything()
