@@ -175,7 +175,7 @@ def measure(
             logits, target = logits.squeeze(1), target.squeeze(1)
         for copy in copies.values() if len(target) else ():
             several = isinstance(copy, Perplexity)  # it wants to be shown sequences
-            given = (logits.unsqueeze(0), target.unsqueeze(0)) if several else (logits, target)
+            given = (logits.unsqueeze(0), target.unsqueeze(0)) if several else (_shown(copy, logits, target), target)
             copy.to(logits.device).update(*given)
 
     def is_certain(right: int, given: int, samples: int) -> bool:
@@ -254,6 +254,19 @@ def _cleared(metric: Metric) -> Metric:
         if isinstance(part, Metric):
             part.distributed_available_fn = _not_at_all  # one rank computes alone
     return copy
+
+
+def _shown(metric: Metric, logits: Tensor, target: Tensor) -> Tensor:
+    """What a metric of classes sees of a batch's logits, so that it does not take them for probabilities.
+
+    Torchmetrics (1.9) takes scores for probabilities where all of a batch are in [0, 1], and makes probabilities of them
+    elsewhere. Logits of a batch may all be there by chance: then it gets their probabilities from here. They are doubles,
+    so that no two of them are made equal.
+    """
+    is_of_classes = type(metric).__module__.startswith("torchmetrics.classification.")
+    if not is_of_classes or is_numbers(target) or bool(((logits < 0) | (logits > 1)).any()):
+        return logits
+    return logits.double().sigmoid() if target.shape == logits.shape else logits.double().softmax(dim=1)
 
 
 def _not_at_all() -> bool:

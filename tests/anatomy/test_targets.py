@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torchmetrics import MeanSquaredError, R2Score
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCalibrationError,
+    MultilabelAccuracy,
+    MultilabelAUROC,
+)
 from torchmetrics.text import Perplexity
 
 from lightning_rnf import UnitMap
@@ -186,6 +192,26 @@ def test_an_evaluation_of_pixels_ends_by_the_pixels_that_are_wrong():
     batches = [(logits[one : one + 1], wrong[one : one + 1]) for one in range(4)]
     assert measure(Echo(), batches, lowest=0.7, expected=15).samples == 5
     assert measure(Echo(), batches, lowest=0.6, expected=15).samples == 10
+
+
+@pytest.mark.parametrize("by", [1, 3, 24])
+@pytest.mark.parametrize(
+    ("metric", "is_of_labels"),
+    [
+        (MultilabelAccuracy(4), True),
+        (MultilabelAUROC(4), True),
+        (MulticlassAccuracy(4), False),
+        (MulticlassAUROC(4), False),
+        (MulticlassCalibrationError(4, n_bins=5), False),
+    ],
+)
+def test_a_metric_takes_logits_for_logits_also_in_batches_where_all_are_between_0_and_1(metric, is_of_labels, by):
+    logits = noise(24, 4)
+    logits[::3] = logits[::3].sigmoid()  # of every third sample, alone in its batch, they could be probabilities
+    target = labels(24, 4, classes=2) if is_of_labels else labels(24, classes=4)
+    ours = measure(Echo(), list(zip(logits.split(by), target.split(by), strict=True)), metrics={"m": metric})
+    probabilities = logits.sigmoid() if is_of_labels else logits.softmax(1)
+    assert ours.values["m"] == pytest.approx(float(metric.clone()(probabilities, target)), abs=1e-6)
 
 
 def test_perplexity_of_tokens_is_that_of_the_sequences():
