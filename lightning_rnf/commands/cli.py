@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options = _parser().parse_args(given)
             options.run(options)
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = _sentence(error, given)
         if sentence is None:
             raise
         print(f"rnf: {sentence}", file=sys.stderr)
@@ -166,6 +167,13 @@ def _report(options: argparse.Namespace) -> None:
     if options.junit:
         options.junit.write_text(junit(found, f"rnf report {options.file.name}"), encoding="utf-8")
     if broken := failing(found):
+        if audit is not None and model is None and any(audit.unknown.values()) and "changed" in options.fail_on:
+            broken.append("--config FILE, which says how to build the model, tells whether those have changed")
+        of_tests = [one.said for one in found if one.fails and one.condition.startswith(("accuracy", "forgetting"))]
+        if checkpoint is not None and any("not " in said for said in of_tests):
+            broken.append(
+                "a checkpoint is written before its task is tested: a file of rnf.save(FILE) after the tests has them"
+            )
         print("\n".join(f"rnf: {sentence}" for sentence in broken), file=sys.stderr)
         raise SystemExit(2)
 
@@ -177,6 +185,9 @@ def _export(options: argparse.Namespace) -> None:
     from lightning_rnf.commands.lightning_cli import activate_head
     from lightning_rnf.tasks import checkpoints
 
+    output = options.output or Path(f"{options.task}.pt")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name} to")
     checkpoint = checkpoints.read(options.checkpoint)
     rnf = RelevanceFreezing()
     rnf.state = checkpoints.finished_tasks(checkpoint)
@@ -184,7 +195,6 @@ def _export(options: argparse.Namespace) -> None:
     model = _model_of(checkpoint, options.config)
     activate_head(model, record.head)
     small: Any = rnf.export(model, options.task)
-    output = options.output or Path(f"{options.task}.pt")
     torch.save(small, output)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (small, model)]
     print(f"{output}: {numbers[0]:,} of {numbers[1]:,} parameters; torch.load(path, weights_only=False) needs no class")
@@ -222,10 +232,14 @@ def _diff(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def _sentence(error: Exception) -> str | None:
+def _sentence(error: Exception, arguments: Sequence[str]) -> str | None:
     """What to say of an error that is the user's to mend; None: it may be one of the code's, to be seen in full."""
     if missing := extras.sentence(error):
         return missing
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str | os.PathLike):
+        path = os.fspath(error.filename)
+        if any(argument == path or argument.endswith(f"={path}") for argument in arguments):
+            return f"{path}: {error.strerror}"
     expected: tuple[type[Exception], ...] = (ValueError, TypeError, KeyError, RuntimeError, OSError)
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

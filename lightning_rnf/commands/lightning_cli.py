@@ -102,11 +102,14 @@ def built_model(config: str | Path) -> LightningModule:
 
     Raises:
         argparse.ArgumentError: if it can't be built from what is there.
-        ValueError: if there is no such key.
+        ValueError: if the file is no YAML, or there is no such key.
     """
     import yaml  # comes with jsonargparse
 
-    content = yaml.safe_load(Path(config).read_text())
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(config)!r} is no YAML: {error}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{str(config)!r} has no key 'model' that says which model to build")
     parser = LightningArgumentParser(exit_on_error=False)

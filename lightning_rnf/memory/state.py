@@ -244,9 +244,12 @@ class FreezeState:
                 check_shape(name, parameters[name], self.forms, f"layer {layer.name!r} of the finished tasks")
         for record in self.tasks.values():
             for name in (*record.head_parameters, *self.shared, *self.embeddings):
-                if name not in parameters:
-                    raise ValueError(f"this model lacks {name!r}, which task {record.name!r} uses")
                 is_head = name in record.head_parameters
+                if name not in parameters:
+                    raise ValueError(
+                        f"this model lacks {name!r}, which task {record.name!r} uses"
+                        + (": it has to have the head of every finished task" if is_head else "")
+                    )
                 check_shape(name, parameters[name], self.forms, f"task {record.name!r}", is_head=is_head)
 
     def check_module(self, module: nn.Module) -> None:

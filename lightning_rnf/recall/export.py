@@ -132,7 +132,8 @@ def _export(
         except NotFollowedError as error:
             if not asked:
                 raise ValueError(
-                    f"{error}. Or give example=, inputs of the forward, for torch.export to follow"
+                    f"{error}. Or give example=, inputs of the forward, or the module an example_input_array, for "
+                    "torch.export to follow"
                 ) from error
             why = str(error)
         else:

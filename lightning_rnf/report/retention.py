@@ -218,7 +218,7 @@ class RetentionReport:
             return f"when {next(reversed(self.state.tasks))} ended"
         if self.audit is None and task == next(reversed(self.state.tasks)):
             return "not yet"
-        return "no: its samples are gone"
+        return "no: its samples are gone, or its head does not run"
 
     # -- forms --------------------------------------------------------------------------------------------------------
 

@@ -70,10 +70,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file of a stranger makes of the reader
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice that doesn't hold here
         raise ValueError(
             f"{os.fspath(path)!r} can't be read: it is cut off, or no checkpoint, or holds more than tensors and plain "
-            f"values ({type(error).__name__}: {said:.120})"
+            f"values ({type(error).__name__}{said and ': '}{said:.120})"
         ) from error
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise ValueError(f"{os.fspath(path)!r} is no checkpoint of Lightning: it has no 'state_dict'")

@@ -71,6 +71,15 @@ def test_masks_without_their_weights_are_refused_in_a_new_process(case, ended):
     assert "rnf.forget('a') or a new RelevanceFreezing" in error
 
 
+def test_a_module_without_the_heads_of_finished_tasks_is_told_to_have_them(ended):
+    model, rnf = Classifier(), RelevanceFreezing()
+    del model.heads.tasks["a"]
+    with pytest.raises(
+        ValueError, match=r"lacks 'heads.tasks.a.weight', .*: it has to have the head of every finished task"
+    ):
+        rnf.restore(ended[0] / "grown" / "a-ended.ckpt", model)
+
+
 def test_restore_refuses_what_is_not_its_model_and_changes_nothing(ended, tmp_path):
     path, model, rnf = ended[0] / "grown" / "a-ended.ckpt", Classifier(), RelevanceFreezing()
     model.body.insert(4, nn.Linear(40, 40))

@@ -66,6 +66,7 @@ EVERY_PARAMETER = {  # what the YAML says, and what the callback then has
     "normalize": ("none", lambda rnf: rnf.ending.selection.normalize == "none"),
     "search": ("linear", lambda rnf: rnf.ending.selection.search == "linear"),
     "resolution": (5, lambda rnf: rnf.ending.selection.resolution == 5),
+    "embeddings": ("frozen", lambda rnf: rnf.embeddings == "frozen"),
     "norm_parameters": ("frozen", lambda rnf: rnf.ending.tracing.own_norms is False),
     "norm_statistics": ("shared", lambda rnf: rnf.ending.selection.norm_statistics == "shared"),
     "recalibrate_norm": (False, lambda rnf: rnf.ending.selection.recalibrate_norm is False),
@@ -322,6 +323,49 @@ def test_a_pipeline_fails_on_what_a_report_is_held_to(ended, tmp_path, capsys):
     assert re.fullmatch(r"rnf: free=1: free capacity: 0\.\d+\n", printed.err)
     assert "name a condition" in refused(["report", str(ended), "--junit", str(xml)], capsys)
     assert "--fail-on dance: expected some of changed" in refused(["report", str(ended), "--fail-on", "dance"], capsys)
+
+
+def test_a_report_without_a_model_says_what_would_tell_whether_rows_are_the_same(ended, tmp_path, capsys):
+    asked = ["report", str(ended), "--fail-on", "changed"]
+    assert refused(asked, capsys).startswith("rnf: --config FILE, which says how to build the model, tells whether")
+    main([*asked, "--config", fit_config(tmp_path)])
+
+
+def test_a_report_of_a_checkpoint_says_where_the_last_tests_are(ended, capsys):
+    asked = ["report", str(ended), "--fail-on", "accuracy=0.5"]
+    assert refused(asked, capsys).endswith("a file of rnf.save(FILE) after the tests has them")
+
+
+@pytest.mark.parametrize("option", ["--config", "--html", "--junit"])
+def test_a_path_that_is_not_there_is_said_in_a_sentence(option, ended, tmp_path, capsys):
+    path = str(tmp_path / "nowhere" / "file")
+    error = refused(["report", str(ended), "--fail-on", "changed", option, path], capsys)
+    assert error == f"rnf: {path}: No such file or directory"
+    assert refused(["report", str(ended), "--fail-on", "changed", f"{option}={path}"], capsys) == error
+
+
+def test_an_export_that_could_not_be_written_is_refused_before_it_is_made(ended, tmp_path, capsys):
+    asked = ["export", str(ended), "--task", "a", "--config", fit_config(tmp_path)]
+    error = refused([*asked, "--output", str(tmp_path / "nowhere" / "a.pt")], capsys)
+    assert error == f"rnf: no folder {str(tmp_path / 'nowhere')!r} to write a.pt to"
+
+
+def test_a_config_that_is_no_yaml_is_said_in_a_sentence(ended, tmp_path, capsys):
+    config = tmp_path / "fit.yaml"
+    config.write_text("model: {class_path: [")
+    error = refused(["report", str(ended), "--config", str(config)], capsys)
+    assert f"{str(config)!r} is no YAML: " in error
+    config.write_bytes(b"\xff\xfe\x00model")
+    assert f"{str(config)!r} is no YAML: " in refused(["report", str(ended), "--config", str(config)], capsys)
+
+
+def test_what_torch_says_of_a_file_has_no_advice_and_no_colours(tmp_path, capsys):
+    path = tmp_path / "whole.pt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    error = refused(["report", str(path)], capsys)
+    assert error.endswith("or holds more than tensors and plain values (UnpicklingError: Weights only load failed)")
+    path.write_bytes(b"")
+    assert refused(["report", str(path)], capsys).endswith("plain values (EOFError)")
 
 
 def test_report_compares_the_weights_in_a_checkpoint(ended, tmp_path, capsys):

@@ -546,7 +546,9 @@ def test_a_copy_that_is_not_recall_s_network_is_refused():
 
 
 def test_without_inputs_the_sentence_names_them():
-    with pytest.raises(ValueError, match=r"can't be traced by torch.fx .*Or give example=, inputs of the forward"):
+    with pytest.raises(
+        ValueError, match=r"can't be traced by .*Or give example=, .* or the module an example_input_array"
+    ):
         export(*(lambda task: (task.net, task.layers, task.record))(task_of("recurrent")))
 
 

@@ -168,7 +168,7 @@ def test_a_drift_that_one_task_did_not_measure_is_not_known():
     assert not torch.equal(recalled(later, model), before)
     report = later.report(model)
     assert report.drift == {"c": 0.0}
-    assert report.to_dict()["audit"][0]["logits compared"] == "no: its samples are gone"
+    assert report.to_dict()["audit"][0]["logits compared"] == "no: its samples are gone, or its head does not run"
     assert report.is_sound is False
     assert RetentionReport.of(later.state).is_sound is None
 
