@@ -89,12 +89,31 @@ def _of_torchvision(name: str) -> Network:
     return Network(model, features, SGD)
 
 
+class _Read(nn.Module):
+    """Inputs in [0, 1) are drawn tokens, so that all networks are shown the same."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bert((x * self.bert.config.vocab_size).long()).last_hidden_state[:, 0]
+
+
+def bert_base() -> Network:
+    """BERT-base with random weights; its class comes from the first token."""
+    from transformers import BertConfig, BertModel  # which this one alone wants
+
+    return Network(_Read(BertModel(BertConfig())), 768, SGD)
+
+
 NETWORKS: dict[str, tuple[Callable[[], LightningModule], tuple[int, ...]]] = {
     "mlp": (mlp, (1, 28, 28)),
     "zenke": (zenke, (3, 32, 32)),
     "resnet18": (resnet18, (3, 32, 32)),
     "resnet18-narrow": (partial(resnet18, 16), (3, 32, 32)),
     **{name: (partial(_of_torchvision, name), (3, 224, 224)) for name in ("resnet50", "vgg16", "vit_b_16")},
+    "bert_base": (bert_base, (128,)),
 }
 
 _OF_SMALL = Namespace(samples=4500, reference=500, attributed=500, batch_size=128)
@@ -102,6 +121,7 @@ _OF_LARGE = Namespace(samples=384, reference=128, attributed=128, batch_size=32)
 SIZES: dict[str, Namespace] = {
     **{name: _OF_LARGE if shape[-1] == 224 else _OF_SMALL for name, (_, shape) in NETWORKS.items()},
     "mlp": Namespace(samples=50_000, reference=5000, attributed=1000, batch_size=128),
+    "bert_base": _OF_LARGE,
 }
 """A task of each network: samples trained on in an epoch, for accuracy, of them for relevance, and in a batch."""
 
