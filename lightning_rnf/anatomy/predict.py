@@ -260,8 +260,8 @@ def _shown(metric: Metric, logits: Tensor, target: Tensor) -> Tensor:
     """What a metric of classes sees of a batch's logits, so that it does not take them for probabilities.
 
     Torchmetrics (1.9) takes scores for probabilities where all of a batch are in [0, 1], and makes probabilities of
-    others. Logits of a batch may all be there by chance: then it gets their probabilities from here. They are doubles, so
-    that no two of them are made equal.
+    others. Logits of a batch may all be there by chance: then it gets their probabilities from here. They are doubles,
+    so that no two of them are made equal.
     """
     is_of_classes = type(metric).__module__.startswith("torchmetrics.classification.")
     if not is_of_classes or is_numbers(target) or bool(((logits < 0) | (logits > 1)).any()):
