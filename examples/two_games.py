@@ -188,7 +188,8 @@ def fit(
         assert isinstance(task.train, Played)
         model.heads.activate(task.task)
         task.train.policy = model
-        trainer_factory(callbacks=[callback] if callback else []).fit(model, datamodule=task)
+        trainer = trainer_factory(callbacks=[callback] if callback else [], default_root_dir=folder / task.task)
+        trainer.fit(model, datamodule=task)
         for column, other in enumerate(stream[: row + 1]):
             assert isinstance(other, Playing)
             if callback is not None:

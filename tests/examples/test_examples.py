@@ -155,8 +155,9 @@ def test_with_and_without_a_word_of_the_task(run):
         pytest.param("two_games", "gymnasium"),
     ],
 )
-def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
+def test_other_networks_and_targets_forget_nothing_either(run, name, needs, tmp_path, monkeypatch):
     pytest.importorskip(needs)
+    monkeypatch.chdir(tmp_path)
     given = ["--fast", "--tasks", "2", "--samples", "1800", "--method", "naive", "default"]
     summary = run(name, *given)
     one = of(summary, "default")
@@ -164,6 +165,7 @@ def test_other_networks_and_targets_forget_nothing_either(run, name, needs):
     assert one["matrix"][1][0] == one["matrix"][0][0]
     naive = of(summary, "naive")["matrix"]
     assert naive[1][0] != naive[0][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["results"], "nothing is left where it was started"
 
 
 def test_an_adapter_for_each_task_forgets_nothing_and_is_counted(run):
