@@ -22,7 +22,8 @@ from lightning_rnf.anatomy.graph import (
 from lightning_rnf.anatomy.grouped import LAYERS, by_group, folded, layer_form
 from lightning_rnf.anatomy.inputs import Inputs
 from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, is_layer, is_transposed, register_layer
-from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, check_kinds, mixes_channels
+from lightning_rnf.anatomy.layers import BATCH_NORMS, CHANNEL_NORMS, SilentHook, UnitLayer, mixes_channels
+from lightning_rnf.anatomy.matching import check_kinds
 from lightning_rnf.anatomy.packed import OUTPUT, ROLES, Packed, by_parts, is_attention
 from lightning_rnf.anatomy.predict import (
     Flat,

@@ -152,38 +152,6 @@ class UnitLayer:
         return columns.transpose(1, 2).flatten(0, 1)
 
 
-def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
-    """Check that a model's modules, by name, are of the kinds that a layer, its norm and its slopes have to be.
-
-    Raises:
-        ValueError: naming the one that is not.
-    """
-    module = modules.get(layer.name)
-    kind = None if module is None else kind_of(module)
-    made = None if module is None or kind is None or not kind.recurrent else cells_of(module)
-    if (
-        kind is None
-        or kind.axis != layer.axis
-        or kind.transposed != (layer.transposed is not None)
-        or made != layer.cells
-        or kind.packed != layer.packed
-    ):
-        was = "layer with a transposed weight" if layer.transposed else "layer"
-        was = f"recurrent layer of {layer.cells.gates} gates" if layer.cells else was
-        was = "layer of attention" if layer.packed else was
-        advice = "" if module is None or kind else "; if its class was registered then, call register_layer here, too"
-        raise ValueError(
-            f"layer {layer.name!r} was a {was} with its units along dimension {layer.axis} when a task ended, in this "
-            f"model it is {_described(module)}{advice}"
-        )
-    for role, name, is_kind in (("norm", layer.norm, _is_norm_of_channels), ("slopes", layer.slopes, _is_prelu)):
-        if name is not None and (name not in modules or not is_kind(modules[name])):
-            raise ValueError(
-                f"layer {layer.name!r} had {name!r} for its {role} when a task ended, in this model that is "
-                f"{_described(modules.get(name))}"
-            )
-
-
 class SilentHook:
     """A hook of ours that changes nothing of what is computed: who asks may go on as if it were not there."""
 
@@ -257,8 +225,8 @@ def unit_layer(trace: Trace, name: str) -> UnitLayer:
     layer = _layer(trace, name)
     if more:
         return replace(layer, parameters=tuple(trace.own_parameters(name)))
-    norm = _follower(trace, call, layer, _is_norm_of_channels)
-    slopes = _follower(trace, norm or call, layer, _is_prelu)
+    norm = _follower(trace, call, layer, is_norm_of_channels)
+    slopes = _follower(trace, norm or call, layer, is_prelu)
     parameters = [
         key for owner in (call, norm, slopes) if owner is not None for key in trace.own_parameters(owner.name)
     ]
@@ -302,7 +270,7 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole:
         return "left out by units=" if found is None else not_rows(trace, name, found)
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return "PReLU with one slope for all channels"
-    if _is_norm_of_channels(module) or _is_prelu(module):
+    if is_norm_of_channels(module) or is_prelu(module):
         return f"{kind} {_why_not_a_unit_s(trace, calls, layers)}"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return f"{kind} mixes channels"
@@ -380,7 +348,7 @@ def not_rows(trace: Trace, name: str, found: str) -> str:
     return f"{type(trace.modules[name]).__name__} is not made of rows, {found}"
 
 
-def _is_norm_of_channels(module: nn.Module) -> bool:
+def is_norm_of_channels(module: nn.Module) -> bool:
     """Whether it has a scale and a shift for each channel along dimension 1, as a layer has units.
 
     A group norm of several channels a group mixes them before: units that are silenced behind it, too, are not heard,
@@ -394,11 +362,8 @@ def mixes_channels(norm: nn.Module) -> bool:
     return isinstance(norm, nn.GroupNorm) and norm.num_groups < norm.num_channels
 
 
-def _described(module: nn.Module | None) -> str:
-    return "missing" if module is None else f"of type {type(module).__name__}"
-
-
-def _is_prelu(module: nn.Module) -> bool:
+def is_prelu(module: nn.Module) -> bool:
+    """Whether it has slopes."""
     return isinstance(module, nn.PReLU)
 
 
