@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_rnf.anatomy.layers import coupling, has_rows, inside, layer_calls, matches, not_rows, why_whole
 from lightning_rnf.anatomy.trace import Trace
+from lightning_rnf.anatomy.tying import tied
 
 EXCLUDES = "!"
 """Before a glob: what it matches is left out."""
@@ -41,7 +42,8 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractS
     Args:
         trace: of the model.
         head: name of the module that is none of them.
-        globs: of their names, and behind a ``!`` of those that are left out; None: all.
+        globs: of their names, and behind a ``!`` of those that are left out; None: all. Of layers that have one weight
+            each name stands for all.
         kept: parameters that the user keeps from training, by name. Layers that have no others are not chosen, unless
             globs ask for them: whatever a task uses of them costs later tasks nothing. Where no other layer can be
             made of units, they are, for a fit that lets them go.
@@ -57,16 +59,22 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractS
     excluding = [glob[len(EXCLUDES) :] for glob in globs or () if glob.startswith(EXCLUDES)]
     wanted = [glob for glob in globs or () if not glob.startswith(EXCLUDES)]
 
-    def is_chosen(name: str) -> bool:
-        return (not wanted or matches(name, wanted)) and not matches(name, excluding)
+    def matched(name: str, globs: Sequence[str]) -> bool:
+        return any(matches(one, globs) for one in tied(trace, name))
 
-    learning = [name for name in candidates if wanted or not set(trace.own_parameters(name)) <= kept]
-    names, whole, coupled = _usable(trace, learning)
+    def is_chosen(name: str) -> bool:
+        return (not wanted or matched(name, wanted)) and not matched(name, excluding)
+
+    def is_kept(name: str) -> bool:
+        return all(trace.own_parameters(one).keys() <= kept for one in tied(trace, name))
+
+    learning = [name for name in candidates if wanted or not is_kept(name)]
+    names, whole, coupled = _usable(trace, learning, head)
     if not any(map(is_chosen, names)):
-        names, whole, coupled = _usable(trace, candidates)
+        names, whole, coupled = _usable(trace, candidates, head)
 
     for glob in wanted:
-        if not any(matches(name, [glob]) for name in names):
+        if not any(matched(name, [glob]) for name in names):
             for name in whole:
                 if matches(name, [glob]):
                     raise ValueError(_cannot(name, whole[name]))
@@ -85,11 +93,15 @@ def choose(trace: Trace, head: str, globs: Sequence[str] | None, kept: AbstractS
     return Chosen(chosen, left, tuple(excluding))
 
 
-def _usable(trace: Trace, candidates: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Of some layers those that units can follow; and why the others can't be followed, or are not made of rows."""
-    whole = {name: found for name in candidates if (found := why_whole(trace, name))}
+def _usable(trace: Trace, candidates: Sequence[str], head: str) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Of some layers those that units can follow; and why the others can't be followed, or are not made of rows.
+
+    Of layers that have one weight it is the first in the model's order, whether that has run or not.
+    """
+    whole = {name: found for name in candidates if (found := why_whole(trace, name, head))}
     coupled = {name: found for name in candidates if name not in whole and (found := coupling(trace, name))}
-    return [name for name in candidates if name not in whole and name not in coupled], whole, coupled
+    usable = (tied(trace, name)[0] for name in candidates if name not in whole and name not in coupled)
+    return list(dict.fromkeys(usable)), whole, coupled
 
 
 def _cannot(name: str, found: str) -> str:

@@ -68,8 +68,9 @@ def _recorded(module: nn.Module, layers: tuple[UnitLayer, ...], inputs: Inputs) 
         for layer in layers:
             if not layer.is_open:
                 continue
-            speaker = module.get_submodule(layer.speaker)
-            hooks.callback(speaker.register_forward_hook(partial(_mark, layer.name)).remove)
+            for name in layer.speakers:
+                speaker = module.get_submodule(name)
+                hooks.callback(speaker.register_forward_hook(partial(_mark, layer.name)).remove)
         flat = _Flat(module, inputs)
         program = _exported(flat, inputs.tensors())
     parts = dict(module.named_modules(remove_duplicate=False))

@@ -76,7 +76,7 @@ class Traced:
             ValueError: if a unit layer doesn't run in it.
         """
         layers = tuple(layers)
-        tracer = _Tracer({layer.speaker: layer.name for layer in layers if layer.is_open})
+        tracer = _Tracer({name: layer.name for layer in layers if layer.is_open for name in layer.speakers})
         try:
             recorded = tracer.trace(module)
         except Exception as error:
@@ -260,7 +260,8 @@ def _check_layers(
     module: nn.Module, layers: tuple[UnitLayer, ...], called: set[str], leaves: dict[str, nn.Module]
 ) -> None:
     for layer in layers:
-        for name in {layer.name, layer.speaker} - called:
+        # Of those that are tied one is enough.
+        for name in {layer.name, layer.speaker} - called if called.isdisjoint(layer.tied) else ():
             if not any(name.startswith(f"{leaf}.") for leaf in leaves):
                 raise ValueError(
                     f"unit layer {name!r} did not run when the forward of {type(module).__name__} was traced: export "

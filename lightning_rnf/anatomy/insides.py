@@ -50,8 +50,10 @@ def insides(module: nn.Module, layers: Iterable[UnitLayer]) -> dict[str, Inside]
     """
     by_name: Mapping[str, UnitLayer] = {layer.name: layer for layer in layers}
     found = {}
-    for name in by_name:
+    for name, layer in by_name.items():
         outer, _, key = name.rpartition(".")
+        if layer.tied:  # each of them reads something else
+            continue
         if key == OUTPUT and outer in by_name and is_attention(module.get_submodule(outer)):
             found[name] = Inside(by_name[outer], "value")
         first = by_name.get(f"{outer}.linear1") if key == "linear2" else None

@@ -16,6 +16,7 @@ from lightning_rnf.anatomy.kinds import OUTPUT_AXIS, TRANSPOSED, class_name, is_
 from lightning_rnf.anatomy.packed import Packed, is_attention, why_not_rows
 from lightning_rnf.anatomy.recurrent import Cells, cells_of, hidden_units, is_recurrent, why_not_units
 from lightning_rnf.anatomy.trace import Call, Trace
+from lightning_rnf.anatomy.tying import own_of_all, tied, why_not_tied
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -38,6 +39,8 @@ class UnitLayer:
         recurrent: of a recurrent layer its gates, layers and directions; its units are the hidden ones of all cells, in
             the order of `recurrent`. Else None.
         packed: whether it is torch's attention; its units are queries, keys and values, in the order of `packed`.
+        tied: names of other modules that have the same weight, in the model's order: what they put out is its units',
+            too, and what follows is nobody's.
     """
 
     name: str
@@ -49,6 +52,7 @@ class UnitLayer:
     transposed: tuple[int, int] | None = None
     recurrent: tuple[int, int, int] | None = None
     packed: bool = False
+    tied: tuple[str, ...] = ()
 
     @property
     def cells(self) -> Cells | None:
@@ -67,8 +71,18 @@ class UnitLayer:
 
     @property
     def speaker(self) -> str:
-        """Name of the module whose output is what the units say to the rest of the network."""
+        """Name of the module whose output is what the units say to the rest of the network; see `speakers`."""
         return self.slopes or self.norm or self.name
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Names of all modules whose outputs are that: several, where they are tied."""
+        return (self.speaker, *self.tied)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that have its weight, in the model's order: those that are tied to it, too."""
+        return (self.name, *self.tied)
 
     @property
     def weight(self) -> str:
@@ -186,45 +200,61 @@ def layer_calls(trace: Trace) -> Iterator[Call]:
             yield call
 
 
-def why_whole(trace: Trace, name: str) -> str | None:
-    """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can."""
-    calls = [call for call in trace.calls if call.name == name]
+def why_whole(trace: Trace, name: str, head: str) -> str | None:
+    """How a layer is used that its units can't follow, so that it can only be frozen whole; None: they can.
+
+    Args:
+        trace: of the model.
+        name: of the layer; what is found holds for all that have its weight.
+        head: name of the module that is made of no units.
+    """
+    if found := why_not_tied(trace, name, head):
+        return found
+    names = tied(trace, name)
+    calls = [call for call in trace.calls if call.name in names]
+    how = f"shares its weight with {list(names)}" if len(names) > 1 else f"runs {len(calls)} times in one forward"
     if is_recurrent(trace.modules[name]) or is_attention(trace.modules[name]):
         why_not = why_not_units if is_recurrent(trace.modules[name]) else why_not_rows
         if found := why_not(trace.modules[name]):
             return found
         if len(calls) > 1:
-            return f"runs {len(calls)} times in one forward, and its units are inside of it"
+            return f"{how}, and its units are inside of it"
     elif is_parametrized(trace.modules[name]):
         if not calls or not _is_by_unit(_layer(trace, name), trace.own_parameters(name)):
             return "is parametrized, and what its weight is computed from has no rows for its units"
         if len(calls) == 1 and (coupled := coupling(trace, name)):
             return f"is parametrized, and is not made of rows, {coupled}"
-    if len(calls) > 1 and name in trace.given:  # only its first run can be tried
-        return f"runs {len(calls)} times in one forward, and may do something else than torch's layer each time"
+    if (len(calls) > 1 and name in trace.given) or (len(names) > 1 and not all(_is_plain(trace, one) for one in names)):
+        return f"{how}, and may do something else than torch's layer each time"  # only a first run can be tried
     if len(calls) > 1 and not all(map(trace.reached, calls)):
-        return (
-            f"runs {len(calls)} times in one forward, not always where the logits' gradient comes by (no_grad, detach)"
-        )
-    for key, parameter in trace.own_parameters(name).items():
-        if others := trace.sharers(key, parameter):
+        return f"{how}, not always where the logits' gradient comes by (no_grad, detach)"
+    several = len(calls) > 1 or len(names) > 1
+    for key, owners in own_of_all(trace, names).items():
+        parameter = trace.names[key]
+        if others := sorted(set(trace.sharers(key, parameter)).difference(owners.values())):
             return f"shares {key!r} with {others}"
-        if len(calls) > 1 and not trace.in_each_run(parameter, len(calls)):
-            return f"runs {len(calls)} times in one forward, and its {key!r} may be used elsewhere, too"
+        if several and not trace.in_each_run(parameter, sum(trace.runs[one] for one in owners)):
+            return f"{how}, and its {key!r} may be used elsewhere, too"
         if len(calls) == 1 and (trace.uses_outside(parameter, calls[0]) > 0 or parameter in trace.elsewhere):
             return f"has its {key!r} used a second time outside the layer"
     return None
 
 
+def _is_plain(trace: Trace, name: str) -> bool:
+    """Whether it is a layer of torch's that has nothing but its rows and does nothing else."""
+    return has_rows(trace, name) and not is_suspect(trace.modules[name])
+
+
 def unit_layer(trace: Trace, name: str) -> UnitLayer:
     """The layer of that name, with the norm and the slopes that are its units' own; see `why_whole`.
 
-    What follows a layer that runs several times is nobody's: each run may be followed by something else.
+    What follows a layer that runs several times is nobody's: each run may be followed by something else. So it is with
+    one that is tied to others, whichever of them run.
     """
-    call, *more = (call for call in trace.calls if call.name == name)
-    layer = _layer(trace, name)
-    if more:
-        return replace(layer, parameters=tuple(trace.own_parameters(name)))
+    names, layer = tied(trace, name), _layer(trace, name)
+    call, *more = (call for call in trace.calls if call.name in names)
+    if more or len(names) > 1:
+        return replace(layer, parameters=tuple(own_of_all(trace, names)), tied=names[1:])
     norm = _follower(trace, call, layer, is_norm_of_channels)
     slopes = _follower(trace, norm or call, layer, is_prelu)
     parameters = [
@@ -255,6 +285,8 @@ def why_shared(trace: Trace, parameter: str, layers: Iterable[UnitLayer], whole:
         return f"{kind} {whole[name]}" if name in whole else "left out by units="
     calls = [call for call in trace.calls if call.name == name]
     others = trace.sharers(parameter, trace.own_parameters(parameter.rpartition(".")[0])[parameter])
+    if others and name in whole and tied(trace, name) != (name,):
+        return f"{kind} {whole[name]}"
     if others:
         return f"tied to {', '.join(others)}"
     if not calls:

@@ -41,6 +41,29 @@ def check_kinds(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
                 f"layer {layer.name!r} had {name!r} for its {role} when a task ended, in this model that is "
                 f"{_described(modules.get(name))}"
             )
+    _check_tied(layer, modules)
+
+
+def _check_tied(layer: UnitLayer, modules: Mapping[str, nn.Module]) -> None:
+    """Check that modules that had one weight have one, and nothing that is not the units'."""
+    own = {
+        id(value)
+        for name in layer.modules
+        for key, value in (modules[name].named_parameters(recurse=False) if name in modules else ())
+        if f"{name}.{key}" in layer.parameters
+    }
+    for name in layer.tied:
+        module = modules.get(name)
+        if module is None or type(module) is not type(modules[layer.name]):
+            found = _described(module)
+        else:
+            strange = [key for key, value in module.named_parameters(recurse=False) if id(value) not in own]
+            found = f"one with a {strange[0]} of its own" if strange else ""
+        if found:
+            raise ValueError(
+                f"{name!r} had one weight with layer {layer.name!r} when a task ended, in this model it is {found}: "
+                "tie them as they were then"
+            )
 
 
 def _described(module: nn.Module | None) -> str:

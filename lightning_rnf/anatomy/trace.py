@@ -218,13 +218,13 @@ class Trace:
         return self.edges[leaf] - _edges(call.node, self.given[call.name].nodes)[leaf]
 
     def in_each_run(self, parameter: nn.Parameter, runs: int) -> bool:
-        """Whether a layer of torch's that runs several times reads a parameter once in each, and nothing else does.
+        """Whether layers of torch's that run so many times together read a parameter once in each, nothing else does.
 
         Whatever else may have read its value, in the graph or out of it, is taken to have: inside of autocast there is
         one edge for all runs, and then nothing is known.
         """
         leaf = self.leaves.get(parameter)
-        return leaf is not None and self.edges[leaf] == runs and id(parameter) not in self.outside
+        return (0 if leaf is None else self.edges[leaf]) == runs and id(parameter) not in self.outside
 
 
 def _raw(predict: Predict, returned: list[Any], module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

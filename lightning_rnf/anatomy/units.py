@@ -99,8 +99,9 @@ class UnitMap:
             example_batch: on the module's device.
             predict: how to get logits of a batch.
             units: globs of module names, those behind a ``!`` of what is left out; None: every linear layer and
-                convolution outside the head, and every layer of a kind that is registered. What units can't follow (it
-                shares its weight, say, or is parametrized) is frozen whole, see ``whole``. Layers that are kept
+                convolution outside the head, and every layer of a kind that is registered. Layers that have one weight
+                are one, by the first's name, and each name stands for all. What units can't follow (it shares its
+                weight with the head, say, or is parametrized) is frozen whole, see ``whole``. Layers that are kept
                 from training (``requires_grad`` is False: what an adapter stands on) are units only if globs ask for
                 them, or if there are no others. Embeddings that are left out by ``!`` are frozen whole, too.
             heads: globs of module names; None: the module that made the logits, see `logits.find_head`.
@@ -193,6 +194,7 @@ class UnitMap:
                 f"{self._kind(name)} {name}".strip() for name in (layer.norm, layer.slopes) if name is not None
             ]
             followers += [str(self.attention[layer.name])] if layer.name in self.attention else []
+            followers += [f"tied to {name}" for name in layer.tied]
             rows.append((layer.name, self._kind(layer.name), f"{layer.units:5} units", ", ".join(followers)))
         units = sum(layer.units for layer in self.layers)
         lines = [

@@ -88,7 +88,10 @@ def widened(flows: Sequence[Flow], layers: Sequence[UnitLayer], chosen: Iterable
     unit_layers = {layer.name for layer in layers}
     blocks = _Blocks(unit_layers)
     walks = [_Walk(flow, blocks, number) for number, flow in enumerate(flows)]
+    tied = {layer.name: f"it has one weight with {', '.join(layer.tied)}" for layer in layers if layer.tied}
     for name in chosen:
+        if name in tied:
+            raise ValueError(_refusal(name, tied[name]))
         owners = next((owned for walk in walks if (owned := walk.blocks_of(name))), None)
         if owners is None:
             raise ValueError(_refusal(name, _why_unknown(name, walks)))
@@ -104,6 +107,9 @@ def widened(flows: Sequence[Flow], layers: Sequence[UnitLayer], chosen: Iterable
                 raise ValueError(_refusal(name, "with one head it reads other channels than with another"))
             if outputs is not None and name in unit_layers:
                 units[name] = outputs
+    for layer in layers:
+        if layer.tied and not found.keys().isdisjoint(layer.modules):  # one of them runs alone, and reads what grows
+            raise ValueError(_refusal(layer.name, tied[layer.name]))
     return Wider(
         units,
         {f"{name}.{key}": dims for name, (tensors, _) in found.items() for key, dims in tensors.items()},

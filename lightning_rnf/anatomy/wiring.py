@@ -75,8 +75,11 @@ class Wiring:
 
 
 def _nodes(traced: Traced, layers: Iterable[UnitLayer]) -> dict[str, fx.Node]:
-    """Where each unit layer runs, by its name; those that run inside of another module, or twice, are not in it."""
-    names = {layer.name for layer in layers}
+    """Where each unit layer runs, by its name; not those that run inside of another module, or twice, or are tied.
+
+    One of these may run alone here, and with the others for another task.
+    """
+    names = {layer.name for layer in layers if not layer.tied}
     nodes = [node for node in traced.graph.nodes if node.op == "call_module" and node.target in names]
     return {str(node.target): node for node in nodes if node.target not in traced.bound}
 
@@ -93,7 +96,8 @@ def _unknown(flow: Flow, layers: Iterable[UnitLayer]) -> Iterator[tuple[str, str
         node = nodes.get(layer.name)
         if node is None:
             several = layer.name in flow.traced.bound
-            yield layer.name, "it runs several times" if several else "where it runs can't be followed"
+            why = "it runs several times" if several else "where it runs can't be followed"
+            yield layer.name, f"it has one weight with {', '.join(layer.tied)}" if layer.tied else why
         elif layer.recurrent is not None:
             yield layer.name, "it hears all of its units in each step"
         elif layer.packed:

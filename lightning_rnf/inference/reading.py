@@ -74,9 +74,9 @@ def reading(
     read = Read(layers)
     with ExitStack() as hooks:
         for layer in layers:
-            part = module.get_submodule(layer.norm or layer.name)
             chosen = relevant[layer.name].nonzero().view(-1)
-            hooks.callback(part.register_forward_hook(_Note(read, layer, chosen)).remove)
+            for part in map(module.get_submodule, (layer.norm or layer.name, *layer.tied)):
+                hooks.callback(part.register_forward_hook(_Note(read, layer, chosen)).remove)
 
         def note_head(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             read.head = output if isinstance(output, Tensor) else None

@@ -157,11 +157,18 @@ def layer_from_plain(plain: Mapping[str, Any]) -> UnitLayer:
         transposed=None if transposed is None else (transposed[0], transposed[1]),
         recurrent=None if recurrent is None else (recurrent[0], recurrent[1], recurrent[2]),
         packed=packed,
+        tied=get_names(plain, "tied") if "tied" in plain else (),
     )
     if layer.axis not in OUTPUT_AXIS.values():
         raise ValueError(f"not a state of lightning_rnf: 'axis' of {layer.name!r} is {layer.axis!s:.80}")
+    followed = layer.norm is not None or layer.slopes is not None
+    doubled = any(f"{name}.weight" in layer.parameters for name in layer.tied)
+    if layer.tied and (followed or doubled or not layer.is_open or len({*layer.modules}) <= len(layer.tied)):
+        raise ValueError(
+            f"not a state of lightning_rnf: {layer.name!r:.80} can't have one weight with {layer.tied!r:.80}"
+        )
     owners = {_owner(parameter, layer.name) for parameter in layer.parameters}
-    if layer.weight not in layer.parameters or not owners <= {layer.name, layer.norm, layer.slopes}:
+    if layer.weight not in layer.parameters or not owners <= {*layer.modules, layer.norm, layer.slopes}:
         raise ValueError(
             f"not a state of lightning_rnf: 'parameters' of {layer.name!r} should be those of the layer, its norm and "
             f"its slopes, they are {layer.parameters!r:.80}"

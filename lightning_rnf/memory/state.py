@@ -17,7 +17,8 @@ from lightning_rnf.memory.model import check_shape, forms_from_plain, layer_from
 from lightning_rnf.memory.plain import get, get_names, get_tensors
 from lightning_rnf.memory.record import TaskRecord, record_from_plain, record_to_plain
 
-VERSION = 1
+VERSION = 2
+"""Of the form of a state in which layers are tied: a reader of version 1 would silence one of them. Others have 1."""
 
 _SOME_ONLY = (
     "layers that only some tasks run (a stem for each, say) can't be made of units: name those that all of them run in "
@@ -197,7 +198,7 @@ class FreezeState:
         new = [
             layer
             for name, layer in found.items()
-            if name not in known and (set(layer.parameters) <= set(self.forms) or set(layer.parameters) <= held)
+            if name not in known and (set(layer.parameters) <= set(self.forms) or layer.weight in held)
         ]
         late = {
             name: "frozen whole since an earlier task" if name in held else "ran for no earlier task"
@@ -314,7 +315,7 @@ class FreezeState:
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, built-in types and CPU tensors: loads with ``torch.load(weights_only=True)``."""
         return {
-            "version": VERSION,
+            "version": VERSION if any(layer.tied for layer in self.layers) else 1,
             "layers": [_layer_to_plain(layer) for layer in self.layers],
             "shared": list(self.shared),
             "tasks": [record_to_plain(record) for record in self.tasks.values()],
@@ -403,7 +404,7 @@ def _as_before(layer: UnitLayer, known: UnitLayer | None) -> UnitLayer:
 
 def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:
     plain = asdict(layer)
-    for key, absent in (("recurrent", None), ("packed", False)):  # as files were before there were such
+    for key, absent in (("recurrent", None), ("packed", False), ("tied", ())):  # as files were before there were such
         if plain[key] is absent:
             del plain[key]
     return plain
@@ -423,7 +424,8 @@ def _check_owners(layers: tuple[UnitLayer, ...], shared: tuple[str, ...], record
         if not frozen.issuperset(record.rows):
             raise ValueError(f"not a state of lightning_rnf: 'rows' of task {record.name!r} has what it did not freeze")
         owned += record.head_parameters
-    twice = [name for name, times in Counter(owned).items() if times > 1]
+    modules = Counter(name for layer in layers for name in layer.modules)
+    twice = [name for name, times in (*Counter(owned).items(), *modules.items()) if times > 1]
     if twice:
         raise ValueError(f"not a state of lightning_rnf: {twice[0]!r:.80} belongs to two layers, heads or tasks")
 

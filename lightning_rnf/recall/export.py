@@ -250,7 +250,7 @@ def _check_state(
 def _stays_zero(node: fx.Node, layer: UnitLayer, parts: Mapping[str, Any]) -> bool:
     """Whether zeros of the speaker are still zeros where the units speak: a norm may have an activation of its own."""
     steps = []
-    while node.op != "call_module" or node.target != layer.speaker:
+    while node.op != "call_module" or node.target not in layer.speakers:
         if len(node.all_input_nodes) != 1:
             return False
         steps.append(node)

@@ -59,7 +59,8 @@ class Kept:
         counts, reasons = {}, Counter[str]()
         of_silent = [0.0, 0.0]
         for layer in layers:
-            node, mute = nodes.get(layer.name), silent[layer.name]
+            mute = silent[layer.name]
+            node = next((nodes[name] for name in layer.modules if name in nodes), None)
             left = mute if node is None else mute & found.kept_outputs(node, layer.units)
             units = layer.units if node is None else int(found.kept_outputs(node, layer.units).sum())
             counts[layer.name] = (layer.units, int(mute.sum()), units)

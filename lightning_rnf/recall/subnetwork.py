@@ -56,9 +56,9 @@ def silence(
                 continue
             # The layer has a weight to tell the device by; a norm may have none.
             device = module.get_parameter(layer.weight).device
-            part = module.get_submodule(layer.name)
-            is_done = hooks.enter_context(rows.computed(part, relevant[layer.name], by_columns=by_columns))
-            hooks.callback(part.register_forward_hook(_filler(irrelevant, layer.axis, device, is_done)).remove)
+            for part in map(module.get_submodule, layer.modules):
+                is_done = hooks.enter_context(rows.computed(part, relevant[layer.name], by_columns=by_columns))
+                hooks.callback(part.register_forward_hook(_filler(irrelevant, layer.axis, device, is_done)).remove)
             fill = _filler(irrelevant, layer.axis, device)
             for name in (layer.norm, layer.slopes):
                 if name is not None:

@@ -48,14 +48,15 @@ def zeroed(part: Callable[[str], Any], layer: UnitLayer, silent: Tensor) -> bool
     )
     if layer.packed or is_output:
         return zeroed_rows(partial(_parameter, part), layer, silent)
-    modules = [part(name) for name in (layer.name, layer.norm, layer.slopes) if name is not None]
-    if any(module is None or torch_class(module) not in (*LAYERS, *_FOLLOWERS) for module in modules):
-        return False
-    own, *followers = modules
-    grouped = by_group(own, own.weight)  # a view: (groups, units, features, ...)
+    own = [part(name) for name in layer.modules]
+    followers = [part(name) for name in (layer.norm, layer.slopes) if name is not None]
+    known = (*LAYERS, *_FOLLOWERS)
+    if any(module is None or torch_class(module) not in known for module in (*own, *followers)):
+        return False  # of those that are tied one may not have run, too
+    grouped = by_group(own[0], own[0].weight)  # a view: (groups, units, features, ...)
     grouped[silent.view(len(grouped), -1).to(grouped.device)] = 0
     # Zeros stay zeros in a norm without shift, and in a slope that is a number: those of silent units may be NaN.
-    rows = [(own, "bias", 0)]
+    rows = [(module, "bias", 0) for module in own]
     for follower in followers:
         rows += [(follower, name, 0) for name in ("weight", "bias", "running_mean")] + [(follower, "running_var", 1)]
     for module, name, value in rows:

@@ -126,8 +126,8 @@ class Journal:
 
     def __init__(self, layers: Sequence[UnitLayer]) -> None:
         # What arrives at a recurrent layer's units arrives again in the step before, and beside what arrives at one of
-        # attention's there is more: no cuts of all relevance. Neither is one run of several.
-        self._layers = {layer.name for layer in layers if layer.is_open}
+        # attention's there is more: no cuts of all relevance. Neither is one run of several, or a layer of those tied.
+        self._layers = {layer.name for layer in layers if layer.is_open and not layer.tied}
         self._calls: list[_Call] | None = []
         self._cuts: tuple[str, ...] = ()
         self._unruled: dict[str, tuple[str, ...]] = {}

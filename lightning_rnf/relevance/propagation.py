@@ -86,17 +86,20 @@ def propagate(
             roots = Ends()
             _unroll(module, sums, recurrent)
             take_apart(module, {name: total.see for name, total in sums.items()}, roots)
-            for layer in layers:
-                submodule = module.get_submodule(layer.name)
+            known = {name: layer for layer in layers for name in layer.modules}
+            for name, layer in known.items():
+                submodule = module.get_submodule(name)
                 if layer.packed:
                     continue
-                hooks.callback(submodule.register_forward_pre_hook(_rooted(layer.name, roots)).remove)
+                hooks.callback(submodule.register_forward_pre_hook(_rooted(name, roots)).remove)
                 if layer.is_open:
                     hooks.callback(submodule.register_forward_hook(sums[layer.name].watch).remove)
             for name, submodule in module.named_modules() if embedded else ():
                 if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)):
                     hooks.callback(submodule.register_forward_hook(_looked_up(roots)).remove)
-                elif name not in sums and is_layer(submodule) and not is_recurrent(submodule):  # an adapter's base, say
+                elif name in known or is_recurrent(submodule):
+                    continue
+                elif is_layer(submodule):  # an adapter's base, say
                     beside = _rooted(name, roots, is_needed=False)
                     hooks.callback(submodule.register_forward_pre_hook(beside).remove)
 

@@ -88,7 +88,9 @@ class Refitting:
         self.frozen = frozen
         self.data = data
         self.batches = _some(data)
-        self.layers = {layer.name: layer for layer in layers if _can_be_fitted(module.get_submodule(layer.name))}
+        self.layers = {
+            layer.name: layer for layer in layers if not layer.tied and _can_be_fitted(module.get_submodule(layer.name))
+        }
         self.said: dict[str, list[Tensor]] | None = None
 
     @contextmanager

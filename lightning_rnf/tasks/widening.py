@@ -59,7 +59,7 @@ def widen(
     called = {name for flow in flows for name in flow.traced.called}
     found = widened(flows, state.layers, chosen, share)
     for layer in state.layers:
-        if not any(f"{layer.name}.".startswith(f"{name}.") for name in called):
+        if not any(f"{one}.".startswith(f"{name}.") for name in called for one in layer.modules):
             raise ValueError(
                 f"the model can't be widened: layer {layer.name!r} did not run when its forward was traced, so which "
                 "channels it reads is not known; activate what runs it"

@@ -81,11 +81,11 @@ class Mirrored(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two layers with one weight, a norm behind one of them; the other has nothing else."""
+    """Two layers of different kinds with one weight, a norm behind one of them; the other has nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.second = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6, bias=False)
+        self.first, self.norm, self.second = nn.Linear(6, 6), nn.BatchNorm1d(6), Own(6, 6, bias=False)
         self.second.weight = self.first.weight
         self.last = nn.Linear(6, 40)
 
@@ -113,7 +113,7 @@ NETS = {
     "tied": (
         Tied,
         2,
-        "body.first shares 'body.first.weight' with ['body.second.weight']; body.second shares",
+        "body.first shares 'body.first.weight' with ['body.second.weight'], which is of another kind (Own); body",
         ["last"],
     ),
     "spectral norm": (lambda: parametrized(spectral_norm), 1, f"body.2 {COUPLED}", ["0"]),

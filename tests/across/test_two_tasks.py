@@ -20,6 +20,7 @@ SLICE = (
     "GRU of tokens, tied weights",
     "hypernetwork",
     "MLP, two numbers",
+    "one weight at three dilations",
     "siamese towers",
     "TCN, weight norm",
 )

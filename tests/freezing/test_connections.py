@@ -225,7 +225,7 @@ class Random(nn.Module):
 
     def __init__(self, seed: int, activations) -> None:
         super().__init__()
-        rng = random.Random(seed)
+        rng, tying = random.Random(seed), random.Random(~seed)
         torch.manual_seed(seed)
         self.steps, self.parts = [], nn.ModuleList()
         channels = [2]
@@ -239,6 +239,10 @@ class Random(nn.Module):
             groups = rng.choice([g for g in (1, 1, 2, width) if width % g == 0 and units % g == 0])
             kind = rng.choice([nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d])
             layer = kind(width, units, 3, padding=1, groups=groups, bias=rng.random() < 0.7)
+            alike = [part[0] for part in self.parts if part[0].in_channels == width]
+            if alike and tying.random() < 0.6:
+                layer = copy.deepcopy(tying.choice(alike))
+                units = layer.out_channels
             norm = rng.choice([nn.Identity, nn.Identity, nn.BatchNorm2d, lambda n: nn.GroupNorm(2, n), nn.PReLU])(units)
             act = rng.choice(activations)()
             gate = rng.random() < 0.2
@@ -246,6 +250,19 @@ class Random(nn.Module):
             self.parts.append(nn.ModuleList([layer, norm, act]))
             channels.append(units)
         self.heads = nn.ModuleDict({"a": nn.Linear(channels[-1], CLASSES)})
+        self._tie(tying)
+
+    def _tie(self, rng: random.Random) -> None:
+        """Some of the layers that the logits depend on have the weight of another of the same form."""
+        heard = {len(self.steps)}
+        for index, (one, other, how, _) in reversed([*enumerate(self.steps, 1)]):
+            heard |= ({one} if how == "one" else {one, other}) if index in heard else set()
+        layers = [part[0] for index, part in enumerate(self.parts, 1) if index in heard]
+        for place, layer in enumerate(layers):
+            form = [str(layer).removesuffix(", bias=False)").removesuffix(")") for layer in layers[: place + 1]]
+            alike = [one for one, of_one in zip(layers, form[:-1], strict=False) if of_one == form[-1]]
+            if alike and rng.random() < 0.9:
+                layer.weight = rng.choice(alike).weight
 
     def forward(self, x):
         said = [x]

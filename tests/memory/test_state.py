@@ -72,7 +72,7 @@ def test_an_empty_state_comes_back_empty():
 
 
 def test_the_plain_form_says_its_version():
-    assert plain_state()["version"] == VERSION == 1
+    assert plain_state()["version"] == 1 < VERSION
 
 
 def test_a_loaded_state_takes_the_next_task():
@@ -93,7 +93,7 @@ def refuse(plain: object) -> str:
 
 
 def test_a_newer_version_is_refused_with_both_versions():
-    assert "2" in refuse(plain_state() | {"version": VERSION + 1})
+    assert str(VERSION + 1) in refuse(plain_state() | {"version": VERSION + 1})
 
 
 @pytest.mark.parametrize("rubbish", [{}, [], None, "state", {"version": 1}, {"layers": []}])

@@ -350,6 +350,22 @@ class Twins(nn.Module):
         return self.head(torch.cat([left, right, (left - right).abs()], 1))
 
 
+class Dilated(nn.Module):
+    """The same filters at three dilations, in three layers that have one weight and a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(8, 24, 3, padding=1)
+        self.branches = nn.ModuleList(nn.Conv1d(24, 24, 3, padding=size, dilation=size) for size in (1, 2, 4))
+        for branch in self.branches:
+            branch.weight = self.branches[0].weight
+        self.head = nn.Linear(72, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x).relu()
+        return self.head(torch.cat([branch(stem).relu().amax(2) for branch in self.branches], 1))
+
+
 class Weighted(nn.Module):
     """A small network that makes the weights of another one."""
 
@@ -554,6 +570,7 @@ PLAIN: dict[str, Specimen] = {
     ),
     "experts, two of four": Specimen(Experts, table, "torch"),
     "siamese towers": Specimen(Twins, table, "torch"),
+    "one weight at three dilations": Specimen(Dilated, channels_first, "torch"),
     "hypernetwork": Specimen(Weighted, table, "torch"),
     "CNN, batch norm": Specimen(convolutions(nn.BatchNorm2d), images, "torch"),
     "CNN, group norm": Specimen(convolutions(lambda width: nn.GroupNorm(4, width)), images, "torch"),
