@@ -327,8 +327,8 @@ def has_rows(trace: Trace, name: str) -> bool:
         return True
     if "weight" not in keys or any(module.children()):
         return False
-    if isinstance(module, tuple(OUTPUT_AXIS)):
-        return keys <= {"weight", "bias"}
+    if isinstance(module, tuple(OUTPUT_AXIS)) and (keys <= {"weight", "bias"} or not is_suspect(module)):
+        return keys <= {"weight", "bias"}  # a gain, say, for each row of somebody's layer is tried with the rows
     return _is_by_unit(_layer(trace, name), own)
 
 

@@ -24,6 +24,18 @@ NormParameters = Literal["per_task", "frozen"]
 """``"per_task"``: recall brings back scale and shift of norms of a task's end, too. ``"frozen"``: they are frozen with
 their units, and whole where they belong to none."""
 
+CONSTANT = 2e-6
+"""Of a channel's mean: a standard deviation up to this, some roundings of single precision, is none."""
+
+OF_CONSTANTS = 1e30
+"""The variance of a channel that is always the same: its norm says the shift alone, whatever it hears.
+
+With a variance of 0 it would multiply by ``eps ** -0.5``, 316, what a constant differs from its own mean by rounding.
+Where norms follow one another (the identity branches of RepVGG) nothing is left but that after a few of them, and it is
+another one on another device, in another precision or batch. Not infinite: an average of such a model with another one
+would be NaN.
+"""
+
 
 def with_statistics(module: nn.Module, buffers: Iterable[str]) -> dict[str, nn.Module]:
     """The norms that keep running statistics among the owners of these buffers, by name."""
@@ -38,7 +50,7 @@ def recalibrated(norms: Iterable[nn.Module], run: Callable[[], None], ranks: Ran
 
     The statistics of a whole network are wrong for its sub-network, whose silent units shift and shrink what the next
     layers get. A norm that no batch reaches keeps its own. Sums are in double precision, so that in whatever order and
-    shares batches come the mean is the same.
+    shares batches come the mean is the same. A channel that is the same in all samples has `OF_CONSTANTS`.
 
     Args:
         norms: with running statistics.
@@ -117,8 +129,10 @@ class _Sums:
     @torch.no_grad()
     def write(self, norm: nn.Module) -> None:
         """Give a norm the means."""
-        norm.get_buffer("running_mean").copy_(torch.as_tensor(self.mean / self.batches))
-        norm.get_buffer("running_var").copy_(torch.as_tensor(self.var / self.batches))
+        mean, var = (torch.as_tensor(one / self.batches) for one in (self.mean, self.var))
+        rounding = max(CONSTANT, torch.finfo(norm.get_buffer("running_mean").dtype).eps) * mean.abs()
+        norm.get_buffer("running_mean").copy_(mean)
+        norm.get_buffer("running_var").copy_(var.masked_fill(var <= rounding**2, OF_CONSTANTS))
         norm.get_buffer("num_batches_tracked").fill_(self.batches)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from training import ConvClassifier, clusters, inputs, plain, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
+from lightning_rnf.anatomy import UnitLayer
 from lightning_rnf.recall.norms import Stored, held, pinned, recalibrated, stored, with_statistics
 from lightning_rnf.recall.subnetwork import silence
 from lightning_rnf.search.criteria import FreeCapacity
@@ -67,6 +68,56 @@ def test_everything_comes_back_after_an_exception():
     with pytest.raises(ZeroDivisionError), recalibrated([net.bn1], lambda: 1 / 0):
         pass
     assert changes(before, snapshot(net)) == []
+
+
+class Branches(nn.Module):
+    """Blocks of a convolution beside a norm of the input itself, as in RepVGG: a constant goes from norm to norm."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+        self.identities = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(blocks))
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1, bias=False) for _ in range(blocks))
+        for norm in self.identities:
+            nn.init.uniform_(norm.bias, 0.1, 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        for identity, conv in zip(self.identities, self.convs, strict=True):
+            x = (identity(x) + 0.1 * conv(x)).relu()
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_constant_channels_from_norm_to_norm_say_the_same_in_another_precision(precision):
+    torch.manual_seed(0)
+    net = Branches(12).eval()
+    silent = torch.tensor([True, True, False, False, False, True])
+    blocks = [UnitLayer(f"convs.{index}", 6, -3, (f"convs.{index}.weight",)) for index in range(12)]
+    layers = [UnitLayer("first", 6, -3, ("first.weight",)), *blocks]
+    x = torch.cat(BATCHES)
+    with (
+        silence(net, layers, {layer.name: ~silent for layer in layers}),
+        recalibrated(list(net.identities), lambda: net(x)),
+        torch.no_grad(),
+    ):
+        single, other = net(x), net.to(precision)(x.to(precision))
+    assert single.std(0)[~silent].min() > 1e-3  # the others do say something of their own
+    torch.testing.assert_close(
+        single, other.float(), rtol=0, atol=20 * single.abs().max() * max(1e-7, torch.finfo(precision).eps)
+    )
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, -3e4])
+def test_a_constant_channel_is_not_divided_by_its_rounding_and_another_is_by_its_deviation(constant):
+    norm, x = nn.BatchNorm1d(3).eval(), torch.randn(2000, 3)
+    x[:, 0] = constant
+    x[:, 1] = 1e3 + 0.1 * x[:, 1]  # a deviation of 1e-4 of the mean is one
+    with recalibrated([norm], lambda: [norm(part) for part in x.split(500)]), torch.no_grad():
+        assert norm(x * (1 + 1e-6))[:, 0].abs().max() < 1e-6
+        assert norm(x)[:, 1:].std(0) == pytest.approx([1, 1], rel=0.01)
+        averaged = (norm.running_var + nn.BatchNorm1d(3).running_var) / 2
+    assert averaged.isfinite().all()
 
 
 def test_norms_without_running_statistics_have_none_to_estimate():
