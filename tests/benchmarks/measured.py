@@ -90,21 +90,36 @@ def _of_torchvision(name: str) -> Network:
 
 
 class _Read(nn.Module):
-    """Inputs in [0, 1) are drawn tokens, so that all networks are shown the same."""
+    """Inputs, drawn as all networks are shown them, are tokens: each number's place between the least and the largest.
 
-    def __init__(self, bert: nn.Module) -> None:
+    Args:
+        reader: of transformers.
+        place: of the token whose features are the sample's.
+    """
+
+    def __init__(self, reader: nn.Module, place: int) -> None:
         super().__init__()
-        self.bert = bert
+        self.reader, self.place = reader, place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bert((x * self.bert.config.vocab_size).long()).last_hidden_state[:, 0]
+        tokens = (torch.special.ndtr(x) * (self.reader.config.vocab_size - 1)).long()
+        return self.reader(tokens).last_hidden_state[:, self.place]
 
 
 def bert_base() -> Network:
     """BERT-base with random weights; its class comes from the first token."""
-    from transformers import BertConfig, BertModel  # which this one alone wants
+    from transformers import BertConfig, BertModel  # which this one and the next alone want
 
-    return Network(_Read(BertModel(BertConfig())), 768, SGD)
+    return Network(_Read(BertModel(BertConfig()), 0), 768, SGD)
+
+
+def decoder() -> Network:
+    """A decoder of 1.03 · 10⁹ random weights, built like Llama; its class comes from the last token."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    config = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=4, use_cache=False)
+    return Network(_Read(LlamaModel(config), -1), 2048, partial(torch.optim.SGD, lr=0.01))
 
 
 NETWORKS: dict[str, tuple[Callable[[], LightningModule], tuple[int, ...]]] = {
@@ -114,6 +129,7 @@ NETWORKS: dict[str, tuple[Callable[[], LightningModule], tuple[int, ...]]] = {
     "resnet18-narrow": (partial(resnet18, 16), (3, 32, 32)),
     **{name: (partial(_of_torchvision, name), (3, 224, 224)) for name in ("resnet50", "vgg16", "vit_b_16")},
     "bert_base": (bert_base, (128,)),
+    "decoder": (decoder, (16,)),
 }
 
 _OF_SMALL = Namespace(samples=4500, reference=500, attributed=500, batch_size=128)
@@ -122,6 +138,7 @@ SIZES: dict[str, Namespace] = {
     **{name: _OF_LARGE if shape[-1] == 224 else _OF_SMALL for name, (_, shape) in NETWORKS.items()},
     "mlp": Namespace(samples=50_000, reference=5000, attributed=1000, batch_size=128),
     "bert_base": _OF_LARGE,
+    "decoder": Namespace(samples=64, reference=64, attributed=64, batch_size=4),
 }
 """A task of each network: samples trained on in an epoch, for accuracy, of them for relevance, and in a batch."""
 

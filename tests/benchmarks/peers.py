@@ -1,15 +1,19 @@
-"""What `RelevanceFreezing` costs and keeps beside the peers in Avalanche, on MNIST-Split. No test: run it apart.
+"""What `RelevanceFreezing` costs and keeps beside the peers in Avalanche, on two streams. No test: run it apart.
 
 Avalanche is no dependency of this project, so the peers get an environment of their own, outside of the repository:
 
     python -m venv ../peers && ../peers/bin/pip install -r tests/benchmarks/peers_requirements.txt -e .
     PYTHONPATH=tests/support:examples ../peers/bin/python tests/benchmarks/peers.py --data FOLDER \
         --output tests/benchmarks/results/peers_cpu.json
+    PYTHONPATH=tests/support:examples ../peers/bin/python tests/benchmarks/peers.py --data FOLDER \
+        --stream cifar_random --tasks 4 --epochs 6 --seeds 1 --output tests/benchmarks/results/peers_zenke_cpu.json
 
-All systems learn the same tasks in the same order from the same samples (a tenth of each task's is held out:
-`RelevanceFreezing` has its reference data from there, nobody trains on it), with the same network and initial weights,
-Adam 1e-3, batch 128, a new optimizer for each task and one thread. They run in turns in one process: each learns a
-task, then each learns the next one. Evaluation is outside of all times; Avalanche runs without loggers and metrics.
+MNIST-Split, or the tasks of CIFAR-100 in the stream of `cifar_random.py`, ten random classes each, with the network of
+Zenke et al. All systems learn the same tasks in the same order from the same samples (a tenth of each task's is held
+out: `RelevanceFreezing` has its reference data from there, nobody trains on it), with the same network and initial
+weights, Adam 1e-3, batch 128, a new optimizer for each task and one thread. They run in turns in one process: each
+learns a task, then each learns the next one. Evaluation is outside of all times; Avalanche runs without loggers and
+metrics.
 
 - A step goes from one batch's start to the next one's in the framework's own loop, data loading included: the median of
   each task but the first, over the framework's own naive step in the same turn.
@@ -48,6 +52,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import cifar_random
+import mnist_split
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
 from avalanche.benchmarks.utils import DataAttribute, TaskAwareSupervisedClassificationDataset, TaskLabels
@@ -57,19 +63,16 @@ from avalanche.training.plugins import EWCPlugin, LwFPlugin, SupervisedPlugin, S
 from avalanche.training.supervised import Naive
 from experiment import environment
 from images import Data
-from lightning.pytorch import Callback, Trainer, seed_everything
-from mnist_split import model as mlp
-from mnist_split import stream as mnist_split
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from results import mean_and_deviation
 from run import README, RESULTS, filled
 from torch import Tensor, nn
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.commands.demo import MLP
 from lightning_rnf.metrics import AccuracyMatrix, average_accuracy, backward_transfer
 from lightning_rnf.streams import TaskDataModule
 
-BATCH_SIZE, FAST_SAMPLES = 128, 4000
+BATCH_SIZE, FAST_SAMPLES = 128, 8000
 
 # Strengths were chosen on held-out training data of one seed, at one epoch.
 EWC_STRENGTH, SI_STRENGTH, LWF_STRENGTH = 1e6, 100.0, 1.0
@@ -117,13 +120,13 @@ class System(ABC):
 
     least_epochs = 1
 
-    def __init__(self, initial: MLP, stream: Sequence[TaskDataModule], epochs: int) -> None:
+    def __init__(self, initial: LightningModule, stream: Sequence[TaskDataModule], epochs: int) -> None:
         self.stream = stream
         self.epochs = epochs
         self.model: nn.Module = self.build(deepcopy(initial))
 
     @abstractmethod
-    def build(self, network: MLP) -> nn.Module:
+    def build(self, network: LightningModule) -> nn.Module:
         """The network as the framework wants it."""
 
     @abstractmethod
@@ -167,12 +170,17 @@ class CallbackClock(Callback):
 # -- Avalanche --------------------------------------------------------------------------------------------------------
 
 
-class MultiTaskMLP(MultiTaskModule):
+def body_of(network: LightningModule) -> nn.Sequential:
+    """All but the heads."""
+    return network.hidden if hasattr(network, "hidden") else network.body
+
+
+class MultiTask(MultiTaskModule):
     """The network with Avalanche's own heads."""
 
-    def __init__(self, network: MLP, experiences: Iterable) -> None:
+    def __init__(self, network: LightningModule, experiences: Iterable) -> None:
         super().__init__()
-        self.hidden = network.hidden
+        self.body = body_of(network)
         self.heads = MultiHeadClassifier(network.heads.in_features, masking=False)
         self.heads.eval()  # so that it doesn't take the tasks for known yet
         for experience, head in zip(experiences, network.heads.tasks.values(), strict=True):
@@ -180,14 +188,14 @@ class MultiTaskMLP(MultiTaskModule):
             self.heads.classifiers[str(experience.task_label)].classifier = head.requires_grad_()
 
     def forward(self, x: Tensor, task_labels: Tensor | None) -> Tensor:
-        return self.heads(self.hidden(x), task_labels)
+        return self.heads(self.body(x), task_labels)
 
 
-class PackNetMLP(PackNetModel):
-    """The network with hidden layers that are pruned and heads that are not."""
+class PackNetBody(PackNetModel):
+    """The network with layers that are pruned and heads that are not."""
 
-    def __init__(self, network: MLP) -> None:
-        super().__init__(network.hidden)
+    def __init__(self, network: LightningModule) -> None:
+        super().__init__(body_of(network))
         self.heads = nn.ModuleList(head.requires_grad_() for head in network.heads.tasks.values())
 
     def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
@@ -197,7 +205,7 @@ class PackNetMLP(PackNetModel):
 class Avalanche(System):
     """Avalanche's naive strategy, and with one plugin."""
 
-    def __init__(self, initial: MLP, stream: Sequence[TaskDataModule], epochs: int) -> None:
+    def __init__(self, initial: LightningModule, stream: Sequence[TaskDataModule], epochs: int) -> None:
         self.experiences = experiences(stream)
         super().__init__(initial, stream, epochs)
         self.plugin = self.method()
@@ -214,8 +222,8 @@ class Avalanche(System):
     def method(self) -> SupervisedPlugin | None:
         return None
 
-    def build(self, network: MLP) -> nn.Module:
-        return MultiTaskMLP(network, self.experiences)
+    def build(self, network: LightningModule) -> nn.Module:
+        return MultiTask(network, self.experiences)
 
     def learn(self, task: int, clock: Clock) -> None:
         self.steps.clock = clock
@@ -262,8 +270,8 @@ class PackNet(Avalanche):
 
     least_epochs = 2
 
-    def build(self, network: MLP) -> nn.Module:
-        return PackNetMLP(network)
+    def build(self, network: LightningModule) -> nn.Module:
+        return PackNetBody(network)
 
     def method(self) -> SupervisedPlugin:
         return PackNetPlugin(post_prune_epochs=1, prune_proportion=lambda task: 1 - 1 / (len(self.stream) - task))
@@ -303,14 +311,14 @@ def size(tensors: Iterable[Tensor]) -> int:
 class Lightning(System):
     """A Trainer without `RelevanceFreezing`, and with it."""
 
-    def __init__(self, initial: MLP, stream: Sequence[TaskDataModule], epochs: int) -> None:
+    def __init__(self, initial: LightningModule, stream: Sequence[TaskDataModule], epochs: int) -> None:
         super().__init__(initial, stream, epochs)
         self.callback = self.method()
 
     def method(self) -> RelevanceFreezing | None:
         return None
 
-    def build(self, network: MLP) -> nn.Module:
+    def build(self, network: LightningModule) -> nn.Module:
         return network
 
     def learn(self, task: int, clock: Clock) -> None:
@@ -375,11 +383,35 @@ SYSTEMS: dict[str, tuple[type[System], str]] = {  # and whose step is its framew
 }
 
 
+class Zenke(cifar_random.Zenke):
+    """With images as they come: Avalanche runs the body by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(self.body(x))
+
+
+def of_mnist(data: Data, seed: int) -> tuple[list[TaskDataModule], LightningModule]:
+    return mnist_split.stream(data, seed), mnist_split.model(width=400, learning_rate=1e-3)
+
+
+def of_cifar(data: Data, seed: int) -> tuple[list[TaskDataModule], LightningModule]:
+    network = Zenke(learning_rate=1e-3).to(memory_format=torch.contiguous_format)
+    return cifar_random.stream(data, seed)[1:], network
+
+
+STREAMS: dict[str, tuple[str, Callable[[Data, int], tuple[list[TaskDataModule], LightningModule]]]] = {
+    "mnist_split": ("MNIST-Split", of_mnist),
+    "cifar_random": ("CIFAR-100, tasks of ten random classes, the network of Zenke et al.", of_cifar),
+}
+"""What a table calls it; tasks and a network without heads."""
+
+
 def run(options: Namespace, seed: int) -> list[dict]:
     """All systems learn the stream in turns."""
     seed_everything(seed, verbose=False)
-    stream = mnist_split(Data(options.data, samples=FAST_SAMPLES if options.fast else None), seed)
-    initial = mlp(width=400, learning_rate=1e-3)
+    _, of_stream = STREAMS[options.stream]
+    stream, initial = of_stream(Data(options.data, samples=FAST_SAMPLES if options.fast else None), seed)
+    stream = stream[: options.tasks]
     for task in stream:
         initial.heads.add(task.task, task.classes)
     epochs = {name: max(options.epochs, kind.least_epochs) for name, (kind, _) in SYSTEMS.items()}
@@ -457,16 +489,19 @@ def table(content: dict) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
     samples = f", only {FAST_SAMPLES:,} samples" if content["options"]["fast"] else ""
     seeds = len({row["seed"] for row in content["rows"]})
+    title, _ = STREAMS[content["options"]["stream"]]
     lines += [
         "",
-        f"MNIST-Split{samples}, seeds: {seeds}, {content['device']}, threads: {content['threads']}; {versions}.",
+        f"{title}{samples}, seeds: {seeds}, {content['device']}, threads: {content['threads']}; {versions}.",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with MNIST in torchvision's layout")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data of the examples")
+    parser.add_argument("--stream", choices=STREAMS, default="mnist_split", help="(%(default)s)")
+    parser.add_argument("--tasks", type=int, help="only so many")
     parser.add_argument("--epochs", type=int, default=4, help="per task (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--fast", action="store_true", help=f"only {FAST_SAMPLES:,} samples: to see that it runs")
@@ -480,15 +515,16 @@ def main() -> None:
 
     content = {**environment("cpu"), "threads": torch.get_num_threads()}
     content["versions"]["avalanche-lib"] = version("avalanche-lib")
-    content["options"] = {key: getattr(options, key) for key in ("epochs", "seeds", "fast")}
+    content["options"] = {key: getattr(options, key) for key in ("stream", "tasks", "epochs", "seeds", "fast")}
     content["rows"] = rows = []
     for seed in range(options.seeds):
         rows += run(options, seed)
         if options.output:
             options.output.write_text(json.dumps(content, indent=1) + "\n")
             options.output.with_suffix(".md").write_text(table(content) + "\n")
-    if options.output and options.output.resolve() == RESULTS.resolve() / "peers_cpu.json":
-        README.write_text(filled(README.read_text(encoding="utf-8"), "peers_cpu", table(content)), encoding="utf-8")
+    if options.output and options.output.resolve().parent == RESULTS.resolve():
+        text = filled(README.read_text(encoding="utf-8"), options.output.stem, table(content))
+        README.write_text(text, encoding="utf-8")
     print(table(content))
 
 
