@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import logging
 import platform
@@ -179,6 +180,8 @@ class Experiment:
                 raise ValueError(f"{where}: training.{key} is {training.get(key)!r}, expected a number of at least 1")
         yaml_settings.check_arguments(self.stream, made_with["stream"], f"{where}: stream")
         yaml_settings.check_arguments(self.model, _of_model(made_with), f"{where}: network with training")
+        if made_with.get("separate") and options.scenario == "class":
+            raise ValueError(f"{where}: methods.{method}: whoever chooses one of several networks knows the task")
         try:
             yaml_settings.freezing(made_with, **self.freezing)
         except (TypeError, ValueError) as error:
@@ -217,7 +220,8 @@ class Experiment:
         trainer(callbacks=[])  # what it refuses, it refuses before the run has begun
         is_resumed = begun(folder, made_with)
         started = time.perf_counter()
-        found = self.fit(model, stream, callback, trainer, folder=folder, **untold)
+        fit = partial(separately, self.fit) if made_with.get("separate") else self.fit
+        found = fit(model, stream, callback, trainer, folder=folder, **untold)
         seconds = time.perf_counter() - started
         matrix, more = found if isinstance(found, tuple) else (found, {})
         if callback is not None and options.pages:
@@ -247,6 +251,27 @@ class Experiment:
             "seconds": None if is_resumed else round(seconds, 1),  # what came before the stop was not kept
             "task_end_seconds": [record.seconds for record in records],
         }
+
+
+def separately(
+    fit: Fit,
+    model: LightningModule,
+    stream: list[TaskDataModule],
+    callback: RelevanceFreezing | None,
+    trainer_factory: TrainerFactory,
+    *,
+    folder: Path,
+) -> Tensor:
+    """A network for each task, all from the weights of this one: what could be reached if nothing had to be shared.
+
+    Returns:
+        The accuracy matrix ``(tasks, tasks)``: what a task has reached stays, in a network of its own.
+    """
+    matrix = torch.full((len(stream), len(stream)), torch.nan)
+    for index, task in enumerate(stream):
+        found = fit(copy.deepcopy(model), [task], callback, trainer_factory, folder=folder / str(index))
+        matrix[index:, index] = (found[0] if isinstance(found, tuple) else found).item()
+    return matrix
 
 
 class SeedEpochs(Callback):

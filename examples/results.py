@@ -367,7 +367,7 @@ def _callback(settings: Mapping[str, Any]) -> str:
     for key, name in (("paper", "RelevanceFreezing.paper"), ("freezing", "RelevanceFreezing")):
         if key in settings:
             return f"`{name}({', '.join(f'{argument}={value!r}' for argument, value in settings[key].items())})`"
-    return "fine-tuning"
+    return "a network for each task" if settings.get("separate") else "fine-tuning"
 
 
 def _free(runs: Sequence[Mapping[str, Any]]) -> list[float]:

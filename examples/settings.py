@@ -26,12 +26,14 @@ class MethodSettings(BaseModel, strict=True, extra="forbid"):
         paper: arguments of `RelevanceFreezing.paper`.
         network: what it changes in the network.
         training: and in the training.
+        separate: a network for each task, from the same initial weights: nothing is frozen, and nothing shared.
     """
 
     freezing: dict[str, Any] | None = None
     paper: dict[str, Any] | None = None
     network: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    separate: bool = False
 
 
 class Settings(BaseModel, strict=True, extra="forbid"):
@@ -134,7 +136,8 @@ def of_method(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     common = {key: settings.get(key) for key in ("tasks", "samples")}
     parts = {key: settings.get(key) or {} for key in ("stream", "network", "training")}
     own = {key: merge(parts[key], method.get(key) or {}) for key in ("network", "training")}
-    return {**common, **parts, **own, **{key: method[key] or {} for key in ("freezing", "paper") if key in method}}
+    callback = {key: method[key] or {} for key in ("freezing", "paper") if key in method}
+    return {**common, **parts, **own, **callback, **({"separate": True} if method.get("separate") else {})}
 
 
 def freezing(made_with: Mapping[str, Any], **more: Any) -> RelevanceFreezing | None:
@@ -149,6 +152,8 @@ def freezing(made_with: Mapping[str, Any], **more: Any) -> RelevanceFreezing | N
     """
     if "paper" in made_with and "freezing" in made_with:
         raise ValueError("a method has freezing or paper, not both")
+    if made_with.get("separate") and {"paper", "freezing"} & made_with.keys():
+        raise ValueError("separate: networks of their own have nothing to freeze: leave freezing and paper out")
     if "paper" in made_with:
         return RelevanceFreezing.paper(**more, **made_with["paper"])
     return RelevanceFreezing(**more, **made_with["freezing"]) if "freezing" in made_with else None

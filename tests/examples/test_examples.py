@@ -85,7 +85,7 @@ def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
 @has("MNIST")
 def test_fast_compares_all_methods_on_a_slice_of_the_real_data(run):
     summary = run("mnist_split", "--fast", "--samples", "3000", "--tasks", "3")
-    assert list(summary["methods"]) == ["naive", "paper", "exact", "default", "best"]
+    assert list(summary["methods"]) == ["naive", "separate", "paper", "exact", "default", "best"]
     assert "a reduced schedule on a slice of the data (--fast)" in summary["reduced"]
     assert of(summary, "naive")["free_capacity"] == []
     for method in ("paper", "exact", "best"):
@@ -95,8 +95,11 @@ def test_fast_compares_all_methods_on_a_slice_of_the_real_data(run):
     for method in ("exact", "best"):
         assert of(summary, method)["forgetting"] == 0
     # Before a task ends nothing tells these apart: the same weights, and batches in the same order.
-    first = {of(summary, method)["matrix"][0][0] for method in ("naive", "paper")}
+    first = {of(summary, method)["matrix"][0][0] for method in ("naive", "separate", "paper")}
     assert len(first) == 1
+    alone = of(summary, "separate")["matrix"]
+    assert alone[2][:2] == [alone[0][0], alone[1][1]]  # what a task has reached stays
+    assert alone[1][1] != of(summary, "naive")["matrix"][1][1]  # the second began with the first weights, too
 
 
 MILD = "freezing.criterion=0.2"  # one sample of 10 or 20 weighs more than the usual tolerance
@@ -729,6 +732,21 @@ def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for
         assert EXPERIMENT.made_with(read, method, options(epochs=3), "a.yaml")["training"]["epochs"] == 3
     assert settings.freezing(best).ending.selection.rations == (0.5,)
     assert settings.freezing(naive) is None
+
+
+def test_networks_of_their_own_have_nothing_to_freeze_and_are_told_the_task(tmp_path):
+    import settings
+    from mnist_split import EXPERIMENT
+
+    own = "methods: {naive: {}, separate: {separate: true}, both: {separate: true, paper: {}}}"
+    (tmp_path / "a.yaml").write_text(SOUND.replace("methods: {naive: {}}", own))
+    read = settings.read(tmp_path / "a.yaml")
+    assert "separate" not in EXPERIMENT.made_with(read, "naive", options(), "a.yaml")  # as files from before have it
+    assert EXPERIMENT.made_with(read, "separate", options(), "a.yaml")["separate"] is True
+    with pytest.raises(ValueError, match="networks of their own have nothing to freeze"):
+        EXPERIMENT.made_with(read, "both", options(), "a.yaml")
+    with pytest.raises(ValueError, match="knows the task"):
+        EXPERIMENT.made_with(read, "separate", options(scenario="class"), "a.yaml")
 
 
 def test_a_seed_is_there_once_though_two_processes_add_it(tmp_path):
