@@ -22,6 +22,7 @@ if TYPE_CHECKING or getattr(find_spec("lightning"), "origin", None) is not None:
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities import CombinedLoader, move_data_to_device, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.data import extract_batch_size
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from lightning.pytorch.utilities.seed import isolate_rng
 else:
     import pytorch_lightning as pl
@@ -35,6 +36,7 @@ else:
     from pytorch_lightning.trainer.states import TrainerFn
     from pytorch_lightning.utilities import CombinedLoader, move_data_to_device, rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.data import extract_batch_size
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
     from pytorch_lightning.utilities.seed import isolate_rng
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Logger",
     "MisconfigurationException",
     "MultiProcessingLauncher",
+    "SIGTERMException",
     "Tqdm",
     "Trainer",
     "TrainerFn",

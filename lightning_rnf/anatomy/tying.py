@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,7 +48,7 @@ def _why_apart(trace: Trace, name: str, another: str, head: str) -> str | None:
     module, other = trace.modules[name], trace.modules[another]
     if any(_inside(one, head) for one in (name, another)):
         return "and one of them is in the head"
-    if any(not trace.runs[one] and _is_beside(one, head) for one in (name, another)):
+    if any(not trace.runs[one] and _is_beside(trace, one, head) for one in (name, another)):
         return "and one of them may be another task's head"
     if type(module) is not type(other):
         return f"which is of another kind ({class_name(other)})"
@@ -74,7 +74,28 @@ def _inside(name: str, ancestor: str) -> bool:
     return name == ancestor or name.startswith(f"{ancestor}.")
 
 
-def _is_beside(name: str, head: str) -> bool:
-    """Whether it stands in the container of the head, with the heads of other tasks."""
+def _is_beside(trace: Trace, name: str, head: str) -> bool:
+    """Whether it stands with the heads of other tasks, in a dict or list; modules of other kinds hold anything."""
     container = head.rpartition(".")[0]
-    return bool(container) and _inside(name, container)
+    return isinstance(trace.modules.get(container), (nn.ModuleDict, nn.ModuleList)) and _inside(name, container)
+
+
+def check_memory(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Check that no two parameters are one in memory: a step that one of them makes is the other's, and nobody sees it.
+
+    Args:
+        parameters: of a module, by name.
+
+    Raises:
+        ValueError: if two are, naming them.
+    """
+    known: dict[tuple[int, int], str] = {}
+    for name, parameter in parameters:
+        if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.data_ptr() == 0:  # a shard, say
+            continue
+        first = known.setdefault((parameter.data_ptr(), parameter.numel()), name)
+        if first != name and parameter.requires_grad:
+            raise ValueError(
+                f"{first!r} and {name!r} are two parameters in one memory, so what trains one changes the other, which "
+                "can't be seen: make them one (let both modules have the same Parameter), or copy it"
+            )

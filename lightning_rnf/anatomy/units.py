@@ -27,6 +27,7 @@ from lightning_rnf.anatomy.logits import find_head
 from lightning_rnf.anatomy.predict import Predict, supervised
 from lightning_rnf.anatomy.targets import Layout
 from lightning_rnf.anatomy.trace import Trace, form
+from lightning_rnf.anatomy.tying import check_memory
 from lightning_rnf.anatomy.wiring import Wiring
 
 __all__ = ["OUTPUT_AXIS", "UnitLayer", "UnitMap"]
@@ -108,8 +109,10 @@ class UnitMap:
             learned: parameters that are no longer trained and were: they do not count as kept from training.
 
         Raises:
-            ValueError: if no head or no unit layer is found, or if ``units`` or ``heads`` match nothing usable.
+            ValueError: if no head or no unit layer is found, if ``units`` or ``heads`` match nothing usable, or if two
+                parameters are one in memory.
         """
+        check_memory(module.named_parameters())
         still = {name for name, one in module.named_parameters(remove_duplicate=False) if not one.requires_grad}
         still.difference_update(learned)
         trace = Trace.of(module, example_batch, predict, kind_of, is_suspect)

@@ -33,7 +33,7 @@ OF_CONSTANTS = 1e30
 With a variance of 0 it would multiply by ``eps ** -0.5``, 316, what a constant differs from its own mean by rounding.
 Where norms follow one another (the identity branches of RepVGG) nothing is left but that after a few of them, and it is
 another one on another device, in another precision or batch. Not infinite: an average of such a model with another one
-would be NaN.
+would be NaN. In half precision it is the largest number there is.
 """
 
 
@@ -130,10 +130,16 @@ class _Sums:
     def write(self, norm: nn.Module) -> None:
         """Give a norm the means."""
         mean, var = (torch.as_tensor(one / self.batches) for one in (self.mean, self.var))
-        rounding = max(CONSTANT, torch.finfo(norm.get_buffer("running_mean").dtype).eps) * mean.abs()
+        own = norm.get_buffer("running_var")
+        rounding = max(CONSTANT, torch.finfo(own.dtype).eps) * mean.abs()
         norm.get_buffer("running_mean").copy_(mean)
-        norm.get_buffer("running_var").copy_(var.masked_fill(var <= rounding**2, OF_CONSTANTS))
+        own.copy_(var.masked_fill(var <= rounding**2, _of_constants(own)))
         norm.get_buffer("num_batches_tracked").fill_(self.batches)
+
+
+def _of_constants(like: Tensor) -> float:
+    """`OF_CONSTANTS`, as a tensor of variances can hold it."""
+    return min(OF_CONSTANTS, torch.finfo(like.dtype).max)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -172,7 +178,8 @@ def stored(state: FreezeState, module: nn.Module) -> dict[str, Stored]:
     """The statistics with which finished tasks are recalled, of the channels that belong to them, by norm.
 
     A unit's are those of the first task that it is relevant to. A norm that belongs to no unit layer is frozen whole,
-    and all its channels are the first task's.
+    and all its channels are the first task's, but for those that said the same in all of its data: with their
+    statistics no later task could say anything through them.
     """
     found: dict[str, Stored] = {}
     layer_of = {layer.norm: layer.name for layer in state.layers if layer.norm}
@@ -180,6 +187,7 @@ def stored(state: FreezeState, module: nn.Module) -> dict[str, Stored]:
         for name in with_statistics(module, record.norm_statistics):
             mean, var = (record.norm_statistics[f"{name}.{key}"] for key in ("running_mean", "running_var"))
             own = record.relevant[layer_of[name]] if name in layer_of else torch.ones(len(mean), dtype=torch.bool)
+            own = own & (var < _of_constants(var) / 2).cpu()
             if name in found:
                 before = found[name]
                 mean, var = (

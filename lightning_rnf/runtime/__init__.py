@@ -7,8 +7,9 @@ what a context manager promises to leave as it was, or how several processes com
 from lightning_rnf.runtime import arguments, extras, sharding
 from lightning_rnf.runtime.guard import attention_by_its_parts, borrowed, evaluating, forget_gradient_hooks, recompiled
 from lightning_rnf.runtime.no_trainer import alone, transferred
-from lightning_rnf.runtime.progress import Show, shown, silent
+from lightning_rnf.runtime.progress import Show, silent
 from lightning_rnf.runtime.ranks import ALONE, Ranks, joined
+from lightning_rnf.runtime.stopping import steps
 
 __all__ = [
     "ALONE",
@@ -24,7 +25,7 @@ __all__ = [
     "joined",
     "recompiled",
     "sharding",
-    "shown",
     "silent",
+    "steps",
     "transferred",
 ]

@@ -20,7 +20,7 @@ from lightning_rnf.packages import LightningModule, Trainer, isolate_rng, rank_z
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.relevance import heatmaps as heatmaps_of
 from lightning_rnf.report import tracking
-from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, shown, silent
+from lightning_rnf.runtime import Show, alone, arguments, borrowed, sharding, silent, steps
 from lightning_rnf.search import Criterion, as_criterion
 from lightning_rnf.tasks import checkpoints, foresight
 from lightning_rnf.tasks.connections import listened, trusted
@@ -132,7 +132,7 @@ class Ending:
 
     def recover(self, trainer: Trainer, module: LightningModule, state: FreezeState, name: str) -> TaskRecord:
         """Select the sub-network that the task's last epochs are to train; the state knows that it recovers."""
-        with isolate_rng(), shown(trainer) as show, sharding.whole(module):
+        with isolate_rng(), steps(trainer) as show, sharding.whole(module):
             reference = self.reference.draw(trainer)
             with self._measuring(module, reference):
                 criteria = (self.recovery.before or self.criterion, self.criterion)
@@ -152,7 +152,7 @@ class Ending:
         if state.recovering is None and self.recovery.epochs and self.recovery.epochs != "auto":
             rank_zero_warn(f"{name}: the fit ended before its last {self.recovery.epochs} epochs: no recovery")
         with isolate_rng():
-            with shown(trainer) as show, sharding.whole(module):  # whole: drawing may run it
+            with steps(trainer) as show, sharding.whole(module):  # whole: drawing may run it
                 reference = self.reference.draw(trainer)
                 with self._measuring(module, reference), rows_read(module) as read:
                     if state.recovering is None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from killed import MOMENTS, run
+from killed import ASKED, MOMENTS, run
 from launched import ended, started
 
 # At random moments so many times: RNF_KILLS=20 pytest -m slow tests/across/test_resume.py is the long run.
@@ -41,6 +41,14 @@ def assert_equal(folder, expected):
 def test_killed_at_a_moment_and_resumed_is_as_if_never_killed(moment, uninterrupted, tmp_path):
     recovery_epochs, expected, _ = uninterrupted
     assert ended(started(run, tmp_path, moment, recovery_epochs)) == [-signal.SIGKILL]
+    assert not (tmp_path / "result.pt").exists()
+    assert ended(started(run, tmp_path, None, recovery_epochs)) == [0]
+    assert_equal(tmp_path, expected)
+
+
+def test_asked_to_end_in_a_search_a_fit_ends_there_and_resumed_is_as_if_never_asked(uninterrupted, tmp_path):
+    recovery_epochs, expected, _ = uninterrupted
+    assert ended(started(run, tmp_path, ASKED, recovery_epochs)) == [0]  # Lightning's exception ends with 0
     assert not (tmp_path / "result.pt").exists()
     assert ended(started(run, tmp_path, None, recovery_epochs)) == [0]
     assert_equal(tmp_path, expected)

@@ -602,3 +602,43 @@ def test_rows_of_a_weight_that_several_layers_read_are_held_and_all_others_learn
     torch.testing.assert_close(gradients[2][~frozen], gradients[0][~frozen], rtol=1e-4, atol=1e-7)
     assert torch.equal(after[1][frozen], start["a.weight"][frozen])
     assert math.isfinite(float(after[1].sum()))
+
+
+class AmongHeads(Classifier):
+    """Layers and the heads of all tasks stand side by side in one module, as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.heads, self.body
+        self.net = net = nn.Module()
+        net.left, net.right, net.joined = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 40)
+        net.right.weight = net.left.weight
+        net.head_a, net.head_b = nn.Linear(40, 2), nn.Linear(40, 2)
+        self.task = "a"
+
+    def forward(self, x: Tensor) -> Tensor:
+        said = self.net.left(x).relu() + (self.net.right(x).relu() if self.task == "a" else 0)
+        return getattr(self.net, f"head_{self.task}")(self.net.joined(said).relu())
+
+
+def test_one_that_does_not_run_is_no_head_because_it_stands_beside_one():
+    torch.manual_seed(0)
+    model, rnf, x = AmongHeads(), RelevanceFreezing(), inputs()
+    trainer(rnf, max_epochs=2).fit(model, datamodule=task_data("a"))
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    model.task = "b"
+    trainer(rnf, max_epochs=2).fit(model, datamodule=task_data("b"))
+    assert list(rnf.state.tasks) == ["a", "b"]
+    model.task = "a"
+    with rnf.recall("a", model), torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def test_two_parameters_in_one_memory_are_refused():
+    model = Classifier()
+    model.body[3] = nn.Linear(40, 40)
+    model.body.append(nn.Linear(40, 40))
+    model.body[-1].weight.data = model.body[3].weight.data
+    with pytest.raises(ValueError, match=r"'body.3.weight' and 'body.\d.weight' are two parameters in one memory"):
+        train(model, RelevanceFreezing(), "a", max_epochs=1)

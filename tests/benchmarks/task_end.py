@@ -169,7 +169,8 @@ def peak_of_end(options: argparse.Namespace, network: str) -> dict:
     watches = []
 
     def watch(module: LightningModule) -> Watched:
-        watches.append(Watched(module.device))
+        of_weights = sum(parameter.nbytes for parameter in module.parameters())
+        watches.append(Watched(module.device, resident=of_weights > 1e9))
         return watches[-1]
 
     ended(options, network, 0, watch, limit_train_batches=2)

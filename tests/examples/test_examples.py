@@ -348,7 +348,7 @@ def test_results_that_are_there_are_not_made_again_and_other_settings_are_refuse
         assert "were made with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("mnist_split", *QUICK, "--method", "naif")
-    assert "has the methods naive, paper, exact, default, best" in capsys.readouterr().err
+    assert "has the methods naive, separate, paper, exact, default, best" in capsys.readouterr().err
 
 
 @has("MNIST")

@@ -5,7 +5,7 @@ import torch
 from records import ConvNet, make, record_of, state_of
 from snapshot import changes, snapshot
 from torch import nn
-from training import ConvClassifier, clusters, inputs, plain, task_data, train, trainer
+from training import Classifier, ConvClassifier, clusters, inputs, plain, task_data, train, trainer
 
 from lightning_rnf import RelevanceFreezing
 from lightning_rnf.anatomy import UnitLayer
@@ -118,6 +118,14 @@ def test_a_constant_channel_is_not_divided_by_its_rounding_and_another_is_by_its
         assert norm(x)[:, 1:].std(0) == pytest.approx([1, 1], rel=0.01)
         averaged = (norm.running_var + nn.BatchNorm1d(3).running_var) / 2
     assert averaged.isfinite().all()
+
+
+def test_in_half_precision_a_constant_channel_has_the_largest_variance_that_there_is():
+    norm, x = nn.BatchNorm1d(2).half().eval(), torch.randn(64, 2).half()
+    x[:, 0] = 3
+    with recalibrated([norm], lambda: norm(x)), torch.no_grad():
+        assert norm.running_var.isfinite().all()
+        assert norm(x + 0.5)[:, 0].abs().max() < 0.01
 
 
 def test_norms_without_running_statistics_have_none_to_estimate():
@@ -238,6 +246,27 @@ def test_a_later_task_leaves_pinned_statistics_as_they_are_recalled_and_moves_fr
     with rnf.recall("a"), torch.no_grad():
         assert torch.equal(model(inputs()), logits)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_channels_that_said_nothing_in_a_task_are_not_pinned_to_say_nothing_in_later_ones():
+    torch.manual_seed(0)
+    model = Classifier()
+    model.body = nn.Sequential(
+        *(nn.Unflatten(1, (1, 1, 6)), nn.Conv2d(1, 16, (1, 3)), nn.ReLU(), nn.BatchNorm2d(16)),
+        *(nn.Conv2d(16, 16, (1, 2)), nn.ReLU(), nn.Flatten(), nn.Linear(48, 40), nn.ReLU()),
+    )
+    rnf, x = RelevanceFreezing(criterion=FreeCapacity(0.6), norm_statistics="pinned"), inputs()
+    train(model, rnf, "a", max_epochs=2)
+    silent = ~rnf.state.tasks["a"].relevant["body.1"]
+    assert silent.any()
+    with rnf.recall("a", model), torch.no_grad():
+        before = model(x)
+    train(model, rnf, "b", max_epochs=3)
+    assert model.body[3].running_var.max() < 1e3
+    with torch.no_grad():
+        assert model.eval().body[:4](x).std((0, 2, 3))[silent].max() > 0.01
+        with rnf.recall("a", model):
+            assert torch.equal(model(x), before)
 
 
 def test_a_norm_that_belongs_to_no_unit_is_pinned_whole():

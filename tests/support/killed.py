@@ -17,6 +17,7 @@ from lightning_rnf.tasks import checkpoints, selection
 
 EPOCHS = 3
 MOMENTS = ("training", "attribution", "search", "record", "nothing left to train", "kept")
+ASKED = "asked to end in the search"
 
 
 class SeedEpochs(pl.Callback):
@@ -36,6 +37,11 @@ class Die(pl.Callback):
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask():
+    """As a cluster does some time before it takes the machine away."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(folder: Path, moment: str | None = None, recovery_epochs: int = 0) -> None:
@@ -69,6 +75,9 @@ def _prepare(moment):
             return attribute(*args, **kwargs) if len(calls) == 1 else die()
 
         selection.attribute = attribute_once
+    elif moment == ASKED:
+        search = selection.search_cutoff
+        selection.search_cutoff = lambda *args, **kwargs: (ask(), search(*args, **kwargs))[1]
     elif moment == "search":
         selection.search_cutoff = die
     elif moment == "record":  # between the record and the checkpoint
