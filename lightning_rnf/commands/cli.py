@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with 2 and a sentence if what was asked for can't be done, or a report fails on a condition; with 1
-            if masks differ.
+            if masks differ; with 143 if SIGTERM has ended a fit, which Lightning lets end with 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -124,12 +125,16 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _with_lightning(arguments: Sequence[str]) -> None:
     from lightning_rnf.commands.lightning_cli import CommandLine, run_stream
+    from lightning_rnf.packages import SIGTERMException, either
 
-    if arguments[0] == "stream":
-        run_stream(arguments[1:])
-    else:
-        # Lightning warns of arguments that are not the process's own.
-        CommandLine(None if arguments == sys.argv[1:] else arguments)
+    try:
+        if arguments[0] == "stream":
+            run_stream(arguments[1:])
+        else:
+            # Lightning warns of arguments that are not the process's own.
+            CommandLine(None if arguments == sys.argv[1:] else arguments)
+    except either(SIGTERMException):
+        raise SystemExit(128 + signal.SIGTERM) from None  # what a shell says of a program without a handler
 
 
 def _state(path: Path) -> Any:

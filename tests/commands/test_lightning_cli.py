@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+import project
 import pytest
 import torch
 import yaml
 from documents import blocks
 from project import name_of_task, predict, score
-from training import inputs
+from training import Classifier, inputs
 from zennit.composites import EpsilonPlus
 
 from lightning_rnf import ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
@@ -421,3 +424,21 @@ def test_masks_diff_is_silent_for_the_same_and_exits_with_1_for_others(ended, tm
     row = capsys.readouterr().out.splitlines()[1].split()
     assert row[:3] == ["a", "body.0", "40"]
     assert int(row[4]) + int(row[5]) == 3
+
+
+@pytest.mark.parametrize("verb", ["fit", "stream"])
+def test_a_fit_that_sigterm_has_ended_is_no_success(verb, tmp_path, monkeypatch):
+    step = Classifier.training_step
+
+    def asked(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)  # Lightning's handler is there in a fit
+        return step(self, batch)
+
+    monkeypatch.setattr(project.Model, "training_step", asked)
+    if verb == "fit":
+        given = ["fit", "--config", fit_config(tmp_path)]
+    else:
+        given = ["stream", "--config", written(tmp_path, **STREAM), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 143
