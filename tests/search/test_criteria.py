@@ -68,6 +68,28 @@ def test_accuracy_that_is_not_a_number_is_not_accepted():
     assert not AccuracyDrop(1.0)(score(math.nan, 0.9))
 
 
+def test_the_limit_of_accuracy_is_the_baseline_less_the_tolerance_and_of_several_the_highest():
+    assert AccuracyDrop(0.25).accuracy_limit(0.75) == 0.5
+    assert FreeCapacity(0.5).accuracy_limit(0.75) is None
+    for both in (AccuracyDrop(0.25) & AccuracyDrop(0.5), AccuracyDrop(0.5) & FreeCapacity(0.5) & AccuracyDrop(0.25)):
+        assert both.accuracy_limit(0.75) == 0.5
+
+
+def test_so_many_samples_tell_a_drop_of_the_tolerance_as_one_of_them_weighs_no_more():
+    AccuracyDrop(0.25).check_samples(4)
+    AccuracyDrop(0.0).check_samples(1)  # no loss at all can be told by any
+    AccuracyDrop(1.0).check_samples(1)
+    with pytest.raises(ValueError, match="samples") as refused:
+        AccuracyDrop(0.02).check_samples(40)
+    assert str(refused.value) == (
+        "reference data has 40 samples, so one weighs 2.5%, more than the tolerance of 2.0%: give at least 50 samples, "
+        "a larger tolerance, or 0 for no loss"
+    )
+    for either in (FreeCapacity(0.5) & AccuracyDrop(0.02), AccuracyDrop(0.02) & FreeCapacity(0.5)):
+        with pytest.raises(ValueError, match="has 40 samples"):
+            either.check_samples(40)
+
+
 # -- FreeCapacity -----------------------------------------------------------------------------------------------------
 
 
@@ -169,10 +191,15 @@ def test_what_is_free_or_small_enough_is_met_however_much_more_is_pruned():
     assert FreeCapacity(0.3).met(enough)
     assert not FreeCapacity(0.3)(enough)
     assert not FreeCapacity(0.6).met(enough)
+    assert FreeCapacity(0.07).met(replace(enough, units=100, free=7))  # 0.07 × 100 is 7.000000000000001
+    assert not FreeCapacity(0.07).met(replace(enough, units=100, free=6))
     small = with_values({"flops": 100.0}, {"flops": 40.0, "flops_before": 45.0})
     assert ComputeBudget(0.5).met(small)
     assert not ComputeBudget(0.5)(small)
     assert not ComputeBudget(30).met(small)
+    assert ComputeBudget(0.4).met(small)
+    assert ComputeBudget(40).met(small)
+    assert not ComputeBudget(2).met(small)  # two operations, not twice what the whole network needs
     assert (AccuracyDrop(0.5) & FreeCapacity(0.3)).met(enough)
     assert not (AccuracyDrop(0.4) & FreeCapacity(0.3)).met(enough)
 
@@ -184,6 +211,11 @@ def test_a_metric_without_direction_or_what_is_none_is_refused():
         MetricDrop("f1")
     with pytest.raises(ValueError, match="tolerance"):
         MetricDrop(MulticlassF1Score(3), tolerance=-0.1)
+    with pytest.raises(ValueError, match="tolerance is inf, expected at least 0, in the metric's unit"):
+        MetricDrop(MulticlassF1Score(3), tolerance=math.inf)
+    assert not MetricDrop(MulticlassF1Score(3), 0.0)(
+        with_values({"MulticlassF1Score": 0.5}, {"MulticlassF1Score": 0.49})
+    )
 
 
 def test_a_budget_is_a_share_or_a_number_of_operations_and_is_met_at_the_first_step_within_it():
@@ -221,6 +253,7 @@ def test_criteria_combine_to_one_that_accepts_what_all_accept_and_asks_for_what_
     assert both.counts_flops
     assert not (AccuracyDrop() & FreeCapacity(0.5)).counts_flops
     assert ((lambda score: False) & AccuracyDrop(1.0))(score(1.0, 1.0)) is False
+    assert ((lambda score: True) & AccuracyDrop(0.1))(score(0.5, 1.0)) is False
     with pytest.raises(ValueError, match="samples"):
         both.check_samples(9)
 

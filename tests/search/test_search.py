@@ -147,6 +147,18 @@ def test_relevant_units_are_those_beyond_the_cutoff_in_the_shape_of_the_layers()
         assert list(found) == ["a", "b"]
 
 
+@quickly
+@given(st.data())
+def test_a_layer_is_untouched_if_no_cutoff_takes_a_unit_of_it(data):
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    relevance = {f"l{i}": torch.rand(size) for i, size in enumerate(sizes)}
+    frozen = {
+        f"l{i}": torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for i, n in enumerate(sizes)
+    }
+    ranking = rank(relevance, frozen)
+    assert ranking.untouched() == [name for name, mask in ranking.relevant(ranking.candidates).items() if mask.all()]
+
+
 def test_a_score_counts_as_free_only_what_no_task_needs():
     relevance = {"a": torch.tensor([0.0, 3.0, 1.0]), "b": torch.tensor([4.0, 2.0])}
     frozen = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in FROZEN.items()}
