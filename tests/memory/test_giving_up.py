@@ -6,7 +6,7 @@ import pytest
 import torch
 from records import ConvNet, Mlp, make, record_of
 
-from lightning_rnf.memory import Audit, FreezeState, fingerprints, without
+from lightning_rnf.memory import Audit, FreezeState, fingerprints, moved, without
 
 NAMES = ("a", "b", "c")
 
@@ -121,3 +121,36 @@ def test_free_units_are_to_be_reset_once_more():
     assert (state.layers, list(state.initial)) == (net.layers, ["fc1.bias"])
     state.forget_unfinished()  # as the next fit does
     assert list(state.initial) == ["fc1.bias"]
+
+
+def test_what_has_moved_is_told_of_the_task_at_whose_end_it_had_not():
+    net = make(Mlp)
+    state = ended(net)
+    assert moved(parameters(net), state) == {}
+    with torch.no_grad():
+        net.fc1.weight[2] += 1.0  # b's and c's
+    assert moved(parameters(net), state) == {"b": ["fc1"], "c": ["fc1"]}
+    assert moved(parameters(net), state, learning=["fc1"]) == {}
+    with torch.no_grad():
+        net.fc2.bias[0] += 1.0  # a's alone, of its layer
+        net.norm.bias[0] += 1.0  # frozen by the first task
+    found = moved(parameters(net), state)
+    assert found == {"a": ["fc2", "norm.bias"], "b": ["fc1"], "c": ["fc1"]}
+    assert moved(parameters(net), state, learning=["fc2", "norm.bias"]) == {"b": ["fc1"], "c": ["fc1"]}
+    record = state.tasks["a"]
+    for entries in ({}, {"fc1": record.rows["fc1"]}):  # a file from before fingerprints, or one that lacks some
+        state.tasks["a"] = replace(record, rows=entries)
+        assert moved(parameters(net), state) == {"b": ["fc1"], "c": ["fc1"]}
+
+
+def test_what_had_moved_at_a_later_task_s_end_was_told_of_then():
+    net = make(Mlp)
+    state = ended(net)
+    with torch.no_grad():
+        net.fc1.weight[1] += 1.0  # a's and b's
+    units = replace(net.units(), head="b", head_parameters=(), shared=())
+    state.tasks["b"] = replace(state.tasks["b"], rows=fingerprints(net, units, state.tasks["b"], state))
+    assert moved(parameters(net), state) == {"a": ["fc1"]}
+    with torch.no_grad():
+        net.fc1.weight[5] += 1.0  # c's and b's
+    assert moved(parameters(net), state) == {"a": ["fc1"], "b": ["fc1"], "c": ["fc1"]}
