@@ -17,9 +17,12 @@ quickly = settings(deadline=None, database=None, max_examples=60)
 each_method = pytest.mark.parametrize("method", ["fewest", "bisect", "linear"])
 
 
-def order(relevance: dict[str, list[float]], frozen: dict[str, list[int]] | None = None, **options) -> list[int]:
+def order(
+    relevance: dict[str, list[float]], frozen: dict[str, list[int]] | None = None, dtype=torch.float32, **options
+) -> list[int]:
     masks = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in (frozen or {}).items()}
-    return rank({name: torch.tensor(values) for name, values in relevance.items()}, masks, **options).order.tolist()
+    scores = {name: torch.tensor(values, dtype=dtype) for name, values in relevance.items()}
+    return rank(scores, masks, **options).order.tolist()
 
 
 # -- rank -------------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ def test_relevance_that_is_not_finite_is_refused_by_the_layer_s_name(value):
 
 
 def test_a_network_without_units_is_refused():
-    with pytest.raises(ValueError, match="no units"):
+    with pytest.raises(ValueError, match=r"^no units to rank$"):
         order({})
 
 
@@ -352,6 +355,43 @@ def test_what_is_foretold_of_a_search_from_the_fewest_is_what_the_worst_boundary
         assert most == about(ranking_of(candidates), "fewest")
 
 
+@pytest.mark.parametrize("ration", [None, 0.5])
+@pytest.mark.parametrize("resolution", [1, 3])
+def test_what_is_foretold_of_each_method_is_what_its_worst_boundary_needs(resolution, ration):
+    for candidates in range(1, 34):
+        ranking = rank({"layer": torch.arange(float(candidates))}, {}, ration=ration)
+        made = {"fewest": set(), "bisect": set(), "linear": set()}
+        for method, counts in made.items():
+            for boundary in [*ranking.cutoffs(resolution), -1]:
+                found = search_cutoff(
+                    ranking,
+                    lambda cutoff: Measured(1.0),
+                    lambda score, boundary=boundary: score.cutoff <= boundary,
+                    method=method,
+                    resolution=resolution,
+                )
+                assert found.taken.score.cutoff == max(boundary, ranking.beyond_ration)
+                counts.add(len(found.evaluations))
+            said = about(ranking, method, resolution)
+            if method == "bisect":
+                assert said - 1 <= min(counts) <= max(counts) <= said
+            else:
+                assert said == max(counts)
+            if resolution == 1:
+                assert said == about(ranking, method) == about(ranking, method, 1, 0.0)
+
+
+def test_by_default_the_search_is_from_the_fewest_unit_by_unit_and_exact():
+    ranking = ranking_of(50)
+
+    def search(**options) -> list[int]:
+        found = search_cutoff(ranking, lambda cutoff: Measured(1.0), lambda score: score.cutoff <= 17, **options)
+        return [evaluation.score.cutoff for evaluation in found.evaluations]
+
+    assert search() == search(method="fewest", resolution=1, precision=0.0)
+    assert 17 in search()
+
+
 def test_from_the_fewest_finds_few_units_that_do_where_more_do_not():
     def does(kept: int) -> bool:  # as seen on an MLP of 800 units
         return 10 <= kept < 50 or kept > 300
@@ -426,8 +466,34 @@ def test_milder_cutoffs_keep_half_as_many_more_each_up_to_all(candidates, resolu
     assert set(milder) <= set(cutoffs)
     assert [cutoff, *milder][-1] == ranking.beyond_ration
     steps = [len(cutoffs) - 1 - cutoffs.index(one) for one in (cutoff, *milder)]
-    assert all(fewer < more <= max(fewer + 1, 1.5 * fewer) for fewer, more in pairwise(steps))
+    for fewer, more in pairwise(steps):
+        assert more == min(max(fewer + 1, math.floor(1.5 * fewer)), len(cutoffs) - 1)
     assert len(milder) <= 4 + math.log(len(cutoffs), 1.5)
+    assert ranking.milder(cutoff) == ranking.milder(cutoff, 1)
+
+
+@quickly
+@given(candidates=st.integers(1, 60), resolution=resolutions, ration=st.sampled_from([None, 0.5]))
+def test_the_step_before_a_step_is_the_one_before_it_and_before_the_first_none_is_silent(
+    candidates, resolution, ration
+):
+    masks = {"layer": torch.arange(candidates + 2) % 4 == 1}
+    ranking = rank({"layer": torch.arange(candidates + 2.0)}, masks, candidates="all", ration=ration)
+    steps = ranking.cutoffs(resolution)
+    before = {later: earlier for earlier, later in pairwise([0, *steps])}
+    for cutoff in steps:
+        assert ranking.before(cutoff, resolution) == before[cutoff]
+        score = ranking.score(cutoff, Measured(0.5, {"f1": 0.25}, 7), Measured(0.75, {"f1": 1.0}, 9), resolution)
+        assert (score.free, score.free_before) == (ranking.free(cutoff), ranking.free(before[cutoff]))
+        assert (score.samples, score.values, score.baseline_values) == (7, {"f1": 0.25}, {"f1": 1.0})
+        assert (score.units, score.relevant) == (candidates + 2, candidates + 2 - cutoff)
+    for cutoff in ranking.cutoffs():
+        assert ranking.before(cutoff) == ranking.before(cutoff, 1)
+        assert ranking.score(cutoff, Measured(0.5)) == ranking.score(cutoff, Measured(0.5), Measured(0.5), 1)
+
+
+def test_relevance_too_small_to_divide_by_still_ranks():
+    assert order({"a": [2e-310, 1e-310, -1e-310], "b": [0.0, 0.0]}, dtype=torch.float64) == [3, 4, 2, 1, 0]
 
 
 @each_method
@@ -470,7 +536,7 @@ def test_searching_twice_finds_the_same(method):
 @pytest.mark.parametrize("resolution", [0, -1])
 def test_a_resolution_below_one_unit_is_refused_before_anything_is_measured(resolution):
     network = Network([True] * 3)
-    with pytest.raises(ValueError, match=f"resolution is {resolution}"):
+    with pytest.raises(ValueError, match=f"^resolution is {resolution}, expected at least 1 unit per step$"):
         network.search("bisect", resolution)
     assert network.measured == []
 
