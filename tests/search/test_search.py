@@ -381,6 +381,18 @@ def test_what_is_foretold_of_each_method_is_what_its_worst_boundary_needs(resolu
                 assert said == about(ranking, method) == about(ranking, method, 1, 0.0)
 
 
+@pytest.mark.parametrize("precision", [0.0, 0.07, 0.3])
+def test_what_is_foretold_to_a_precision_is_what_the_worst_boundary_needs_in_larger_networks_too(precision):
+    for candidates in (9, 33, 128, 129, 131, 140, 200):  # some just beyond a kept count: the worst is not at the end
+        ranking = ranking_of(candidates)
+        most = 0
+        for boundary in range(candidates + 1):
+            network = Network([cutoff <= boundary for cutoff in range(candidates + 1)])
+            search_cutoff(ranking, network.measure, network.criterion, precision=precision)
+            most = max(most, len(network.measured))
+        assert most == about(ranking, "fewest", precision=precision), candidates
+
+
 def test_by_default_the_search_is_from_the_fewest_unit_by_unit_and_exact():
     ranking = ranking_of(50)
 
