@@ -12,6 +12,7 @@ import torch
 from records import ConvNet, Mlp, every_second, make, record_of, state_of
 from torch import nn
 
+from lightning_rnf.anatomy import Wider
 from lightning_rnf.anatomy.units import UnitLayer
 from lightning_rnf.memory.state import FreezeState
 
@@ -261,3 +262,80 @@ def test_layers_that_were_frozen_whole_or_that_no_task_ran_stay_whole():
     whole = state.completed(ran)
     assert whole.layers == net.layers
     assert set(late.parameters) <= set(whole.shared)
+
+
+def test_layers_and_embeddings_that_an_earlier_task_froze_whole_stay_so_and_say_why():
+    net = make(Mlp)
+    late = UnitLayer("late", 5, -1, ("late.weight", "late.bias"))
+    state = replace(state_of(net), embeddings=("rows.weight",))
+    state.shared = (*state.shared, *late.parameters, "table.weight")
+    ran = replace(
+        net.units("second"),
+        layers=(*net.layers, late),
+        embeddings=("table.weight",),
+        shared=(*net.shared, "rows.weight"),  # in this trace, and by rows when the first task ended
+    )
+    completed = state.completed(ran)
+    why = "frozen whole since an earlier task"
+    assert {name: completed.reasons[name] for name in (*late.parameters, "table.weight")} == {
+        "late.weight": why,
+        "late.bias": why,
+        "table.weight": why,
+    }
+    assert completed.embeddings == ("rows.weight",)
+    assert set(completed.shared) == {*net.shared, *late.parameters, "table.weight"}
+
+
+def test_what_follows_a_layer_since_an_earlier_task_is_not_its_own():
+    net = make(Mlp)
+    fc1, fc2 = net.layers
+    state = state_of(net)
+    followers = ("bn.weight", "bn.bias"), ("slope.weight",)
+    for norm, slopes, own in (
+        ("bn", None, followers[0]),
+        (None, "slope", followers[1]),
+        ("bn", "slope", sum(followers, ())),
+    ):
+        since = replace(fc1, norm=norm, slopes=slopes, parameters=(*fc1.parameters, *own))
+        completed = state.completed(replace(net.units("second"), layers=(since, fc2)))
+        assert completed.layers == net.layers
+        assert {name: completed.reasons[name] for name in own} == dict.fromkeys(
+            own, "no unit's when an earlier task ended"
+        )
+        assert set(own) <= set(completed.shared)
+    known = FreezeState(layers=(replace(fc1, slopes="slope", parameters=(*fc1.parameters, "slope.weight")), fc2))
+    known.tasks["first"] = state.tasks["first"]
+    same = replace(net.units("second"), layers=known.layers)
+    assert known.completed(same).layers == known.layers  # they followed it then
+
+
+def test_two_layers_that_differ_are_both_named_with_what_became_of_them():
+    net = make(Mlp)
+    state = state_of(net)
+    whole = {"fc1": "runs twice", "fc2": "shares its weight"}
+    with pytest.raises(ValueError, match=re.escape("another (here, layer 'fc1' runs twice) (here, layer 'fc2'")):
+        state.completed(replace(net.units("second"), layers=(), whole=whole))
+
+
+def test_a_record_is_stamped_with_how_often_the_model_was_wider_and_own_rows_come_back():
+    net = make(Mlp)
+    state = FreezeState(widenings=(Wider({}, {}, {}), Wider({}, {}, {})))
+    record = record_of(net)
+    state.add(record, net.units())
+    assert (record.widenings, state.tasks["first"].widenings) == (0, 2)
+    assert state.tasks["first"].relevant is record.relevant
+    assert state.later(record) == state.widenings
+    assert state.later(state.tasks["first"]) == ()
+    state = two_tasks()
+    state.forms = {name: f"float32 {tuple(value.shape)}" for name, value in net.named_parameters()}
+    state.embeddings, state.own_rows = ("table.weight",), ("table.weight",)
+    state.forms["table.weight"] = "float32 (7, 4)"
+    assert FreezeState.from_plain(state.to_plain()).own_rows == ("table.weight",)
+
+
+def test_a_parameter_that_stands_in_two_places_is_found_in_both():
+    net = make(Mlp)
+    state = state_of(net)
+    net.norm.weight = net.fc1.bias  # fc1's comes first, and torch names a parameter once
+    assert "norm.weight" not in dict(net.named_parameters())
+    state.check_module(net)
