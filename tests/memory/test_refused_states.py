@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_rnf.anatomy import Wider
 from lightning_rnf.anatomy.units import UnitLayer
-from lightning_rnf.memory.state import FreezeState
+from lightning_rnf.memory.state import VERSION, FreezeState
 
 Plain = dict[str, Any]
 
@@ -115,7 +115,7 @@ def connections_twice(plain):
 
 
 REFUSED = {
-    version: "'version' is 0, expected 1 to 1",
+    version: f"'version' is 0, expected 1 to {VERSION}",
     resets_before_none: "-2 resets after 2 tasks",
     resets_of_tasks_to_come: "3 resets after 2 tasks",
     initial_of_a_head: "['heads.tasks.first.weight'] belong to no unit",
