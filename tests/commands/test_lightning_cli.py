@@ -22,6 +22,7 @@ from zennit.composites import EpsilonPlus
 from lightning_rnf import ComputeBudget, FreeCapacity, MetricDrop, RelevanceFreezing
 from lightning_rnf.commands.cli import main
 from lightning_rnf.commands.lightning_cli import _instantiated, _stream_parser, built_model
+from lightning_rnf.memory.state import VERSION
 from lightning_rnf.tasks import checkpoints
 
 pytestmark = [
@@ -249,7 +250,7 @@ def damaged(path, kind, folder):
     if kind == "missing":
         return found
     if kind == "newer":
-        content["callbacks"]["RelevanceFreezing"]["version"] = 2
+        content["callbacks"]["RelevanceFreezing"]["version"] = VERSION + 1
     elif kind == "another model":
         content["state_dict"]["body.0.weight"] = torch.zeros(30, 6)
     elif kind == "no state":
@@ -267,7 +268,7 @@ def damaged(path, kind, folder):
     [
         ("truncated", "can't be read: it is cut off, or no checkpoint"),
         ("missing", "no checkpoint at"),
-        ("newer", "the state has version 2, this lightning_rnf reads up to 1: update it"),
+        ("newer", f"the state has version {VERSION + 1}, this lightning_rnf reads up to {VERSION}: update it"),
         ("another model", "of another model: 'body.0.weight' is (30, 6) in it, and (40, 6) in this one"),
         ("no state", "is no checkpoint of Lightning"),
         ("a state that is none", "not a state of lightning_rnf"),
