@@ -404,8 +404,8 @@ def _as_before(layer: UnitLayer, known: UnitLayer | None) -> UnitLayer:
 
 def _layer_to_plain(layer: UnitLayer) -> dict[str, Any]:
     plain = asdict(layer)
-    for key, absent in (("recurrent", None), ("packed", False), ("tied", ())):  # as files were before there were such
-        if plain[key] is absent:
+    for key in ("recurrent", "packed", "tied"):  # as files were before there were such
+        if not plain[key]:
             del plain[key]
     return plain
 
