@@ -81,12 +81,18 @@ def computed(
         rows = weight.index_select(0, of_blocks if kept else of_blocks.new_zeros(1))
         of_bias = None if bias is None or not kept else bias.index_select(0, of_blocks)
         axis = -1 if isinstance(layer, nn.Linear) else 1
-        if columns:
+        samples = len(input)
+        if not kept:
+            input = input[:1]  # one row of one sample shows the form of the output
+        elif columns:
             input, rows = _without_zeros(input, rows, axis)
         some = layer._conv_forward(input, rows, of_bias) if axis == 1 else nn.functional.linear(input, rows, of_bias)
         some = some.narrow(axis, 0, kept) if 0 < kept < len(of_blocks) else some
-        zeros = _like(some, len(weight)) if axis == 1 else some.new_zeros(*some.shape[:-1], len(weight))
-        return zeros.index_copy_(axis, chosen, some) if kept else zeros  # one row has shown the form of the output
+        if axis == 1:
+            zeros = _like(some, samples, len(weight))
+        else:
+            zeros = some.new_zeros(samples, *some.shape[1:-1], len(weight))
+        return zeros.index_copy_(axis, chosen, some) if kept else zeros
 
     layer.forward = forward
     try:
@@ -299,15 +305,17 @@ def _without_zeros(input: Tensor, rows: Tensor, axis: int) -> tuple[Tensor, Tens
     speaks[silent] = input.index_select(axis, silent).abs().amax(others) != 0  # most are seen in a few samples already
     if axis == 1:
         speaks[speaks.logical_not().nonzero().view(-1)[: -int(speaks.sum()) % BLOCK]] = True
+    if not speaks.any():
+        speaks[0] = True  # a layer has to hear something
     some = speaks.nonzero().view(-1)
-    if not 0 < len(some) <= LARGEST_SHARE * len(speaks):
+    if len(some) > LARGEST_SHARE * len(speaks):
         return input, rows
     return input.index_select(axis, some), rows.index_select(1, some)
 
 
-def _like(some: Tensor, channels: int) -> Tensor:
-    """Zeros of the same form and memory format with so many channels."""
-    shape = (some.shape[0], channels, *some.shape[2:])
+def _like(some: Tensor, samples: int, channels: int) -> Tensor:
+    """Zeros of the same form and memory format with so many samples and channels."""
+    shape = (samples, channels, *some.shape[2:])
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(some.ndim, torch.contiguous_format)
     is_last = some.is_contiguous(memory_format=last) and not some.is_contiguous()
     memory = last if is_last else torch.contiguous_format

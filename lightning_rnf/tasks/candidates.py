@@ -40,15 +40,19 @@ class Known:
         whole: accuracy of the whole network by its head, ``"trained"`` or ``"fitted"``; empty if heads are not fitted.
         is_better_trained: whether by a metric the whole network is worth more with its trained head: least squares are
             not what perplexity wants, say. Then its sub-networks are measured with both.
+        of_shares: what was measured by the share that the task may claim: each has a ranking of its own.
     """
 
     measured: dict[int, Measured] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
     is_better_trained: bool = False
+    of_shares: dict[float | None, dict[int, Measured]] = field(default_factory=dict)
 
-    def forget(self) -> None:
-        """All but the whole network: of another ranking."""
-        self.measured = {cutoff: one for cutoff, one in self.measured.items() if cutoff == 0}
+    def turn_to(self, share: float | None) -> None:
+        """From here on cutoffs are of this share's ranking; the whole network is in all of them."""
+        whole = {cutoff: one for cutoff, one in self.measured.items() if cutoff == 0}
+        self.measured = self.of_shares.setdefault(share, {})
+        self.measured.update(whole)
 
 
 @dataclass(frozen=True)

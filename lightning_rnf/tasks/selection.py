@@ -202,6 +202,7 @@ class Selection:
             refitting = Refitting(module, units.layers, state.frozen(), fitting.data)
         for number, share in enumerate(shares, start=1):
             is_last = number == len(shares)
+            known.turn_to(share)
             ranking = reference.ranks.decided(partial(self._rank, relevance, units, state, notes, share))
             expected = about(ranking, self.search, self.resolution, self._precision(criterion))
             options: dict[str, Any] = {"expected": expected, "show": show, "survey": survey, "fitting": fitting}
@@ -209,7 +210,6 @@ class Selection:
                 module, units, reference, ranking, criterion, *later, known=known, refitting=refitting, **options
             ) as candidates:
                 if not is_last and not self._is_enough(candidates, criterion, share, asks=survey is not None):
-                    known.forget()
                     continue
                 found, taken = self._searched(candidates, criterion, asks=survey is not None, recovers=bool(later))
             break

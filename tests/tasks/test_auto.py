@@ -21,6 +21,7 @@ from lightning_rnf.search import SubnetworkScore, as_criterion
 from lightning_rnf.streams import TaskDataModule
 from lightning_rnf.tasks import auto
 from lightning_rnf.tasks.auto import PARTS, RECOVERY, SHARES, Enough
+from lightning_rnf.tasks.candidates import Known, Subnetworks
 
 ACCURACIES = st.integers(0, 1000).map(lambda right: right / 1000)
 TOLERANCES = st.sampled_from([0.0, 0.01, 0.02, 0.1, 1.0])
@@ -236,6 +237,38 @@ def test_a_fit_recovers_as_long_and_one_that_can_t_says_nothing_of_it(options, r
     fit(rnf, **options)  # a warning would be an error
     assert rnf.state.task("a").recovery_epochs == recovered
     assert rnf.state.task("a").ration in SHARES
+
+
+def test_a_share_that_is_tried_again_is_not_measured_again(monkeypatch):
+    """Where no share is enough a task recovers in one of those that were tried."""
+    monkeypatch.setattr(auto, "is_enough", lambda *args: False)
+    found = []
+    for remembers in (True, False):
+        made = []
+
+        def measured(self, cutoff, made=made, measure=Subnetworks._measured):
+            made.append((self.ranking.beyond_ration, cutoff))
+            return measure(self, cutoff)
+
+        def anew(self, share, turn_to=Known.turn_to):
+            self.of_shares.pop(share, None)
+            turn_to(self, share)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Subnetworks, "_measured", measured)
+            if not remembers:
+                patched.setattr(Known, "turn_to", anew)
+            rnf = RelevanceFreezing(criterion=0.1)
+            pl.seed_everything(0, verbose=False)
+            fit(rnf)
+        found.append(rnf.state.task("a"))
+        assert found[-1].ration == auto.MOST
+        budgets = [one for one in made if one[0] == one[1]]
+        assert len(budgets) - len(set(budgets)) == (0 if remembers else 1)
+        assert sum(cutoff == 0 for _, cutoff in made) == 1
+    first, second = found
+    assert [one.score for one in first.evaluations] == [one.score for one in second.evaluations]
+    assert all(torch.equal(mask, second.relevant[name]) for name, mask in first.relevant.items())
 
 
 def test_a_fit_that_is_stopped_before_its_recovery_ends_its_task_without_one():
