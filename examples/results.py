@@ -4,9 +4,10 @@
     python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
     python examples/results.py --check        # exit with 1 if a page or a figure shows other results than the files
 
-In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``, and
-between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each. Numbers in sentences, there and on the
-project's other pages, are written and checked, too: see `prose.py`.
+In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``,
+between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each, and between ``<!-- costs -->`` and ``<!--
+/costs -->`` what they took: see `costs.py`. Numbers in sentences, there and on the project's other pages, are written
+and checked, too: see `prose.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import prose
 import torch
+from costs import costs
 from images import from_text
 from PIL import Image
 from result_files import read
@@ -40,6 +42,7 @@ OWN = Path(__file__).parent
 ROOT = OWN.resolve().parent
 COMPARED = ("naive", "paper", "exact", "default", "best")
 _OVERVIEW = re.compile(r"(<!-- overview -->\n)(.*?)(<!-- /overview -->)", flags=re.DOTALL)
+_COSTS = re.compile(r"(<!-- costs -->\n)(.*?)(<!-- /costs -->)", flags=re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)
 
 
@@ -99,6 +102,7 @@ def _pages(
         try:
             if page == readme:
                 text = filled(text, summaries, folder.resolve().relative_to(page.parent.resolve()).as_posix())
+                text = _COSTS.sub(lambda found: f"{found[1]}\n{costs(OWN, summaries)}\n\n{found[3]}", text)
             texts[page], wrong = prose.corrected(text, known, os.path.relpath(page), all_bound=page.name == "README.md")
         except ValueError as error:
             raise ValueError(f"{page}: {error}") from error
