@@ -305,9 +305,9 @@ def _without_zeros(input: Tensor, rows: Tensor, axis: int) -> tuple[Tensor, Tens
     speaks[silent] = input.index_select(axis, silent).abs().amax(others) != 0  # most are seen in a few samples already
     if axis == 1:
         speaks[speaks.logical_not().nonzero().view(-1)[: -int(speaks.sum()) % BLOCK]] = True
-    if not speaks.any():
-        speaks[0] = True  # a layer has to hear something
     some = speaks.nonzero().view(-1)
+    if not len(some):
+        some = silent[:1]  # a convolution has to hear something
     if len(some) > LARGEST_SHARE * len(speaks):
         return input, rows
     return input.index_select(axis, some), rows.index_select(1, some)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -36,9 +36,6 @@ PLACES = 16
 SAMPLES = 500
 """So many samples are enough, each of which shows many places of most layers."""
 
-ROOM = 2**28
-"""Bytes of what layers say that are kept while the layers behind them are fitted."""
-
 ROUNDING = 1e-5
 """What rows say too little is nothing where it is a smaller share of the largest that any of them said."""
 
@@ -64,24 +61,6 @@ class Rows:
     def write(self) -> None:
         """Give the parameter these rows."""
         self.parameter.data[self.units] = self.values
-
-
-class _Reached(BaseException):
-    """A forward has come as far as it is needed. No error: one that catches all errors is not to catch it."""
-
-
-@dataclass
-class _Room:
-    """For so many bytes."""
-
-    left: int
-
-    def takes(self, output: Tensor) -> bool:
-        """Whether there is room for it, which it has from here on."""
-        if output.nbytes > self.left:
-            return False
-        self.left -= output.nbytes
-        return True
 
 
 class Refitting:
@@ -131,16 +110,13 @@ class Refitting:
         with ExitStack() as undo:
             fitted: list[Rows] = []
             try:
-                with norms.of_batch(moving), ExitStack() as spared:
-                    # as layers will hear them once the statistics are estimated anew
-                    room = _Room(ROOM)
+                with norms.of_batch(moving):  # as layers will hear them once the statistics are estimated anew
                     for name, layer in self.layers.items():
                         claimed = relevant[name] & ~self.frozen[name] if name in self.frozen else relevant[name]
                         for rows in self._fit(layer, claimed) if claimed.any() else ():
                             undo.callback(replace(rows, values=rows.parameter.data[rows.units].clone()).write)
                             rows.write()
                             fitted.append(rows)
-                        spared.enter_context(self._spared(layer, relevant[name], room))
             except Exception as error:
                 log.debug("no rows are fitted to the sub-network: %s", error)
                 undo.close()
@@ -174,7 +150,7 @@ class Refitting:
     def _run(self) -> None:
         for index, batch in self.batches.items():
             self._batch = index * self.data.ranks.size + self.data.ranks.rank  # its place in one process
-            with suppress(_Reached), torch.no_grad(), self.data.forward_context():
+            with torch.no_grad(), self.data.forward_context():
                 self.data.predict(self.module, batch)
 
     def _places(self, values: Tensor, axis: int) -> Tensor:
@@ -238,36 +214,10 @@ class Refitting:
 
         def note(part: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(self._heard(part, args[0].detach()))
-            raise _Reached  # what is behind it says nothing about it
 
         with part.register_forward_pre_hook(note):
             self._run()
         return found
-
-    @contextmanager
-    def _spared(self, layer: UnitLayer, relevant: Tensor, room: _Room) -> Iterator[None]:
-        """Inside the context a layer that has its rows, and so have all in front of it, runs once for each batch."""
-        part: Any = self.module.get_submodule(layer.name)
-        compute, own = part.forward, vars(part).get("forward")
-        silent, said = (~relevant).nonzero().view(-1), dict[int, Tensor]()
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._batch in said:
-                return said[self._batch].clone()  # what follows may write to it
-            output = compute(*args, **kwargs)
-            if room.takes(output):
-                # hooks would ask whether the layer's last output had its zeros, and this one may not be the last
-                said[self._batch] = output.detach().index_fill(layer.axis, silent.to(output.device), 0.0)
-            return output
-
-        part.forward = forward
-        try:
-            yield
-        finally:
-            if own is None:
-                del part.forward
-            else:
-                part.forward = own
 
     def _heard(self, part: Any, x: Tensor) -> Tensor:
         if isinstance(part, nn.Linear):

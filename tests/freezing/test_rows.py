@@ -198,6 +198,15 @@ def test_channels_that_are_zero_need_not_be_heard(kind, kept):
         torch.testing.assert_close(silent, layer(torch.zeros_like(x)))
 
 
+def test_a_layer_that_hears_nothing_at_all_says_its_bias():
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = nn.Linear(0, 10)
+    with torch.no_grad(), computed(layer, torch.arange(10) < 4, by_columns=lambda: True):
+        found = layer(torch.zeros(40, 0))
+    assert torch.equal(found[:, :4], layer.bias[:4].expand(40, 4))
+    assert not found[:, 4:].any()
+
+
 @pytest.mark.parametrize(("samples", "context"), [(FEWEST - 1, torch.no_grad), (40, nullcontext)])
 def test_few_vectors_and_gradients_take_the_whole_layer(samples, context):
     layer, x = nn.Linear(6, 10), torch.randn(samples, 6)

@@ -12,7 +12,6 @@ from torch import nn
 from training import Classifier, ConvClassifier, frozen_entries, task_data, trainer
 
 from lightning_rnf import RelevanceFreezing, UnitMap
-from lightning_rnf.freezing import rows
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.tasks import refitting
 from lightning_rnf.tasks.leastsquares import Moments
@@ -201,65 +200,6 @@ def test_rows_of_finished_tasks_stay_and_the_context_gives_everything_back():
     for one in rows:
         one.write()
     assert all(torch.equal(value, worn[name]) for name, value in net.state_dict().items())
-
-
-class Deep(nn.Module):
-    """Layers in a row and past one another, a norm, what writes to its input, and a forward that catches errors."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.beside = nn.Conv2d(3, 20, 3), nn.Conv2d(20, 20, 3, padding=1), nn.Conv2d(3, 20, 3)
-        self.third, self.fourth, self.fifth = nn.Linear(20, 12), nn.Linear(12, 12), nn.Linear(12, 12)
-        self.head = nn.Linear(12, 2)
-        self.norm, self.relu = nn.BatchNorm2d(20), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        try:
-            h = self.relu(self.first(x))
-            h = self.relu(self.norm(self.second(h)) + self.beside(x))
-            h = self.relu(self.fourth(self.relu(self.third(h.mean((2, 3))))))
-            return self.head(self.relu(self.fifth(h)))
-        except Exception as error:
-            raise ValueError("bad input") from error
-
-
-def test_layers_whose_rows_are_fitted_run_once_more_and_those_behind_not_at_all(monkeypatch):
-    torch.manual_seed(0)
-    net = Deep().eval()
-    data = ReferenceData([(torch.randn(size, 3, 7, 7), torch.arange(size) % 2) for size in (30, 60, 60)], 3)
-    assert min(len(y) for _, y in data.batches) < rows.FEWEST  # linear layers compute all of their rows for that one
-    units = UnitMap.of(net, data.batches[0])
-    relevant = {layer.name: torch.arange(layer.units) % 4 == 0 for layer in units.layers}
-    found, ran = {}, {}
-    for room in (0, 300_000, refitting.ROOM):  # nothing has room, the first layer has, all have
-        counts = ran[room] = dict.fromkeys(relevant, 0)
-        with monkeypatch.context() as patched:
-            patched.setattr(refitting, "ROOM", room)
-            fitting = Refitting(net, units.layers, {}, data)
-            fitting.look()
-            with subnetwork.silence(net, units.layers, relevant, by_columns=lambda: True):
-                for name in relevant:
-                    compute = net.get_submodule(name).forward
-
-                    def counting(x, name=name, compute=compute, counts=counts):
-                        counts[name] += 1
-                        return compute(x)
-
-                    net.get_submodule(name).forward = counting
-                with fitting.wearing(relevant, [net.norm]) as fitted:
-                    found[room] = [(one.units, one.values) for one in fitted]
-                for name in relevant:
-                    assert net.get_submodule(name).forward.__name__ == "counting"
-        assert not any("forward" in vars(part) for part in net.modules())
-    assert list(fitting.layers) == ["first", "second", "beside", "third", "fourth", "fifth"]
-    assert found[0], "nothing was fitted"
-    for some in found.values():
-        assert all(torch.equal(a, b) for pair in zip(some, found[0], strict=True) for a, b in zip(*pair, strict=True))
-    # three batches, for each layer behind it, and never for one in front
-    assert ran[0] == {"first": 15, "second": 12, "beside": 9, "third": 6, "fourth": 3, "fifth": 0}
-    assert ran[refitting.ROOM] == {**dict.fromkeys(ran[0], 3), "fifth": 0}
-    assert ran[300_000]["first"] < 15
-    assert ran[300_000]["second"] == 12
 
 
 @pytest.mark.parametrize("samples", [1, 3])
