@@ -402,6 +402,28 @@ def test_on_validation_the_test_data_are_not_looked_at(run, monkeypatch, tmp_pat
     assert of(tested, "naive")["matrix"] != of(seen, "naive")["matrix"]
 
 
+def test_reference_data_are_test_data_only_where_settings_say_so(monkeypatch):
+    import mnist_split
+    from torch.utils.data import TensorDataset
+
+    def loaded(data, is_train):
+        labels = torch.arange(200) % 10
+        return TensorDataset(torch.randn(200, 1, 2, 2) + is_train, labels)
+
+    monkeypatch.setattr(mnist_split, "mnist", loaded)
+    streams = []
+    for given in ({}, {"reference": "test"}):
+        torch.manual_seed(0)
+        streams.append(mnist_split.stream(None, 3, **given))
+    for held_out, tested in zip(*streams, strict=True):
+        assert tested.validation is tested.test
+        assert held_out.validation is not held_out.test
+        for ours, theirs in zip(held_out.train, tested.train, strict=True):  # it learns from as many, the same ones
+            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(ValueError, match=r"stream.reference is 'tets', expected 'validation' or 'test'"):
+        mnist_split.stream(None, 3, reference="tets")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_epoch_has_the_same_batches_whether_a_fit_begins_with_it_or_not(workers, tmp_path):
     from experiment import SeedEpochs
