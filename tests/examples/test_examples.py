@@ -652,7 +652,7 @@ SOUND = (
         ("network: {}", "a.yaml: network with training lacks width"),
         ("training: {epochs: 1, batch_size: 8, learning_rate: 1e-3}", "learning_rate is the text '1e-3'.*a dot"),
         ("training: {epochs: 0, batch_size: 8, learning_rate: 0.1}", "training.epochs is 0, expected a number of at"),
-        ("stream: {tasks: 3}", "a.yaml: stream has tasks; known are: none"),
+        ("stream: {tasks: 3}", "a.yaml: stream has tasks; known are: reference"),
         ("stream: [3]", r"a.yaml: stream is \[3\]: Input should be a valid dictionary"),
         ("methods: 3", "a.yaml: methods is 3: Input should be a valid dictionary"),
         ("methods: {best: 5}", "a.yaml: methods.best is 5: Input should be"),
