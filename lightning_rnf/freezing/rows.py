@@ -84,8 +84,9 @@ def computed(
         if columns:
             input, rows = _without_zeros(input, rows, axis)
         some = layer._conv_forward(input, rows, of_bias) if axis == 1 else nn.functional.linear(input, rows, of_bias)
-        some = some.narrow(axis, 0, kept) if 0 < kept < len(of_blocks) else some
+        # Before some of it is left out: a part of it has no memory format.
         zeros = _like(some, len(weight)) if axis == 1 else some.new_zeros(*some.shape[:-1], len(weight))
+        some = some.narrow(axis, 0, kept) if 0 < kept < len(of_blocks) else some
         return zeros.index_copy_(axis, chosen, some) if kept else zeros  # one row has shown the form of the output
 
     layer.forward = forward
