@@ -63,9 +63,14 @@ def test_relevant_rows_are_computed_and_no_others(kind, kept):
     assert torch.equal(counted(layer, x)[0], whole)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kept", [1, 4, 16, 20])
-def test_memory_format_and_precision_stay(kept, memory_format):
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "kept"),  # where no row is left, one is computed, and of one channel both formats are the same
+    [(PLAIN, 0), *((one, kept) for one in (PLAIN, LAST) for kept in (1, 4, 16, 20))],
+)
+def test_memory_format_and_precision_stay(memory_format, kept):
     layer = nn.Conv2d(4, 40, 3).to(memory_format=memory_format)
     x = torch.randn(4, 4, 8, 8).contiguous(memory_format=memory_format)
     whole = layer(x)
