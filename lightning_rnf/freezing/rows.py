@@ -87,11 +87,12 @@ def computed(
         elif columns:
             input, rows = _without_zeros(input, rows, axis)
         some = layer._conv_forward(input, rows, of_bias) if axis == 1 else nn.functional.linear(input, rows, of_bias)
-        some = some.narrow(axis, 0, kept) if 0 < kept < len(of_blocks) else some
+        # Before some of it is left out: a part of it has no memory format.
         if axis == 1:
             zeros = _like(some, samples, len(weight))
         else:
             zeros = some.new_zeros(samples, *some.shape[1:-1], len(weight))
+        some = some.narrow(axis, 0, kept) if 0 < kept < len(of_blocks) else some
         return zeros.index_copy_(axis, chosen, some) if kept else zeros
 
     layer.forward = forward

@@ -70,7 +70,7 @@ class Block(Slice):
     """Some rows of a parameter, and of them some columns; where that is most of it, `AllBut` is faster."""
 
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        super().__init__((rows, columns))
+        super().__init__(None)
         self.rows, self.columns = rows, columns
 
     def read(self, parameter: Tensor) -> Tensor:

@@ -63,12 +63,21 @@ def test_relevant_rows_are_computed_and_no_others(kind, kept):
     assert torch.equal(counted(layer, x)[0], whole)
 
 
-def test_memory_format_and_precision_stay():
-    layer = nn.Conv2d(4, 10, 3).to(memory_format=torch.channels_last)
-    x = torch.randn(4, 4, 8, 8).contiguous(memory_format=torch.channels_last)
-    relevant = torch.arange(10) < 4
-    with computed(layer, relevant), torch.no_grad():
-        assert layer(x).is_contiguous(memory_format=torch.channels_last)
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "kept"),  # where no row is left, one is computed, and of one channel both formats are the same
+    [(PLAIN, 0), *((one, kept) for one in (PLAIN, LAST) for kept in (1, 4, 16, 20))],
+)
+def test_memory_format_and_precision_stay(memory_format, kept):
+    layer = nn.Conv2d(4, 40, 3).to(memory_format=memory_format)
+    x = torch.randn(4, 4, 8, 8).contiguous(memory_format=memory_format)
+    whole = layer(x)
+    with computed(layer, torch.arange(40) < kept) as is_done, torch.no_grad():
+        found = layer(x)
+        assert is_done()
+        assert found.stride() == whole.stride()
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
 

@@ -141,6 +141,16 @@ def test_what_these_optimizers_leave_alone_stays_to_the_bit_and_nothing_is_put_b
         assert (parameter != all_before.get_parameter(name))[~mask].all()
 
 
+def test_a_first_moment_is_looked_at_in_the_first_step_and_not_in_each(monkeypatch):
+    net, frozen, freezer, optimizer = build(STILL["adam, fused"])  # whose second moments are left alone
+    looked, chosen = [], Slice.chosen
+    monkeypatch.setattr(Slice, "chosen", lambda self, *given: looked.append(self) or chosen(self, *given))
+    freezer.attach([optimizer])
+    for number in range(6):
+        optimizer.step(closure_of(net, optimizer, number))
+        assert len(looked) == len(frozen)
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_with_all_others_it_is_put_back_after_every_step(kind, pins):
     net, frozen, freezer, optimizer = build(OTHERS[kind])

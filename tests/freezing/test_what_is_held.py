@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from records import ConvNet, Mlp, make, state_of
+from records import ConvNet, Mlp, head_parameters, make, record_of, state_of
 from torch import nn
 
 from lightning_rnf.freezing.embeddings import MOST, Unread, check_rows, has_own_rows
 from lightning_rnf.freezing.freezer import Freezer, check_globs, elasticities, hold_in_copy
-from lightning_rnf.freezing.initial import reset_free
+from lightning_rnf.freezing.initial import remember, reset_free
 from lightning_rnf.freezing.slices import Slice
+from lightning_rnf.runtime import sharding
 
 
 def test_a_glob_has_to_match_what_a_factor_can_reach():
@@ -23,6 +24,33 @@ def test_a_glob_has_to_match_what_a_factor_can_reach():
         check_globs("elasticity", {"fc1": 0.1, "bn": 0.1}, units)
     with pytest.raises(ValueError, match=r"elasticity: 'fc3' matches no unit layer .*: \['fc1', 'fc2', 'norm'"):
         check_globs("elasticity", {"fc3": 0.1}, units)
+
+
+def test_where_no_glob_matches_what_is_needed_stays_and_what_is_free_learns_as_ever():
+    net = make(Mlp)
+    state = state_of(net, record_of(net, tokens={"table.weight": torch.tensor([True, False, True])}))
+    state.embeddings = ("table.weight",)
+    factors = elasticities(state, {"other": 0.5}, {"other": 0.5})
+    assert factors["fc1.weight"].tolist() == factors["fc1.bias"].tolist() == [0.0, 1.0] * 3
+    assert factors["norm.weight"].item() == factors["norm.bias"].item() == 0.0
+    assert factors["table.weight"].tolist() == [0.0, 1.0, 0.0]
+    factors = elasticities(state, {"*": 0.25}, {"*": 0.5})
+    assert factors["fc1.weight"].tolist() == [0.25, 0.5] * 3
+    assert factors["norm.weight"].item() == 0.25
+    assert factors["table.weight"].tolist() == [0.25, 0.5, 0.25]
+    assert not any(factors[name].any() for name in head_parameters("first"))
+
+
+def test_inside_of_a_sub_network_entries_that_are_needed_and_rows_of_others_stay():
+    net = make(Mlp)
+    needed = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    inside = {"fc1": torch.arange(6) > 2, "fc2": torch.ones(5, dtype=torch.bool)}
+    factors = elasticities(state_of(net), 0.25, 0.5, inside, {"fc1": needed})
+    for row, unit in enumerate(inside["fc1"].tolist()):
+        expected = [0.25 if one else 0.5 for one in needed[row].tolist()] if unit else [0.0] * 4
+        assert factors["fc1.weight"][row].tolist() == expected
+    assert factors["fc1.bias"].tolist() == [0.0, 0.0, 0.0, 0.5, 0.25, 0.5]
+    assert factors["fc2.weight"].tolist() == [0.25, 0.5, 0.25, 0.5, 0.25]
 
 
 def test_rows_of_one_s_own_need_a_recall_that_brings_them_back():
@@ -82,6 +110,21 @@ def test_a_parameter_that_was_replaced_is_not_held_in_silence():
         freezer.follow([torch.optim.SGD(net.parameters(), lr=0.1)])
 
 
+def test_of_a_sharded_parameter_nothing_is_known_and_it_is_put_back_after_every_step(monkeypatch):
+    monkeypatch.setattr(sharding, "is_sharded", lambda module: True)
+    net = make(Mlp)
+    freezer, optimizer = Freezer(net, elasticities(state_of(net))), torch.optim.SGD(net.parameters(), lr=0.1)
+    freezer.attach([optimizer])
+    before = net.fc1.weight.detach().clone()
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        net.fc1.weight.sum().backward()
+        if step in (3, 5):  # after which nothing is looked at, and torch counts no such write
+            net.fc1.weight.data.add_(1.0)
+        optimizer.step()
+        assert torch.equal(net.fc1.weight[::2], before[::2])
+
+
 def test_curvature_is_forgotten_and_moments_are_not():
     net = make(Mlp)
     optimizers = [torch.optim.LBFGS(net.fc1.parameters()), torch.optim.Adam(net.fc2.parameters())]
@@ -118,6 +161,23 @@ def test_units_go_back_to_what_was_remembered_or_the_refusal_says_why_they_can_n
         net.conv2.weight.fill_(3.0)
     reset_free(state, net)  # once after each task
     assert bool((net.conv2.weight == 3.0).all())
+
+
+def test_a_norm_of_each_task_s_own_goes_back_in_the_channels_of_free_units():
+    net = make(ConvNet)
+    net.layers = (replace(net.layers[0], parameters=("conv1.weight",)), net.layers[1])
+    state = state_of(net)
+    remember(state, net, net.layers)
+    first = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        for value in net.bn1.state_dict().values():
+            value.add_(1)
+    reset_free(state, net)
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        now, before = net.state_dict()[f"bn1.{key}"], first[f"bn1.{key}"]
+        assert torch.equal(now[1::2], before[1::2]), key
+        assert torch.equal(now[::2], before[::2] + 1), key
+    assert net.bn1.num_batches_tracked == first["bn1.num_batches_tracked"] + 1
 
 
 @pytest.mark.parametrize("index", [None, ([0, 2],), ([0, 2], [1, 0])])

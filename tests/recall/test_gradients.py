@@ -73,6 +73,27 @@ def test_inside_no_parameter_asks_and_with_gradients_all_do_that_did(net):
     assert not net._forward_pre_hooks
 
 
+def test_between_two_parts_no_parameter_asks_either():
+    class Between(nn.Module):
+        """Reads a parameter of its own behind one part and before another."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            asked.append(self.scale.requires_grad)
+            return self.second(x * self.scale)
+
+    asked, net = [], Between()
+    with asking_none(net), torch.no_grad():
+        net(torch.randn(2, 3))
+    assert asked == [False]
+    assert net.scale.requires_grad
+
+
 def test_a_forward_that_is_broken_off_leaves_the_flags_as_they_were(net):
     def stop(*call):
         raise KeyboardInterrupt

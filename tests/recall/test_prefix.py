@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_rnf.anatomy.units import UnitMap
 from lightning_rnf.memory.state import FreezeState
-from lightning_rnf.recall.prefix import Prefix
+from lightning_rnf.recall.prefix import FEWEST_WEIGHTS, Prefix
 from lightning_rnf.recall.subnetwork import silence
 from lightning_rnf.search.criteria import AccuracyDrop
 from lightning_rnf.tasks.reference import ReferenceData
@@ -127,10 +127,11 @@ def test_a_part_of_something_larger_is_computed_and_not_kept():
 
 
 def test_cheap_layers_are_not_kept():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
-    prefix = Prefix(net, ["0", "2"])
+    few = FEWEST_WEIGHTS - 1
+    net = nn.Sequential(nn.Conv2d(few, 8, 1), nn.Linear(few, 4), nn.Conv2d(few + 1, 8, 1), nn.Linear(few + 1, 4))
+    prefix = Prefix(net, ["0", "1", "2", "3"])
     with prefix.spared("accuracy"):
-        assert not any("forward" in vars(layer) for layer in net)
+        assert ["forward" in vars(layer) for layer in net] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("full", [["first"], ["first", "second"]])
