@@ -7,8 +7,9 @@
         --parts step --output tests/benchmarks/results
 
 The files are ``suite_cpu.json``, ``suite_cpu.md`` and ``growth_cpu.png``, on a GPU ``suite_gpu…``, with the precision
-in the name if it is another than float32. What is written into the folder of results is put into this folder's README,
-too. Peers are measured by ``peers.py``, in an environment of their own.
+in the name if it is another than float32. Parts that are in them already and don't run again stay, with what they were
+made with. What is written into the folder of results is put into this folder's README, too. Peers are measured by
+``peers.py``, in an environment of their own.
 
 ``--against`` names a second build, a git reference: the scripts of this work tree measure the package of either one, in
 turns, each part in processes of its own. Tables of both and of the ratio are printed, and nothing is written.
@@ -17,6 +18,7 @@ turns, each part in processes of its own. Tables of both and of the ratio are pr
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,21 +44,42 @@ def report(content: dict[str, Any], figures: dict[str, str]) -> str:
         content: of the JSON.
         figures: file names by part.
     """
-    versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
-    settings = ", ".join(f"{name}={value or 'not set'}" for name, value in content["malloc"].items())
-    lines = [
-        f"{content['device']}, {content['precision']}, threads: {content['threads']}; {versions}.",
-        "",
-        f"Environment: {settings}. {content['malloc_reason']}",
-    ]
+    made_with = {name: found.get("made_with", content) for name, found in content["parts"].items()}
+    said = {name: (_device(one), _process(one)) for name, one in made_with.items()}
+    common = [lines[0] for lines in zip(*said.values(), strict=True) if len(set(lines)) == 1]
+    lines = "\n\n".join(common).split("\n") if common else []
     if content["quick"]:
         lines[:0] = ["A quick run, to see that it works: the numbers mean nothing.", ""]
     for name, found in content["parts"].items():
         part = PARTS[name]
-        lines += ["", f"### {part.title}", "", part.columns, "", part.table(found["rows"])]
+        lines += ["", f"### {part.title}", ""]
+        for line in said[name]:
+            lines += [] if line in common else [line, ""]
+        lines += [part.columns, "", part.table(found["rows"])]
         if name in figures:
             lines += ["", f"![{part.title}]({figures[name]})"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _device(made_with: dict[str, Any]) -> str:
+    versions = ", ".join(f"{package} {number}" for package, number in made_with["versions"].items())
+    return f"{made_with['device']}, {made_with['precision']}, threads: {made_with['threads']}; {versions}."
+
+
+def _process(made_with: dict[str, Any]) -> str:
+    settings = ", ".join(f"{name}={value or 'not set'}" for name, value in made_with["malloc"].items())
+    return f"Environment: {settings}. {made_with['malloc_reason']}"
+
+
+def kept(path: Path, made_with: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a file has of runs of this kind, quick or not, each with what it was made with."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if content["quick"] != made_with["quick"]:
+        return {}
+    of_file = {key: value for key, value in content.items() if key != "parts"}
+    return {name: {"made_with": of_file, **found} for name, found in content["parts"].items()}
 
 
 def filled(text: str, name: str, report: str) -> str:
@@ -91,16 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.against:
         compared(parts, options.against, options.rounds, given)
         return
-    content = {**surroundings(options.accelerator), "precision": options.precision, "quick": options.quick, "parts": {}}
-    kind = "cpu" if content["device"].startswith("CPU") else "gpu"
+    made_with = {**surroundings(options.accelerator), "precision": options.precision, "quick": options.quick}
+    kind = "cpu" if made_with["device"].startswith("CPU") else "gpu"
     suffix = kind if options.precision == "32-true" else f"{kind}_{options.precision}"
-    name, figures = f"suite_{suffix}", {}
+    name = f"suite_{suffix}"
     options.output.mkdir(parents=True, exist_ok=True)
+    content = {**made_with, "parts": kept(options.output / f"{name}.json", made_with)}
+    figures = {part.name: f"{part.name}_{suffix}.png" for part in PARTS.values() if part.draw is not None}
     for part in parts:
         found = part.run(part.options(given))
-        content["parts"][part.name] = found
+        content["parts"] |= {part.name: {"made_with": made_with, **found}}
+        content["parts"] = {one: content["parts"][one] for one in PARTS if one in content["parts"]}
         if part.draw is not None:
-            figures[part.name] = f"{part.name}_{suffix}.png"
             part.draw(found["rows"], options.output / figures[part.name])
         # After each part, so that a run that is stopped has not been for nothing.
         write_json(options.output / f"{name}.json", content)

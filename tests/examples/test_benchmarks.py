@@ -99,6 +99,27 @@ def test_the_suite_writes_one_json_one_markdown_and_a_figure(tmp_path):
     assert (tmp_path / "growth_cpu.png").stat().st_size > 10_000
     assert (BENCHMARKS / "README.md").read_text() == readme
 
+    run(*suite, "--default-malloc", "--parts", "state", OMP_NUM_THREADS="2")
+    again = json.loads((tmp_path / "suite_cpu.json").read_text())
+    assert list(again["parts"]) == list(content["parts"])
+    assert {name for name, part in again["parts"].items() if part != content["parts"][name]} == {"state"}
+    assert [part["made_with"]["threads"] for part in again["parts"].values()] == [1, 1, 1, 2, 1]
+    report = (tmp_path / "suite_cpu.md").read_text()
+    assert report.count("threads: 1;") == 4
+    assert report.count("threads: 2;") == 1
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_parts_of_a_quick_run_and_of_a_whole_one_are_not_mixed(tmp_path):
+    pytest.importorskip("torchvision")
+    from run import kept
+
+    file, whole = tmp_path / "suite_cpu.json", {"device": "a", "quick": False}
+    assert kept(file, whole) == {}
+    file.write_text(json.dumps({**whole, "parts": {"step": {"rows": []}}}))  # as before parts said it themselves
+    assert kept(file, {"device": "b", "quick": False}) == {"step": {"made_with": whole, "rows": []}}
+    assert kept(file, {"device": "a", "quick": True}) == {}
+
 
 def test_a_process_starts_again_with_the_settings_that_are_not_set():
     code = "import allocator; allocator.restart_with_settings(); print(allocator.settings())"
