@@ -14,17 +14,17 @@ from torch import nn
 
 from lightning_rnf.freezing.communication import reduce_free_rows
 
-torch.manual_seed(0)
+SEEDED = torch.Generator().manual_seed(0)
 LAYOUTS = {
-    "plain": torch.randn(6, 4),
-    "turned": torch.randn(4, 6).t(),
-    "last": torch.randn(5, 3, 2, 2).to(memory_format=torch.channels_last),
-    "columns": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
-    "part": torch.randn(6, 8)[:, :3],
-    "one": torch.randn(()),
-    "row": torch.randn(1, 7),
-    "wide row": torch.randn(2, 7)[::2],
-    "bias": torch.randn(5),
+    "plain": torch.randn(6, 4, generator=SEEDED),
+    "turned": torch.randn(4, 6, generator=SEEDED).t(),
+    "last": torch.randn(5, 3, 2, 2, generator=SEEDED).to(memory_format=torch.channels_last),
+    "columns": torch.randn(4, 3, 2, 2, generator=SEEDED).to(memory_format=torch.channels_last),
+    "part": torch.randn(6, 8, generator=SEEDED)[:, :3],
+    "one": torch.randn((), generator=SEEDED),
+    "row": torch.randn(1, 7, generator=SEEDED),
+    "wide row": torch.randn(2, 7, generator=SEEDED)[::2],
+    "bias": torch.randn(5, generator=SEEDED),
 }
 """Weights of every order in memory; ``part`` is no dense part of it, so DDP lays its gradient out by rows."""
 
