@@ -52,7 +52,6 @@ def search_cutoff(
     method: Method = "fewest",
     resolution: int = 1,
     precision: float = 0.0,
-    too_few: Callable[[], int] = lambda: 0,
 ) -> SearchResult:
     """Find a large cutoff that the criterion accepts.
 
@@ -74,14 +73,11 @@ def search_cutoff(
         method: ``"fewest"``: from the fewest units upwards. Of the candidates none is kept first, then steps of 2, 8,
             32, … of them until that is accepted, then it bisects between the last that was rejected and the first that
             was accepted: at most 1.5 times as many evaluations as `about` says of a bisection, most of them of small
-            networks. After none it goes on at what is ``too_few``, and below that only if it is accepted after all.
-            ``"bisect"``: about log2(candidates / resolution) evaluations, halving from both ends; where
+            networks. ``"bisect"``: about log2(candidates / resolution) evaluations, halving from both ends; where
             acceptance is not monotone it ends at the upper boundary as likely as not. ``"linear"``: the paper's loop,
             from the least relevant upwards until the first rejection.
         resolution: units per step (the paper's pruning ratio r), at least 1.
         precision: from the fewest, how far the two sides of the boundary may be apart, as a share of what is kept.
-        too_few: so many candidates did not do in an order that is like this one. Asked, by a search from the fewest,
-            when no candidate has been kept; by default nothing is known.
 
     Raises:
         ValueError: if the resolution is below 1.
@@ -100,41 +96,34 @@ def search_cutoff(
     if ranking.beyond_ration:
         accepts(cutoffs[0])
     walks: dict[Method, Callable[[Callable[[int], bool], int], int]]
-    fewest = partial(_fewest, precision=precision, too_few=lambda: too_few() // resolution)
-    walks = {"fewest": fewest, "bisect": _bisect, "linear": _linear}
+    walks = {"fewest": partial(_fewest, precision=precision), "bisect": _bisect, "linear": _linear}
     last = cutoffs[walks[method](lambda step: accepts(cutoffs[step]), len(cutoffs) - 1)]
     found = next(evaluation for evaluation in evaluations if evaluation.score.cutoff == last)
     return SearchResult(found, tuple(evaluations))
 
 
 def about(ranking: Ranking, method: Method, resolution: int = 1, precision: float = 0.0) -> int:
-    """How many evaluations a search makes: at most, and for ``"bisect"`` within one of it.
-
-    One that is told what is too few makes one more at most, where that was wrong, and most often far fewer.
-    """
+    """How many evaluations a search makes: at most, and for ``"bisect"`` within one of it."""
     steps = -(-(ranking.candidates - ranking.beyond_ration) // resolution)
     walked = steps
     if method == "bisect":
         walked = (steps + 1).bit_length()  # ⌈log2(steps + 1)⌉, or one more
-    elif method == "fewest" and steps:
-        kept = [0, *_kept_counts(0, steps), steps]  # all are rejected up to one, accepted; the last is not measured
+    elif method == "fewest":
+        kept = [*_kept_counts(steps), steps]  # all are rejected up to one, which is accepted; the last is not measured
         walked = max(
             (
                 min(number + 1, len(kept) - 1) + _most_between(fewer, more, precision)
                 for number, (fewer, more) in enumerate(itertools.pairwise(kept), start=1)
-            )
+            ),
+            default=0,
         )
     return 1 + bool(ranking.beyond_ration) + walked
 
 
-def _fewest(accepts: Callable[[int], bool], steps: int, precision: float, too_few: Callable[[], int]) -> int:
+def _fewest(accepts: Callable[[int], bool], steps: int, precision: float) -> int:
     """The step that keeps the fewest of those that it has seen accepted in 0 … steps; 0 is taken as accepted."""
-    if not steps or accepts(steps):
-        return steps
-    rejected, accepted = 0, steps
-    if 0 < (known := too_few()) < steps:
-        rejected, accepted = (rejected, known) if accepts(steps - known) else (known, accepted)
-    for kept in _kept_counts(rejected, accepted):
+    rejected, accepted = -1, steps
+    for kept in _kept_counts(steps):
         if accepts(steps - kept):
             accepted = kept
             break
@@ -142,12 +131,12 @@ def _fewest(accepts: Callable[[int], bool], steps: int, precision: float, too_fe
     return steps - _between(lambda kept: accepts(steps - kept), rejected, accepted, precision)
 
 
-def _kept_counts(rejected: int, accepted: int) -> Iterator[int]:
-    """How many steps to keep next: after none 2, 8, 32, … below what was accepted."""
-    kept = rejected * _GROWTH or 2
-    while kept < accepted:
+def _kept_counts(steps: int) -> Iterator[int]:
+    """How many steps to keep, from none: 0, 2, 8, 32, … below all of them."""
+    kept = 0
+    while kept < steps:
         yield kept
-        kept *= _GROWTH
+        kept = kept * _GROWTH or 2
 
 
 def _bisect(accepts: Callable[[int], bool], steps: int) -> int:

@@ -54,14 +54,6 @@ class Known:
         self.measured = self.of_shares.setdefault(share, {})
         self.measured.update(whole)
 
-    def too_few(self, candidates: int, floor: float) -> int:
-        """The most of so many candidates that another share has kept and had less accuracy than that; 0: none had."""
-        others = [of_share for of_share in self.of_shares.values() if of_share is not self.measured]
-        fell_short = (
-            cutoff for of_share in others for cutoff, one in of_share.items() if cutoff > 0 and one.accuracy < floor
-        )
-        return candidates - min(fell_short, default=candidates)
-
 
 @dataclass(frozen=True)
 class Taken:

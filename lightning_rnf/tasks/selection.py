@@ -264,12 +264,8 @@ class Selection:
             candidates.limit = enough.floor
             return accepted
 
-        def too_few() -> int:
-            floor = None if enough is None else enough.floor
-            return 0 if floor is None else candidates.known.too_few(ranking.candidates, floor)
-
         measure = partial(self._measure, candidates, asks=asks)
-        how: dict[str, Any] = {"method": self.search, "resolution": self.resolution, "too_few": too_few}
+        how: dict[str, Any] = {"method": self.search, "resolution": self.resolution}
         found = search_cutoff(ranking, measure, verdict, precision=self._precision(candidates.criterion), **how)
         if enough is not None and enough.is_flat:
             all_of_it = next(one for one in found.evaluations if one.score.cutoff == enough.budget)

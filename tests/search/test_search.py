@@ -250,9 +250,9 @@ class Network:
         self.judged.append(score.cutoff)
         return self.verdicts[score.cutoff]
 
-    def search(self, method: str, resolution: int = 1, **options) -> SearchResult:
+    def search(self, method: str, resolution: int = 1) -> SearchResult:
         ranking = ranking_of(len(self.verdicts) - 1, frozen=2)
-        return search_cutoff(ranking, self.measure, self.criterion, method=method, resolution=resolution, **options)
+        return search_cutoff(ranking, self.measure, self.criterion, method=method, resolution=resolution)
 
 
 verdicts = st.lists(st.booleans(), min_size=1, max_size=70)
@@ -419,51 +419,6 @@ def test_from_the_fewest_keeps_none_of_the_candidates_if_the_frozen_units_do():
     network = Network([True] * 801)
     assert network.search("fewest").taken.score.cutoff == 800
     assert network.measured == [0, 800]
-
-
-@quickly
-@given(verdicts=verdicts, resolution=resolutions, too_few=st.integers(0, 90))
-def test_a_search_that_is_told_what_is_too_few_ends_at_a_boundary_all_the_same(verdicts, resolution, too_few):
-    network = Network(verdicts)
-    found = network.search("fewest", resolution, too_few=lambda: too_few)
-    cutoff, last = found.taken.score.cutoff, len(verdicts) - 1
-    assert cutoff in network.measured
-    assert cutoff == 0 or verdicts[cutoff]
-    beyond = min(cutoff + resolution, last)
-    assert beyond == cutoff or (beyond in network.measured and not verdicts[beyond])
-    assert not any(verdicts[measured] for measured in network.measured if measured > cutoff)
-    assert len(set(network.measured)) == len(network.measured)
-    assert len(network.measured) <= about(ranking_of(last, frozen=2), "fewest", resolution) + 1
-    assert Network(verdicts).search("fewest", resolution, too_few=lambda: 0) == Network(verdicts).search(
-        "fewest", resolution
-    )
-
-
-@quickly
-@given(st.integers(0, 300), st.integers(0, 310), resolutions, st.integers(0, 310))
-def test_what_is_too_few_does_not_change_where_acceptance_that_is_monotone_ends(
-    candidates, acceptable, resolution, too_few
-):
-    verdicts = [cutoff <= acceptable for cutoff in range(candidates + 1)]
-    told = Network(verdicts).search("fewest", resolution, too_few=lambda: too_few)
-    assert told.taken.score.cutoff == Network(verdicts).search("fewest", resolution).taken.score.cutoff
-
-
-def test_a_search_goes_on_at_what_is_too_few_and_below_it_only_if_that_is_accepted_after_all():
-    network = Network([cutoff <= 800 - 300 for cutoff in range(801)])
-    assert network.search("fewest", too_few=lambda: 200).taken.score.cutoff == 800 - 300
-    assert network.measured[:4] == [0, 800, 800 - 200, 800 - 500]
-    network = Network([cutoff <= 800 - 40 for cutoff in range(801)])
-    assert network.search("fewest", too_few=lambda: 200).taken.score.cutoff == 800 - 40
-    assert network.measured[:7] == [0, 800, 800 - 200, 800 - 2, 800 - 8, 800 - 32, 800 - 128]
-
-
-def test_what_is_too_few_is_asked_when_none_has_been_kept():
-    network, asked = Network([True, True, False, False]), []
-    network.search("fewest", too_few=lambda: asked.append(list(network.measured)) or 1)
-    assert asked == [[0, 3]]
-    for method in ("bisect", "linear"):
-        Network([True, True, False, False]).search(method, too_few=lambda: pytest.fail("nobody wants to know"))
 
 
 @quickly

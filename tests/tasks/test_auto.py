@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from training import TASKS, Classifier, clusters, task_data, trainer
 
 from lightning_rnf import AccuracyDrop, FreeCapacity, MetricDrop, RelevanceFreezing
-from lightning_rnf.search import Measured, SubnetworkScore, as_criterion
+from lightning_rnf.search import SubnetworkScore, as_criterion
 from lightning_rnf.streams import TaskDataModule
 from lightning_rnf.tasks import auto
 from lightning_rnf.tasks.auto import PARTS, RECOVERY, SHARES, Enough
@@ -269,41 +269,6 @@ def test_a_share_that_is_tried_again_is_not_measured_again(monkeypatch):
     first, second = found
     assert [one.score for one in first.evaluations] == [one.score for one in second.evaluations]
     assert all(torch.equal(mask, second.relevant[name]) for name, mask in first.relevant.items())
-
-
-def test_a_search_goes_on_where_the_shares_before_have_fallen_short(monkeypatch):
-    """Units that a smaller share would have kept are not looked for again from the fewest upwards."""
-    monkeypatch.setattr(auto, "is_enough", lambda criterion, score, share: share >= 0.5)
-    found = {}
-    for floor in (0.0, 2.0):  # what other shares were worth is under it: none of them, or all
-        rnf, known_too_few = RelevanceFreezing(criterion=0.1), Known.too_few
-
-        def by(self, candidates, _, floor=floor, known_too_few=known_too_few):
-            return known_too_few(self, candidates, floor)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Known, "too_few", by)
-            pl.seed_everything(0, verbose=False)
-            fit(rnf)
-        record = rnf.state.task("a")
-        units = record.evaluations[0].score.relevant
-        found[floor] = [one.score.relevant for one in record.evaluations[1:]]
-        assert record.ration == 0.5
-        budget, none, first = found[floor][:3]
-        assert (budget, none) == (units // 2, 0)
-        # By shares of 0.1 and 0.25 each of the layers keeps so many, rounded down.
-        assert first == (2 if floor == 0.0 else units // 4)
-
-
-def test_other_shares_say_how_many_are_too_few_and_this_one_and_the_whole_network_do_not():
-    known = Known()
-    for share, of_share in {0.1: {0: 0.5, 90: 0.6}, 0.25: {75: 0.8}, 0.5: {50: 0.95, 100: 0.2}}.items():
-        known.turn_to(share)
-        known.measured.update({cutoff: Measured(accuracy) for cutoff, accuracy in of_share.items()})
-    assert [known.too_few(100, floor) for floor in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)] == [0, 0, 10, 10, 25, 25]
-    known.turn_to(0.25)
-    assert known.too_few(100, 1.0) == 50
-    assert Known().too_few(100, 1.0) == 0
 
 
 def test_a_fit_that_is_stopped_before_its_recovery_ends_its_task_without_one():
