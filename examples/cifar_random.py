@@ -8,7 +8,7 @@
     python examples/cifar_random.py --data FOLDER --settings examples/cifar_random_short_importances.yaml
 
 Network and training are those of Zenke et al. 2017 ("Continual Learning Through Synaptic Intelligence"), which the
-paper takes over: Adam 1e-3, batch 256, 60 epochs a task, no augmentation; `best` has its own. Classes are assigned to
+paper takes over: Adam 1e-3, batch 256, 60 epochs a task, no augmentation; `tuned` has its own. Classes are assigned to
 tasks at random by the seed. A tenth of each task's training data is held out: reference data comes from there, the test
 set is only for the report. The last two files of settings change the defaults of before one at a time, and compare
 relevance with other importances.

@@ -54,7 +54,7 @@ def _hours(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _missing(settings: Mapping[str, Any], methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """As ``paper, default: all``, or ``best: 2 of 5``: methods alike together."""
+    """As ``paper, default: all``, or ``tuned: 2 of 5``: methods alike together."""
     wanted = settings.get("seeds") or 1
     found: dict[str, list[str]] = {}
     for name in settings["methods"]:

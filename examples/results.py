@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 OWN = Path(__file__).parent
 ROOT = OWN.resolve().parent
-COMPARED = ("naive", "paper", "exact", "default", "best")
+COMPARED = ("naive", "paper", "exact", "default", "tuned")
 _OVERVIEW = re.compile(r"(<!-- overview -->\n)(.*?)(<!-- /overview -->)", flags=re.DOTALL)
 _COSTS = re.compile(r"(<!-- costs -->\n)(.*?)(<!-- /costs -->)", flags=re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)

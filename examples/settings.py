@@ -44,7 +44,7 @@ class Settings(BaseModel, strict=True, extra="forbid"):
         stand_in: what stands in for what; null: the data are the paper's.
         reduced: what is smaller than in the paper; null: nothing.
         tuning: which seeds settings were chosen with, and on what data.
-        goal: the average accuracy, in %, that `best` is to reach; null: none is set.
+        goal: the average accuracy, in %, that `tuned` is to reach; null: none is set.
         published: the best published figures, and whose they are.
         seeds: how many; null: 1.
         first_seed: the first of them; null: 0.

@@ -85,14 +85,14 @@ def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
 @has("MNIST")
 def test_fast_compares_all_methods_on_a_slice_of_the_real_data(run):
     summary = run("mnist_split", "--fast", "--samples", "3000", "--tasks", "3")
-    assert list(summary["methods"]) == ["naive", "separate", "paper", "exact", "default", "best"]
+    assert list(summary["methods"]) == ["naive", "separate", "paper", "exact", "default", "tuned"]
     assert "a reduced schedule on a slice of the data (--fast)" in summary["reduced"]
     assert of(summary, "naive")["free_capacity"] == []
-    for method in ("paper", "exact", "best"):
+    for method in ("paper", "exact", "tuned"):
         one = of(summary, method)
         assert len(one["capacity"]) == len(one["free_capacity"]) == len(one["accepted"]) == len(one["tasks"]) == 3
         assert one["free_capacity"] == sorted(one["free_capacity"], reverse=True)
-    for method in ("exact", "best"):
+    for method in ("exact", "tuned"):
         assert of(summary, method)["forgetting"] == 0
     # Before a task ends nothing tells these apart: the same weights, and batches in the same order.
     first = {of(summary, method)["matrix"][0][0] for method in ("naive", "separate", "paper")}
@@ -108,15 +108,15 @@ MILD = "freezing.criterion=0.2"  # one sample of 10 or 20 weighs more than the u
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        pytest.param("mnist_permuted", "best", ["--samples", "2000"], marks=has("MNIST")),
-        pytest.param("cifar_random", "best", ["--samples", "500", "--set", MILD], marks=has("cifar10", "cifar100")),
+        pytest.param("mnist_permuted", "tuned", ["--samples", "2000"], marks=has("MNIST")),
+        pytest.param("cifar_random", "tuned", ["--samples", "500", "--set", MILD], marks=has("cifar10", "cifar100")),
         pytest.param(
             "cifar_semantic",
             "exact",
             ["--samples", "1000", "--epochs", "1", "--set", MILD],
             marks=has("cifar10", "cifar100"),
         ),
-        pytest.param("cifar_resnet", "best", ["--samples", "2000", "--set", MILD], marks=has("cifar100")),
+        pytest.param("cifar_resnet", "tuned", ["--samples", "2000", "--set", MILD], marks=has("cifar100")),
     ],
 )
 def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, options):
@@ -308,14 +308,14 @@ QUICK = ["--fast", "--samples", "1000", "--tasks", "2"]
 @has("MNIST")
 def test_killed_and_run_again_the_results_are_those_of_one_run(run, tmp_path):
     quick = ["--samples", "3000", "--epochs", "3", "--tasks", "3", "--seeds", "1"]
-    quick += ["--method", "naive", "best", "--set", "methods.best.freezing.recovery_epochs=1"]
+    quick += ["--method", "naive", "tuned", "--set", "methods.tuned.freezing.recovery_epochs=1"]
     unbroken = run("mnist_split", *quick)
     output = tmp_path / "results"
     output.rename(tmp_path / "unbroken")
     given = ["--data", str(DATA), "--output", str(output), "--accelerator", "cpu", *quick]
     process = started(run_script, EXAMPLES / "mnist_split.py", *given)
     try:
-        second = output / "mnist_split-unfinished" / "best-0" / "mnist-23" / "last.ckpt"
+        second = output / "mnist_split-unfinished" / "tuned-0" / "mnist-23" / "last.ckpt"
         until = time.monotonic() + 120
         while not second.exists() and process.exitcode is None and time.monotonic() < until:
             time.sleep(0.002)
@@ -325,7 +325,7 @@ def test_killed_and_run_again_the_results_are_those_of_one_run(run, tmp_path):
     assert second.exists()
     assert [*json.loads((output / "mnist_split.json").read_text())["methods"]] == ["naive"]
     again = run("mnist_split", *quick)
-    assert of(again, "best")["seconds"] is None  # what came before is not known
+    assert of(again, "tuned")["seconds"] is None  # what came before is not known
     assert without_seconds(again) == without_seconds(unbroken)
 
 
@@ -348,7 +348,7 @@ def test_results_that_are_there_are_not_made_again_and_other_settings_are_refuse
         assert "were made with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("mnist_split", *QUICK, "--method", "naif")
-    assert "has the methods naive, separate, paper, exact, default, best" in capsys.readouterr().err
+    assert "has the methods naive, separate, paper, exact, default, tuned" in capsys.readouterr().err
 
 
 @has("MNIST")
@@ -483,8 +483,8 @@ def test_two_processes_are_not_at_one_run(tmp_path):
 
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from result_files import alone\n"
     code += "with alone(Path(sys.argv[2])): print('begun')"
-    command = [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "best-0")]
-    with alone(tmp_path / "best-0"):
+    command = [sys.executable, "-c", code, str(EXAMPLES), str(tmp_path / "tuned-0")]
+    with alone(tmp_path / "tuned-0"):
         second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert (second.returncode, second.stdout) == (1, "")
         assert "another process is at this run" in second.stderr
@@ -635,15 +635,15 @@ SOUND = (
     [
         ("titel: B", "a.yaml has titel; known are: title, stand_in"),
         ("fast: {epochs: 1}", "a.yaml: fast has epochs; known are: title"),
-        ("methods: {best: {ration: 0.2}}", "a.yaml: methods.best has ration; known are: freezing, paper"),
+        ("methods: {tuned: {ration: 0.2}}", "a.yaml: methods.tuned has ration; known are: freezing, paper"),
         (
-            "methods: {best: {freezing: {rations: 0.2}}}",
-            "methods.best: .*unexpected keyword argument 'rations'",
+            "methods: {tuned: {freezing: {rations: 0.2}}}",
+            "methods.tuned: .*unexpected keyword argument 'rations'",
         ),
-        ("methods: {best: {freezing: {ration: 2}}}", "a.yaml: methods.best: ration is 2"),
+        ("methods: {tuned: {freezing: {ration: 2}}}", "a.yaml: methods.tuned: ration is 2"),
         (
-            "methods: {best: {freezing: {}, paper: {}}}",
-            "methods.best: a method has freezing or paper, not both",
+            "methods: {tuned: {freezing: {}, paper: {}}}",
+            "methods.tuned: a method has freezing or paper, not both",
         ),
         ("methods: {}", "a.yaml: methods is {}: Dictionary should have at least 1 item"),
         ("methods: null", "a.yaml: methods is None: Input should be a valid dictionary"),
@@ -655,8 +655,8 @@ SOUND = (
         ("stream: {tasks: 3}", "a.yaml: stream has tasks; known are: reference"),
         ("stream: [3]", r"a.yaml: stream is \[3\]: Input should be a valid dictionary"),
         ("methods: 3", "a.yaml: methods is 3: Input should be a valid dictionary"),
-        ("methods: {best: 5}", "a.yaml: methods.best is 5: Input should be"),
-        ("methods: {best: {training: 7}}", "a.yaml: methods.best.training is 7: Input should be a valid dictionary"),
+        ("methods: {tuned: 5}", "a.yaml: methods.tuned is 5: Input should be"),
+        ("methods: {tuned: {training: 7}}", "a.yaml: methods.tuned.training is 7: Input should be a valid dictionary"),
         ("fast: 3", "a.yaml: fast is 3, expected a mapping"),
         ("seeds: x", "a.yaml: seeds is 'x': Input should be a valid integer"),
         ("tasks: -1", "a.yaml: tasks is -1: Input should be greater than 0"),
@@ -723,15 +723,15 @@ def test_settings_stand_on_others_and_are_changed_by_fast_and_by_the_command_lin
 
     (tmp_path / "a.yaml").write_text(SOUND + "fast: {samples: 10, training: {epochs: 7}}\n")
     (tmp_path / "b.yaml").write_text(
-        "base: a.yaml\ntitle: B\nmethods: {naive: null, best: {freezing: {ration: 0.5}}}\n"
+        "base: a.yaml\ntitle: B\nmethods: {naive: null, tuned: {freezing: {ration: 0.5}}}\n"
     )
     read = settings.read(tmp_path / "b.yaml")
-    assert (read["title"], read["training"]["epochs"], [*read["methods"]]) == ("B", 1, ["best"])
+    assert (read["title"], read["training"]["epochs"], [*read["methods"]]) == ("B", 1, ["tuned"])
     fast = settings.read(
-        tmp_path / "b.yaml", fast=True, changes=["methods.best.freezing.ration=null", "network.width=9"]
+        tmp_path / "b.yaml", fast=True, changes=["methods.tuned.freezing.ration=null", "network.width=9"]
     )
     assert (fast["samples"], fast["training"]["epochs"], fast["training"]["batch_size"]) == (10, 7, 8)
-    assert fast["methods"] == {"best": {"freezing": {}}}
+    assert fast["methods"] == {"tuned": {"freezing": {}}}
     assert fast["network"] == {"width": 9}
     with pytest.raises(ValueError, match=r"'width' is no change of a setting: write key\.key=value"):
         settings.read(tmp_path / "b.yaml", changes=["width"])
@@ -744,15 +744,15 @@ def test_a_method_may_change_network_and_training_for_itself_and_epochs_hold_for
     import settings
     from mnist_split import EXPERIMENT
 
-    own = "methods: {naive: {}, best: {freezing: {ration: 0.5}, training: {epochs: 5}, network: {width: 9}}}"
+    own = "methods: {naive: {}, tuned: {freezing: {ration: 0.5}, training: {epochs: 5}, network: {width: 9}}}"
     (tmp_path / "a.yaml").write_text(SOUND.replace("methods: {naive: {}}", own))
     read = settings.read(tmp_path / "a.yaml")
-    best, naive = (EXPERIMENT.made_with(read, method, options(), "a.yaml") for method in ("best", "naive"))
-    assert (best["training"]["epochs"], best["training"]["batch_size"], best["network"]) == (5, 8, {"width": 9})
+    tuned, naive = (EXPERIMENT.made_with(read, method, options(), "a.yaml") for method in ("tuned", "naive"))
+    assert (tuned["training"]["epochs"], tuned["training"]["batch_size"], tuned["network"]) == (5, 8, {"width": 9})
     assert (naive["training"]["epochs"], naive["network"]) == (1, {"width": 8})
-    for method in ("best", "naive"):
+    for method in ("tuned", "naive"):
         assert EXPERIMENT.made_with(read, method, options(epochs=3), "a.yaml")["training"]["epochs"] == 3
-    assert settings.freezing(best).ending.selection.rations == (0.5,)
+    assert settings.freezing(tuned).ending.selection.rations == (0.5,)
     assert settings.freezing(naive) is None
 
 
@@ -821,7 +821,7 @@ def shown(tmp_path):
         "tuning": "seed 9",
         "methods": {
             "naive": {"settings": {"training": {"epochs": 2, "batch_size": 8}}, "runs": runs},
-            "best": {
+            "tuned": {
                 "settings": {"training": {"epochs": 3, "batch_size": 8, "augment": True}, "freezing": {"ration": 0.5}},
                 "runs": kept,
             },
@@ -844,11 +844,11 @@ def test_tables_have_means_deviations_and_seeds_and_call_a_stand_in_one(shown):
     assert text.count(called) == 2  # above the table and with the figure
     assert "| naive | 65.00 ± 7.07 |  | 30.00 ± 14.14 | 60.00 ± 14.14 | 100 | 2 (3, 4) |" in text
     assert "| naive | 60.0 ± 14.1 | 70.0 ± 0.0 |" in text
-    assert "| best | 82.50 ± 10.61 | +17.50 ± 3.54 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 (3, 4) |" in text
+    assert "| tuned | 82.50 ± 10.61 | +17.50 ± 3.54 | 30.00 ± 14.14 | 60.00 ± 14.14 | 50, 25 | 2 (3, 4) |" in text
     assert "seeds 3, 4; training: batch_size 8\n" in text
     assert "naive: fine-tuning; training: epochs 2\n" in text
     assert (
-        "best: `RelevanceFreezing(ration=0.5)`; training: epochs 3, augment True; the criterion was met in 3 of 4 tasks"
+        "tuned: `RelevanceFreezing(ration=0.5)`; training: epochs 3, augment True; the criterion was met in 3 of 4 tasks"
         in text
     )
     assert "how settings were chosen: seed 9" in text
@@ -867,12 +867,12 @@ def test_a_method_looks_the_same_in_every_experiment_s_figure(shown):
 
     summary = json.loads((shown / "results" / "a.json").read_text())
     two = summary["methods"]
-    four = looks({"naive": two["naive"], "paper": two["best"], "exact": two["best"], "best": two["best"]})
-    assert looks(two) == {"naive": four["naive"], "best": four["best"]}
+    four = looks({"naive": two["naive"], "paper": two["tuned"], "exact": two["tuned"], "tuned": two["tuned"]})
+    assert looks(two) == {"naive": four["naive"], "tuned": four["tuned"]}
     # The default is drawn as what it came after, which is left out beside it.
-    drawn = figures("a", {**summary, "methods": {"exact": two["best"], "default": two["best"], **two}})
+    drawn = figures("a", {**summary, "methods": {"exact": two["tuned"], "default": two["tuned"], **two}})
     assert len(drawn["a.png"]().axes[0].get_lines()) == 3
-    assert looks({"naive": two["naive"], "default": two["best"]})["default"] == four["exact"]
+    assert looks({"naive": two["naive"], "default": two["tuned"]})["default"] == four["exact"]
 
 
 def test_methods_of_other_seeds_are_not_passed_off_as_compared(shown):
@@ -880,13 +880,13 @@ def test_methods_of_other_seeds_are_not_passed_off_as_compared(shown):
 
     summary = json.loads((shown / "results" / "a.json").read_text())
     of = summary["methods"]
-    of["exact"] = {**of["best"], "runs": [{**of["best"]["runs"][0], "seed": 7}]}
-    of["paper"] = {**of["best"], "runs": [of["best"]["runs"][0], {**of["best"]["runs"][1], "seed": 8}]}
+    of["exact"] = {**of["tuned"], "runs": [{**of["tuned"]["runs"][0], "seed": 7}]}
+    of["paper"] = {**of["tuned"], "runs": [of["tuned"]["runs"][0], {**of["tuned"]["runs"][1], "seed": 8}]}
     text = table({**summary, "methods": dict(reversed(of.items()))})
     assert "| exact | 75.00 |  | 40.00 | 50.00 | 50, 25 | 1 (7) |" in text  # nothing to compare it with
     assert "| paper | 82.50 ± 10.61 | +15.00 (1 of 2) |" in text
-    assert "seeds of naive: 3, 4, paper: 3, 8, exact: 7, best: 3, 4; training" in text
-    assert text.index("| naive |") < text.index("| exact |") < text.index("| best |")  # whichever was run first
+    assert "seeds of naive: 3, 4, paper: 3, 8, exact: 7, tuned: 3, 4; training" in text
+    assert text.index("| naive |") < text.index("| exact |") < text.index("| tuned |")  # whichever was run first
 
 
 def test_the_overview_has_a_line_for_each_experiment_with_its_goal(shown):
@@ -967,7 +967,7 @@ def test_numbers_in_sentences_are_checked_and_written_with_the_tables(shown, cap
     readme = shown / "README.md"
     blocks = readme.read_text()
     sentence = (
-        "Ours is 17.5 points above, in two seeds.\n<!-- numbers of a\n17.5: best.over(naive).mean(); two: 2\n-->\n"
+        "Ours is 17.5 points above, in two seeds.\n<!-- numbers of a\n17.5: tuned.over(naive).mean(); two: 2\n-->\n"
     )
     readme.write_text(blocks + sentence)
     main(arguments)

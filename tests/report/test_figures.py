@@ -95,17 +95,17 @@ def test_a_method_looks_the_same_whatever_it_is_drawn_with():
         bars = [(bars.patches[0].get_edgecolor(), bars.patches[0].get_hatch()) for bars in capacity.containers]
         return dict(zip(drawn, zip(lines, bars, strict=True), strict=True))
 
-    names = ["naive", "paper", "exact", "best"]
+    names = ["naive", "paper", "exact", "tuned"]
     of_all = looks(names, names)
     assert of_all == looks(names, None)
-    for some in (["naive", "best"], ["paper", "best"], ["exact"]):
+    for some in (["naive", "tuned"], ["paper", "tuned"], ["exact"]):
         assert looks(some, names) == {name: of_all[name] for name in some}
-    assert looks(["naive", "best"], None)["best"] != of_all["best"]
-    for wrong in (["naive", "paper"], [*names, "fifth"], ["best", "best"], [], "best"):
-        with pytest.raises(ValueError, match="expected one to four different names, with 'best' once each"):
-            looks(["best"], wrong)
-    with pytest.raises(ValueError, match="with 'best', 'best' once each"):
-        looks(["best", "best"], names)
+    assert looks(["naive", "tuned"], None)["tuned"] != of_all["tuned"]
+    for wrong in (["naive", "paper"], [*names, "fifth"], ["tuned", "tuned"], [], "tuned"):
+        with pytest.raises(ValueError, match="expected one to four different names, with 'tuned' once each"):
+            looks(["tuned"], wrong)
+    with pytest.raises(ValueError, match="with 'tuned', 'tuned' once each"):
+        looks(["tuned", "tuned"], names)
 
 
 def test_one_method_alone_is_a_solid_line_with_plain_bars(tmp_path):
