@@ -162,7 +162,6 @@ def poison(model: Classifier, rnf: RelevanceFreezing) -> None:
             parameter.fill_(NAN)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize(
     ("case", "freeze"), [*((case, "connections") for case in MODELS), ("module", "units"), ("encoder", "units")]
 )
