@@ -87,9 +87,8 @@ def whole(
     Raises:
         ValueError: if it can't be copied.
     """
-    trainer = getattr(module, "_trainer", None)  # of a LightningModule
     try:
-        twin = copy.deepcopy(module, {id(trainer): None})
+        twin = copy.deepcopy(module)  # a LightningModule leaves its Trainer behind
     except Exception as error:  # whatever a user's attribute makes of it
         raise ValueError(f"{why}; nor can {type(module).__name__} be copied ({error})") from error
     for parameter in twin.parameters():

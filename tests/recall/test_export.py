@@ -27,6 +27,7 @@ from lightning_rnf.freezing.rows import learning
 from lightning_rnf.recall.export import export
 from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
 from lightning_rnf.recall.subnetwork import recall, silence, statistics
+from lightning_rnf.recall.whole import whole as copied_whole
 
 IMAGE = (3, 12, 12)
 
@@ -746,6 +747,16 @@ def test_what_stops_the_cut_is_named(name):
     assert next(iter(task_of(name).exported().kept["reasons"])) == REASONS[name]
 
 
+def test_each_reason_counts_the_units_that_stay_for_it():
+    relevant = {"stem": first(4, 6), "one": first(1, 4), "two": first(0, 4), "transition": first(4, 7)}
+    task = task_of("dense", relevant)
+    constants = task.net.eval().bn1(torch.zeros(1, 6, 1, 1, dtype=torch.float64)).flatten()[4:]
+    assert task.exported().kept["reasons"] == {
+        "one (Conv2d) reads constants of them that are not 0": int((constants > 0).sum()),
+        "a layer keeps one unit at least, and groups an equal number": 1,
+    }
+
+
 def test_every_reason_of_a_network_is_named():
     assert task_of("custom").exported().kept["reasons"] == {
         "2 has a forward of its own": 4,
@@ -896,6 +907,21 @@ def test_as_in_recall_the_whole_network_speaks_in_the_paper_s_retention():
     small = rnf.export(model, "a")
     assert_same_logits(small, inputs(), expected)
     assert len(next(small.parameters())) == 16
+
+
+def test_a_copy_of_a_whole_model_is_without_its_trainer():
+    class NotCopied:
+        def __deepcopy__(self, memo):
+            raise TypeError("a Trainer holds loaders and loggers")
+
+    model = Classifier()
+    model._trainer = trainer = NotCopied()
+    twin, _ = copied_whole(model, [], {}, "it can't be followed")
+    assert twin._trainer is None
+    assert model._trainer is trainer
+    model.held = NotCopied()
+    with pytest.raises(ValueError, match=r"^it can't be followed; nor can Classifier be copied"):
+        copied_whole(model, [], {}, "it can't be followed")
 
 
 def test_compiled_models():

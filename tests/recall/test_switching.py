@@ -325,9 +325,11 @@ def test_a_patch_is_put_on_and_taken_off_by_identity():
             self.handle = net[0].register_forward_hook(lambda *_: None)
             self.mean, net[1]._buffers["running_mean"] = net[1]._buffers["running_mean"], other
             net[1].extra = 5
+            net[1]._buffers["more"] = other
 
         def __exit__(self, *_):
             self.handle.remove()
+            del net[1]._buffers["more"]
             net[1]._buffers["running_mean"] = self.mean
             del net[1].extra
 
@@ -338,6 +340,7 @@ def test_a_patch_is_put_on_and_taken_off_by_identity():
     with patch.on():
         assert net[1].running_mean is other
         assert net[1].extra == 5
+        assert net[1].more is other
         assert len(net[0]._forward_hooks) == 1
     assert not changes(before, snapshot(net))
     net[0].register_forward_hook(lambda *_: None)
