@@ -106,7 +106,7 @@ def looked_at(wild, seed=0):
 counted: Counter[str] = Counter()
 
 
-@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None, max_examples=25)
+@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None, max_examples=10)
 @given(wild=WILD)
 def test_promises_hold_or_are_refused_or_warned_of(wild):
     counted[looked_at(wild)] += 1

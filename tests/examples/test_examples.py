@@ -7,14 +7,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from launched import ROOT, run_script, started
+from killed import script_until
+from launched import ROOT, ended, started
 
 EXAMPLES = ROOT / "examples"
 DATA = Path(os.environ.get("RNF_DATA", "no data"))
@@ -69,7 +70,7 @@ def of(summary: dict, method: str) -> dict:
 
 def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
     pytest.importorskip("sklearn")
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(EXAMPLES / "ddp.py"), "--accelerator", "cpu", "--devices", "2", "--epochs", "2"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -77,9 +78,9 @@ def test_ddp_ends_every_task_in_two_processes_that_lightning_starts():
         timeout=180,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr[-5000:]
-    assert ended.stderr.count("of its sub-network") == 5  # said by one of them
-    assert "All distributed processes registered. Starting with 2 processes" in ended.stderr
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stderr.count("of its sub-network") == 5  # said by one of them
+    assert "All distributed processes registered. Starting with 2 processes" in done.stderr
 
 
 @has("MNIST")
@@ -313,16 +314,10 @@ def test_killed_and_run_again_the_results_are_those_of_one_run(run, tmp_path):
     output = tmp_path / "results"
     output.rename(tmp_path / "unbroken")
     given = ["--data", str(DATA), "--output", str(output), "--accelerator", "cpu", *quick]
-    process = started(run_script, EXAMPLES / "mnist_split.py", *given)
-    try:
-        second = output / "mnist_split-unfinished" / "tuned-0" / "mnist-23" / "last.ckpt"
-        until = time.monotonic() + 120
-        while not second.exists() and process.exitcode is None and time.monotonic() < until:
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.join()
-    assert second.exists()
+    second = Path("mnist_split-unfinished", "tuned-0", "mnist-23", "last.ckpt")
+    (exitcode,) = ended(started(script_until, second.as_posix(), EXAMPLES / "mnist_split.py", *given))
+    assert exitcode == -signal.SIGKILL
+    assert (output / second).exists()
     assert [*json.loads((output / "mnist_split.json").read_text())["methods"]] == ["naive"]
     again = run("mnist_split", *quick)
     assert of(again, "tuned")["seconds"] is None  # what came before is not known

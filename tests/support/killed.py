@@ -1,4 +1,4 @@
-"""What test_resume kills: two tasks that keep their checkpoints in a folder, and go on from what is there."""
+"""What is killed: two tasks that keep their checkpoints in a folder, and go on from what is there; any script."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from launched import run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training import ConvClassifier, task_data, trainer
 
@@ -42,6 +43,19 @@ def die(*args, **kwargs):
 def ask():
     """As a cluster does some time before it takes the machine away."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def script_until(checkpoint: str, path: Path, *options: str) -> None:
+    """Run a script, and die as soon as a Trainer has written a checkpoint whose path ends like this."""
+    save = pl.Trainer.save_checkpoint
+
+    def save_once(self, filepath, *args, **kwargs):
+        save(self, filepath, *args, **kwargs)
+        if Path(filepath).as_posix().endswith(checkpoint):
+            die()
+
+    pl.Trainer.save_checkpoint = save_once
+    run_script(path, *options)
 
 
 def run(folder: Path, moment: str | None = None, recovery_epochs: int = 0) -> None:
