@@ -91,7 +91,7 @@ class RelevanceFreezing(BetweenFits):
         over_samples: how a unit's relevance is summed over samples: ``"absolute"``: that of each sample by its size, so
             that a unit which speaks for some classes and against others is not taken for a silent one. ``"signed"``:
             the paper.
-        composite: Zennit's rules for relevance; None: ``EpsilonPlus``, with batch norms merged into their layers.
+        composite: Zennit's rules for relevance; None: ``EpsilonPlus`` (equations 1 and 2), and our own for attention.
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
             units without any go first. ``"none"``: raw, the paper; not followed, with a warning, where something has no
             rule (a layer norm, attention): raw relevance doesn't compare across layers then.
@@ -104,7 +104,7 @@ class RelevanceFreezing(BetweenFits):
             ``"frozen"``: with their units, or whole. None: per task where recall is exact and its statistics are.
         embeddings: ``"per_task"``: each task has rows of its own, which recall brings back. ``"frozen"``: a row is once
             a task has read it. None: per task up to 2²³ numbers a table. With ``retention="paper"`` they are whole.
-        recalibrate_norm: estimate each candidate's running statistics anew, from what relevance is measured on.
+        recalibrate_norm: estimate each candidate's running statistics anew.
         reference_samples: how many of the data to draw; accuracy is measured on all their targets. None: all there are.
         attribution_samples: relevance is measured on so many of them. None: on all.
         fit_head: ``"auto"``: with ``retention="exact"``, the last layer of the task's head is fitted to each candidate
@@ -113,8 +113,8 @@ class RelevanceFreezing(BetweenFits):
         fit_data: what the head is fitted on, as ``reference``; None: the fit's training data in eval mode, or where
             ``predict`` can't do with them, half of the reference data.
         fit_samples: so many of them; None: all there are.
-        units: globs of the names of layers to make units of; None: all linear, convolutional and recurrent ones outside
-            the head that learn (``requires_grad``). What is left out is frozen whole after the first task.
+        units: globs of the names of layers to make units of; None: all linear, convolutional, recurrent and attention
+            ones outside the head that learn (``requires_grad``). What is left out is frozen whole after the first task.
         heads: globs of the names of heads; None: they are found by tracing which module makes the logits.
         predict: ``(module, batch) -> (logits, target)``: class indices of samples, pixels or tokens, 0 and 1 for each
             label, or numbers (see `Predict`); None: for batches ``(x, y)``.

@@ -157,7 +157,7 @@ def _report(options: argparse.Namespace) -> None:
     from lightning_rnf.tasks import checkpoints
 
     if options.junit and not options.fail_on:
-        raise ValueError("--junit writes what --fail-on has found: name a condition, as in --fail-on changed drift")
+        raise ValueError("--junit writes what --fail-on has found: name a condition, as in --fail-on changed free=0.1")
     state, checkpoint = _read(options.file)
     if options.config is not None and checkpoint is None:
         raise ValueError(f"--config is of use for a checkpoint: {options.file} has no weights that a model could have")
