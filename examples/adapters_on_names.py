@@ -22,7 +22,7 @@ from low_rank import LowRank, adapt, adapter
 from torch import Tensor, nn
 
 from lightning_rnf import RelevanceFreezing
-from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream
+from lightning_rnf.streams import Scenario, TaskDataModule, TrainerFactory, fit_stream
 
 KNOWN = ("et", "eu", "fi", "hu", "id", "lt", "sq", "tr")
 """Languages of the pretraining, in the same letters."""
@@ -98,9 +98,10 @@ def fit(
     trainer_factory: TrainerFactory,
     *,
     folder: Path,
+    scenario: Scenario = "task",
 ) -> tuple[Tensor, dict[str, Any]]:
     """`fit_stream`, and how many weights of adapters each task needs that no task before it does."""
-    matrix = fit_stream(model, stream, callback, trainer_factory, folder=folder)
+    matrix = fit_stream(model, stream, callback, trainer_factory, folder=folder, scenario=scenario)
     parts = [part for part in model.modules() if isinstance(part, LowRank)]
     every = sum(weight.numel() for part in parts for weight in part.parameters() if weight.requires_grad)
     if callback is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import inspect
 import logging
 import platform
 import shutil
@@ -46,7 +47,10 @@ class Fit(Protocol):
         *,
         folder: Path,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """The accuracy matrix ``(tasks, tasks)``; with it, if there is more to keep, what JSON takes, by name."""
+        """The accuracy matrix ``(tasks, tasks)``; with it, if there is more to keep, what JSON takes, by name.
+
+        One that takes ``scenario``, too, as `fit_stream` does, can be run with ``--scenario class``.
+        """
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Experiment:
         freezing: arguments of the callback that YAML can't hold.
         pretrained: ``(model, data)``: gives a new network weights that it starts from.
         is_packaged: the data come with a package: there is no folder to name.
+        is_of_numbers: targets are numbers, which don't say whose a sample is where a callback does not.
     """
 
     stream: Callable[..., list[TaskDataModule]]
@@ -71,6 +76,7 @@ class Experiment:
     freezing: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Callable[[Any, Data], object] = lambda model, data: None
     is_packaged: bool = False
+    is_of_numbers: bool = False
 
     def main(self, script: str, description: str | None, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Run what is not in the JSON yet, and print the table.
@@ -118,6 +124,11 @@ class Experiment:
             settings = self.settings(path, options)
             methods = options.method or list(settings["methods"])
             made_with = {method: self.made_with(settings, method, options, path.name) for method in methods}
+            if options.scenario == "class" and "scenario" not in inspect.signature(self.fit).parameters:
+                raise ValueError(
+                    f"--scenario class: {Path(script).name} tests each task by its name, and not by samples whose task "
+                    "could be found; leave --scenario out"
+                )
         except (OSError, ValueError, TypeError) as error:
             parser.error(str(error))
         is_class = options.scenario == "class"
@@ -183,10 +194,20 @@ class Experiment:
         if made_with.get("separate") and options.scenario == "class":
             raise ValueError(f"{where}: methods.{method}: whoever chooses one of several networks knows the task")
         try:
-            yaml_settings.freezing(made_with, **self.freezing)
+            callback = self.callback(made_with, options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: methods.{method}: {error}") from error
+        if self.is_of_numbers and callback is None and options.scenario == "class":
+            raise ValueError(
+                f"{where}: methods.{method}: a model's numbers don't say which task a sample is of; with --scenario "
+                "class name methods that freeze by --method"
+            )
         return {**made_with, "precision": options.precision or settings.get("precision") or "32-true"}
+
+    def callback(self, made_with: Mapping[str, Any], options: argparse.Namespace) -> RelevanceFreezing | None:
+        """A new one, which remembers what tasks' data look like if tests are not told the task; None: naive."""
+        untold = {"portraits": True} if options.scenario == "class" else {}
+        return yaml_settings.freezing(made_with, **self.freezing, **untold)
 
     def run(self, made_with: Mapping[str, Any], seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         """Train the stream with one method and seed, going on from the checkpoints in the folder."""
@@ -203,7 +224,7 @@ class Experiment:
         add_heads(model, stream)
         self.pretrained(model, data)
         untold = {"scenario": "class"} if options.scenario == "class" else {}
-        callback = yaml_settings.freezing(made_with, **self.freezing, **({"portraits": True} if untold else {}))
+        callback = self.callback(made_with, options)
         trainer = partial(
             _trainer,
             seed,
@@ -245,7 +266,7 @@ class Experiment:
             "capacity": [record.capacity for record in records],
             "reference_accuracy": [[record.accuracy, record.subnetwork_accuracy] for record in records],
             "accepted": [record.accepted for record in records],
-            **({name: at_the_end(records, name) for name in ("tasks_found", "accuracy_told")} if untold else {}),
+            **(of_untold(records) if untold else {}),
             "evaluations": [len(record.evaluations) + len(record.recovery) for record in records],
             **more,
             "seconds": None if is_resumed else round(seconds, 1),  # what came before the stop was not kept
@@ -323,6 +344,12 @@ def at_the_end(records: Sequence[TaskRecord], metric: str) -> list[float]:
     """What the last task's tests have found of each task under this name; without a callback: nothing."""
     last = records[-1].tests if records else {}
     return [round(logged[metric], 6) for logged in last.values() if metric in logged]
+
+
+def of_untold(records: Sequence[TaskRecord]) -> dict[str, list[float]]:
+    """Of each task how often it is found, and how well it does where it is told: of numbers R² stands for accuracy."""
+    told = at_the_end(records, "accuracy_told") or at_the_end(records, "r_squared_told")
+    return {"tasks_found": at_the_end(records, "tasks_found"), "accuracy_told": told}
 
 
 def add_heads(model: LightningModule, stream: Sequence[TaskDataModule]) -> None:

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_rnf import Drift, MultiHead, RelevanceFreezing, UnitMap, heatmaps
-from lightning_rnf.streams import TaskDataModule, TrainerFactory, fit_stream, split_by_class
+from lightning_rnf.streams import Scenario, TaskDataModule, TrainerFactory, fit_stream, split_by_class
 
 SHOWN = 2
 
@@ -88,6 +88,7 @@ def fit(
     trainer_factory: TrainerFactory,
     *,
     folder: Path,
+    scenario: Scenario = "task",
 ) -> tuple[Tensor, dict[str, Any]]:
     """The matrix, how far relevance drifts after each task, and a few images with their heatmaps after each."""
     watch = Watch(stream[0], callback)
@@ -95,7 +96,7 @@ def fit(
     def watched(*, callbacks: list[Callback]) -> Trainer:
         return trainer_factory(callbacks=[*callbacks, watch])
 
-    matrix = fit_stream(model, stream, callback, watched, folder=folder)
+    matrix = fit_stream(model, stream, callback, watched, folder=folder, scenario=scenario)
     maps = {task.task: of_images for task, of_images in zip(stream, watch.maps, strict=True)}
     return matrix, {
         "images compared": len(watch.maps[0]),

@@ -96,7 +96,7 @@ def stream(data: Data, seed: int, *, past: int, ahead: int) -> list[TaskDataModu
     return [TaskDataModule(name, ahead, *windows(read(), past, ahead, data.samples)) for name, read in SERIES.items()]
 
 
-EXPERIMENT = Experiment(stream, Forecaster, is_packaged=True)
+EXPERIMENT = Experiment(stream, Forecaster, is_packaged=True, is_of_numbers=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:

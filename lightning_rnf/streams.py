@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial, reduce
-from operator import add
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -14,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_rnf.anatomy import Explained, Flat, Layout, Predict, is_numbers, predict_checked, supervised
+from lightning_rnf.anatomy import Predict, supervised
 from lightning_rnf.callback import RelevanceFreezing
 from lightning_rnf.heads import MultiHead
-from lightning_rnf.metrics import AccuracyMatrix
 from lightning_rnf.packages import Callback, LightningDataModule, LightningModule, Trainer, callbacks, like
-from lightning_rnf.runtime import arguments, evaluating
-from lightning_rnf.tasks import on_device, set_up
+from lightning_rnf.runtime import arguments
+from lightning_rnf.tasks import tested
 
 Scenario = Literal["task", "class"]
 """Whether tests are told which task a sample is of."""
@@ -257,8 +253,10 @@ def fit_stream(
             None: nothing is kept but what ``trainer_factory`` keeps.
         scenario: ``"task"``: tests are told which task a sample is of. ``"class"``: they are not, and classes of all
             tasks so far are one label space: with a callback by `RelevanceFreezing.infer_task`, without one by the
-            largest logit of all heads. The report has the share of samples whose task was found as ``"tasks_found"``,
-            and what is right where the task is told as ``"accuracy_told"``.
+            largest logit of all heads. What another task's head says is wrong, however many classes it has. The report
+            has the share of samples whose task was found as ``"tasks_found"``, and what is right where the task is told
+            as ``"accuracy_told"``. Numbers are as near as the answers in the task that is found, and explain nothing
+            (0) where one of them has another number of columns; told, ``"r_squared_told"``.
 
     Returns:
         The accuracy matrix ``(tasks, tasks)``, see `metrics`: NaN above the diagonal. It is in the callback's report,
@@ -266,13 +264,14 @@ def fit_stream(
         has as ``metric="r_squared"``.
 
     Raises:
-        ValueError: if the model has not exactly one `MultiHead` and ``activate`` is None; or the scenario is unknown.
+        ValueError: if the model has not exactly one `MultiHead` and ``activate`` is None; the scenario is unknown; or
+            the task is not told and targets are numbers, which don't say whose a sample is without a callback with
+            ``portraits=True``, or ``predict`` has not one entry for each sample: both at the first test.
     """
     arguments.one_of("scenario", scenario, Scenario)
     tasks: list[Any] = list(stream)
     activate = activate or _activate
-    matrix = AccuracyMatrix(len(tasks))
-    shares = torch.full((len(tasks), len(tasks)), torch.nan)  # of numbers
+    matrix = torch.full((len(tasks), len(tasks)), torch.nan)
     for trained, task in enumerate(tasks):
         activate(model, task)
         ours: list[Callback] = [callback] if callback is not None else []
@@ -289,100 +288,12 @@ def fit_stream(
         for index, seen in enumerate(tasks[: trained + 1]):
             activate(model, seen)
             sofar = tasks[: trained + 1] if scenario == "class" else None
-            asked = partial(_tested, model, seen, trainer, predict, callback, activate)
-            explained, found = asked(sofar, partial(matrix.update, trained=trained, task=index))
-            if explained:
-                scored, score = "r_squared", reduce(add, explained).share
-                shares[trained, index] = score
-            else:
-                scored, score = "accuracy", float(matrix.correct[trained, index] / matrix.samples[trained, index])
+            shown = tested(model, seen, trainer, predict, callback, activate, sofar)
+            matrix[trained, index] = next(iter(shown.values()))
             if callback is not None and task.task in callback.state.tasks:
-                shown = {scored: score}
-                if found:
-                    told = AccuracyMatrix(1)
-                    asked(None, partial(told.update, trained=0, task=0))
-                    shown["accuracy_told"] = float(told.correct.sum() / told.samples.sum())
-                    shown["tasks_found"] = float(torch.cat(found).float().mean())
                 callback.state.task(task.task).tests[seen.task] = shown
         model.cpu()
-    # torchmetrics makes a number of a matrix of one entry, and warns of one that was never updated
-    of_classes = matrix.compute().reshape(len(tasks), len(tasks)) if matrix.samples.any() else shares
-    return torch.where(shares.isnan(), of_classes, shares)
-
-
-def _tested(
-    model: LightningModule,
-    task: Any,
-    trainer: Any,
-    predict: Predict,
-    callback: RelevanceFreezing | None,
-    activate: Callable[[LightningModule, Any], None],
-    sofar: list[Any] | None,
-    update: Callable[..., None],
-) -> tuple[list[Explained], list[Tensor]]:
-    """One task's test data go through the model, and answers to ``update``.
-
-    Returns:
-        Of numbers what is explained, and whether samples' tasks were found: by batch. The latter is empty if they are
-        told.
-    """
-    precision = trainer.precision_plugin
-    explained: list[Explained] = []
-    found: list[Tensor] = []
-    numbers: bool | None = None  # as the first batch shows: one of another may all be 0 or 1
-    with set_up(task, trainer, "test"), _asking(model, task, sofar, callback, activate) as ask, torch.no_grad():
-        for batch in task.test_dataloader():
-            converted = precision.convert_input(on_device(batch, trainer))
-            with precision.forward_context():
-                logits, target, named = ask(Flat(predict, Layout(numbers=numbers)), converted)
-            numbers = is_numbers(target) if numbers is None else numbers
-            found += [] if named is None else [named]
-            if is_numbers(target):
-                explained.append(Explained.of(logits, target))
-            else:
-                update(logits.cpu(), target.cpu(), named=named)
-    return explained, found
-
-
-_Ask = Callable[[Predict, Any], tuple[Tensor, Tensor, Tensor | None]]
-"""``(predict, batch)`` to logits, target, and whether each sample's task was found: bool ``(N,)``; None: told."""
-
-
-@contextmanager
-def _asking(
-    model: LightningModule,
-    task: Any,
-    sofar: list[Any] | None,
-    callback: RelevanceFreezing | None,
-    activate: Callable[[LightningModule, Any], None],
-) -> Iterator[_Ask]:
-    """Inside the context a model answers for one task's test data; of which task they are is not told if ``sofar``."""
-    finished = callback is not None and task.task in callback.state.tasks
-    if sofar is None:
-        with callback.recall(task.task, model) if callback is not None and finished else evaluating(model):
-            yield lambda predict, batch: (*predict_checked(predict, model, batch), None)
-    elif callback is not None and finished:
-        with callback.recall("auto", model) as inferred:
-
-            def ask(predict: Predict, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-                logits, target = predict(model, batch)  # not checked: a label may be outside of another task's head
-                return logits, target, torch.tensor([name == task.task for name in inferred.last.names])
-
-            yield ask
-    else:
-        with evaluating(model):
-
-            def ask_all(predict: Predict, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-                largest = {}
-                for other in sofar:
-                    activate(model, other)
-                    largest[other.task] = predict(model, batch)[0].amax(1)
-                activate(model, task)
-                own = largest.pop(task.task)
-                others = torch.stack([*largest.values(), torch.full_like(own, -torch.inf)]).amax(0)
-                return (*predict_checked(predict, model, batch), (own > others).cpu())
-
-            yield ask_all
+    return matrix
 
 
 def _activate(model: LightningModule, task: Any) -> None:

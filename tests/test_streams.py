@@ -5,11 +5,11 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from positions import Regressor, data, numbers
-from torch.utils.data import Dataset, TensorDataset
+from positions import Regressor, Tagger, data, numbers, tokens
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from training import Classifier, clusters, plain, task_data, trainer
 
-from lightning_rnf import RelevanceFreezing
+from lightning_rnf import MultiHead, RelevanceFreezing
 from lightning_rnf.streams import TaskDataModule, fit_stream, permute_pixels, split_by_class
 
 
@@ -205,6 +205,179 @@ def test_without_a_callback_all_heads_are_one_label_space():
     for index, task in enumerate(stream):
         answer = torch.cat([of_head[index] for of_head in logits], dim=1).argmax(1)
         assert matrix[1, index] == pytest.approx(float((answer == task.test.tensors[1] + 2 * index).float().mean()))
+
+
+def spread(task: str, classes: int, place: int, batch_size: int, *, several: bool = False) -> TaskDataModule:
+    """Clusters at the corners of a simplex; with ``several``, one or two labels a sample."""
+
+    def drawn(seed: int) -> TensorDataset:
+        generator = torch.Generator().manual_seed(10 * place + seed)
+        y = torch.arange(96) % classes
+        x = 0.3 * torch.randn(96, 6, generator=generator)
+        x[:, :classes] += 2 * torch.eye(classes)[y]
+        x[:, 5] += place
+        labels = (torch.eye(classes)[y] + torch.eye(classes)[(y + y % 2) % classes] > 0).float()
+        return TensorDataset(x, labels if several else y)
+
+    return Shown(task, classes, *map(drawn, range(3)), batch_size=16, shown=batch_size)
+
+
+class Shown(TaskDataModule):
+    """Tests see other batches than training does."""
+
+    def __init__(self, *args, shown: int, **options) -> None:
+        super().__init__(*args, **options)
+        self.shown = shown
+
+    def test_dataloader(self):
+        return DataLoader(self.test, batch_size=self.shown)
+
+
+class OfWidths(Classifier):
+    """Heads of 3 and 4 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = MultiHead(40, {"a": 3, "b": 4})
+
+    def training_step(self, batch):
+        loss = torch.nn.functional
+        of = loss.cross_entropy if batch[1].ndim == 1 else loss.binary_cross_entropy_with_logits
+        return of(self(batch[0]), batch[1])
+
+    def validation_step(self, batch):
+        pass
+
+
+def right_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(1) == y if y.ndim == 1 else (logits[:, : y.shape[1]] > 0) == y.bool()
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("freezing", [True, False])
+def test_an_answer_of_a_head_of_another_width_is_wrong_and_one_of_the_own_head_beside_it_right(
+    freezing, several, batch_size
+):
+    pl.seed_everything(0, verbose=False)
+    stream = [spread("a", 3, 0, batch_size, several=several), spread("b", 4, 1, batch_size, several=several)]
+    model, rnf = OfWidths(), plain(portraits=True, criterion=0.2) if freezing else None
+    matrix = fit_stream(model, stream, rnf, lambda callbacks: trainer(*callbacks), scenario="class")
+    model.eval()
+    wrong = 0
+    for index, task in enumerate(stream):
+        x, y = task.test.tensors
+        if rnf is None:
+            logits = []
+            for of_head in stream:
+                model.heads.activate(of_head.task)
+                logits.append(model(x).detach())
+            named, own = logits[index].amax(1) > logits[1 - index].amax(1), logits[index]
+        else:
+            found = rnf.infer_task(x, model)
+            named, own = torch.tensor([name == task.task for name in found.names]), found.logits
+        right = right_of(own, y)
+        right = right & named.view(-1, *[1] * (right.ndim - 1))
+        assert matrix[1, index] == pytest.approx(float(right.float().mean()), abs=1e-6)
+        wrong += int((~named).sum())
+    assert wrong  # else this test shows nothing
+
+
+class WideTagger(Tagger):
+    """Heads of tags that no token has: of five tokens, five could be classes by either dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = MultiHead(24, {"a": 6, "b": 7})
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+def test_of_positions_those_count_that_have_a_label_and_those_of_a_sample_are_found_together(freezing):
+    torch.manual_seed(0)
+    stream = [data(tokens, task) for task in ("a", "b")]
+    model, rnf = WideTagger(), plain(criterion=0.3) if freezing else None
+    by_name = lambda model, task: model.heads.activate(task.task)  # noqa: E731
+    matrix = fit_stream(model, stream, rnf, lambda callbacks: trainer(*callbacks), activate=by_name, scenario="class")
+    model.eval()
+    for index, task in enumerate(stream):
+        x, y = task.test.tensors
+        if rnf is None:
+            logits = {}
+            for name in "ab":
+                model.heads.activate(name)
+                logits[name] = model(x).detach()
+            own, other = logits.pop(task.task), *logits.values()
+            right = (own.argmax(-1) == y) & (own.amax(-1) > other.amax(-1))
+        else:
+            found = rnf.infer_task(x, model)
+            named = torch.tensor([name == task.task for name in found.names])
+            right = (found.logits.argmax(-1) == y) & named.unsqueeze(1)
+            assert 0 < rnf.state.task("b").tests[task.task]["tasks_found"] == pytest.approx(float(named.float().mean()))
+        assert matrix[1, index] == pytest.approx(float(right[y >= 0].float().mean()))
+
+
+def test_rows_that_say_nothing_of_their_samples_are_refused():
+    def flat(module, batch):
+        return module(batch[0]).flatten(0, 1), batch[1].flatten()
+
+    torch.manual_seed(0)
+    rnf = plain(criterion=0.3, predict=flat)
+    with pytest.raises(ValueError, match=r"shape \(80, 5\) for 16 samples.* an entry for each sample"):
+        fit_stream(
+            Tagger(),
+            [data(tokens, "a")],
+            rnf,
+            lambda callbacks: trainer(*callbacks, max_epochs=1),
+            activate=lambda model, task: model.heads.activate(task.task),
+            predict=flat,
+            scenario="class",
+        )
+
+
+def numbers_untold(rnf, widths=(2, 2)):
+    torch.manual_seed(0)
+    model = Regressor()
+    model.heads = MultiHead(32, dict(zip("ab", widths, strict=True)))
+    tasks = [data(numbers, task, outputs=width) for task, width in zip("ab", widths, strict=True)]
+    one_trainer = lambda callbacks: trainer(*callbacks, max_epochs=6)  # noqa: E731
+    by_name = lambda model, task: model.heads.activate(task.task)  # noqa: E731
+    return model, fit_stream(model, tasks, rnf, one_trainer, activate=by_name, scenario="class")
+
+
+def test_numbers_untold_are_as_near_as_the_task_that_was_found_says():
+    rnf = plain(criterion=0.3, fit_head="auto", portraits=True)
+    model, matrix = numbers_untold(rnf)
+    for index, task in enumerate("ab"):
+        x, y = numbers(task, 2).tensors
+        logged = rnf.state.task("b").tests[task]
+        found = rnf.infer_task(x, model)
+        share = 1 - (found.logits - y).square().sum(0) / (y - y.mean(0)).square().sum(0)
+        assert list(logged) == ["r_squared", "r_squared_told", "tasks_found"]
+        assert logged["r_squared"] == pytest.approx(float(share.clamp(min=0).mean()), abs=1e-4)
+        assert matrix[1, index] == pytest.approx(logged["r_squared"])
+        named = torch.tensor([name == task for name in found.names]).float()
+        assert logged["tasks_found"] == pytest.approx(float(named.mean()))
+        with rnf.recall(task, model), torch.no_grad():
+            share = 1 - (model(x) - y).square().sum(0) / (y - y.mean(0)).square().sum(0)
+        assert logged["r_squared_told"] == pytest.approx(float(share.clamp(min=0).mean()), abs=1e-4)
+    assert rnf.report().matrix is None  # no share of numbers is called an accuracy
+    assert torch.equal(rnf.report(metric="r_squared").matrix.nan_to_num(-1), matrix.nan_to_num(-1))
+
+
+def test_numbers_of_another_task_that_are_more_or_fewer_explain_nothing():
+    rnf = plain(criterion=0.3, fit_head="auto", portraits=True)
+    _, matrix = numbers_untold(rnf, widths=(1, 2))
+    logged = rnf.state.task("b").tests
+    mistaken = [index for index, task in enumerate("ab") if logged[task]["tasks_found"] < 1]
+    assert mistaken
+    for index in mistaken:
+        assert matrix[1, index] == 0 < logged["ab"[index]]["r_squared_told"]
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+def test_numbers_do_not_say_whose_a_sample_is(freezing):
+    with pytest.raises(ValueError, match=r"targets of 'a' are numbers, .* portraits=True"):
+        numbers_untold(plain(criterion=0.3) if freezing else None)
 
 
 def test_an_unknown_scenario_is_refused():

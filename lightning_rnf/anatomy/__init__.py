@@ -37,7 +37,14 @@ from lightning_rnf.anatomy.predict import (
 )
 from lightning_rnf.anatomy.recurrent import RECURRENT, Cells, cells_of, is_recurrent, parameter_names, why_not_units
 from lightning_rnf.anatomy.routing import Routes, joined
-from lightning_rnf.anatomy.targets import Layout, ignored_by, in_front, is_numbers
+from lightning_rnf.anatomy.targets import (
+    Layout,
+    ignored_by,
+    in_front,
+    is_numbers,
+    largest_logits,
+    rows_of_samples,
+)
 from lightning_rnf.anatomy.trace import form
 from lightning_rnf.anatomy.units import UnitMap, norm_parameters
 from lightning_rnf.anatomy.wider import Places, Wider, content, widened
@@ -95,6 +102,7 @@ __all__ = [
     "is_recurrent",
     "is_transposed",
     "joined",
+    "largest_logits",
     "layer_form",
     "logits_of",
     "looks_up",
@@ -105,6 +113,7 @@ __all__ = [
     "parameter_names",
     "predict_checked",
     "register_layer",
+    "rows_of_samples",
     "rows_read",
     "silenced",
     "supervised",

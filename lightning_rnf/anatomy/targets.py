@@ -190,6 +190,72 @@ def heads_of(
     return tuple(head._replace(classes=parts[place][0].shape[1]) for place, head in enumerate(found))
 
 
+def largest_logits(
+    output: object,
+    target: object,
+    columns: int,
+    layout: Layout | None = None,
+    ignored: Collection[int] = (IGNORED,),
+) -> Tensor:
+    """The largest logit of each row, ``(rows,)``, of a head that labels of another task are shown to.
+
+    Args:
+        output: of that head, as for `flattened`: it may be narrower or wider than the labels' own.
+        target: as it came with the batch; already checked beside the output of its own head.
+        columns: that its own head has.
+        layout: as for `flattened`.
+        ignored: as for `flattened`.
+
+    Raises:
+        TypeError: if outputs are no tensors, or dicts of such.
+        ValueError: if of several heads at once one has no output.
+    """
+    if isinstance(output, Mapping) and isinstance(target, Mapping):
+        if lacking := [key for key in target if key not in output]:
+            raise ValueError(f"labels are of the heads {list(target)}, but another task has no head {lacking[0]!r}")
+        parts = (largest_logits(output[key], target[key], columns, None, ignored) for key in sorted(target, key=str))
+        return torch.cat(list(parts))
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        raise TypeError(f"logits are {_described(output)} and labels {_described(target)}, expected tensors")
+    return in_front(output, target, columns, layout, ignored)[0].amax(dim=1)
+
+
+def rows_of_samples(
+    chosen: Tensor,
+    output: object,
+    target: object,
+    layout: Layout | None = None,
+    ignored: Collection[int] = (IGNORED,),
+) -> Tensor:
+    """Which rows of `flattened` are of chosen samples: bool ``(rows,)``.
+
+    Args:
+        chosen: bool ``(N,)``.
+        output: as for `flattened`.
+        target: as for `flattened`.
+        layout: as for `flattened`.
+        ignored: as for `flattened`.
+
+    Raises:
+        ValueError: if an output has not one entry for each sample, or as `flattened`.
+
+    >>> rows_of_samples(torch.tensor([True, False]), torch.zeros(2, 3, 2), torch.tensor([[1, -100], [0, 2]]))
+    tensor([ True, False, False])
+    """
+
+    def marked(one: Any) -> Any:
+        if not isinstance(one, Tensor) or len(one) != len(chosen):
+            found = f"of shape {tuple(one.shape)}" if isinstance(one, Tensor) else _described(one)
+            raise ValueError(
+                f"logits are {found} for {len(chosen)} samples, whose tasks differ: let predict return an entry for "
+                "each sample, (N, classes), or of positions (N, classes, …) or (N, …, classes), without flattening them"
+            )
+        return chosen.to(one).view(-1, *[1] * (one.ndim - 1)).expand_as(one)
+
+    of_each = {key: marked(one) for key, one in output.items()} if isinstance(output, Mapping) else marked(output)
+    return flattened(of_each, target, layout, ignored)[0].amax(dim=1) > 0
+
+
 def is_numbers(target: Tensor) -> bool:
     """Whether rows are of numbers."""
     return target.is_floating_point()

@@ -166,6 +166,7 @@ class RetentionReport:
                 {"after": name, **dict(zip(columns, _known(row), strict=True))}
                 for name, row in zip(self.state.tasks, self.matrix, strict=True)
             ]
+        found["not told the task, after the last one: right untold, right told, tasks found"] = self._untold()
         return {title: rows for title, rows in found.items() if rows}
 
     def _tasks(self) -> Rows:
@@ -185,6 +186,18 @@ class RetentionReport:
             )
             tested = {} if self.matrix is None else {"tested at its end": then[index], "tested now": now[index]}
             rows.append({key: row[key] for key in kept if key in row} | tested)
+        return rows
+
+    def _untold(self) -> Rows:
+        """What the last task's tests say of each task where they were not told it: see `streams.fit_stream`."""
+        tests = next(reversed(self.state.tasks.values())).tests if self.state.tasks else {}
+        rows: Rows = []
+        for task in self.state.tasks:
+            logged = tests.get(task, {})
+            kind = next((name for name in logged if f"{name}_told" in logged), None)
+            if kind is not None and "tasks_found" in logged:
+                shares = {"untold": logged[kind], "told": logged[f"{kind}_told"], "task found": logged["tasks_found"]}
+                rows.append({"task": task, "scored by": kind, **shares})
         return rows
 
     def _searches(self) -> Rows:
@@ -266,6 +279,7 @@ class RetentionReport:
             "searches": [{**row, "curve": curve(self.state.task(row["task"]))} for row in self._searches()],
             "audit": self._audit(),
             "matrix": None if self.matrix is None else [_known(row) for row in self.matrix],
+            "untold": self._untold(),
             "numbers": self.numbers,
             "not known": self.not_known,
             "forecast": None if self.forecast is None else vars(self.forecast),

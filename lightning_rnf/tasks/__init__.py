@@ -11,10 +11,11 @@ from lightning_rnf.tasks.fitting import FitHead, HeadFit
 from lightning_rnf.tasks.holding import Holding
 from lightning_rnf.tasks.recalling import Retention
 from lightning_rnf.tasks.recovery import CriterionOption, Recovery
-from lightning_rnf.tasks.reference import Reference, ReferenceSource, on_device, set_up
+from lightning_rnf.tasks.reference import Reference, ReferenceSource
 from lightning_rnf.tasks.runs import TaskOption
 from lightning_rnf.tasks.selection import Selection
 from lightning_rnf.tasks.summary import RichUnitSummary, UnitSummary
+from lightning_rnf.tasks.testing import tested
 from lightning_rnf.tasks.tracing import Tracing
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "auto",
     "checkpoints",
     "foresight",
-    "on_device",
     "runs",
-    "set_up",
+    "tested",
 ]

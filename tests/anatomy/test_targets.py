@@ -16,7 +16,16 @@ from torchmetrics.classification import (
 from torchmetrics.text import Perplexity
 
 from lightning_rnf import UnitMap
-from lightning_rnf.anatomy import Flat, Layout, ignored_by, in_front, measure, predict_checked
+from lightning_rnf.anatomy import (
+    Flat,
+    Layout,
+    ignored_by,
+    in_front,
+    largest_logits,
+    measure,
+    predict_checked,
+    rows_of_samples,
+)
 from lightning_rnf.anatomy.explained import Explained
 from lightning_rnf.anatomy.targets import flattened
 from lightning_rnf.runtime import Ranks
@@ -306,3 +315,38 @@ def test_two_classes_of_one_logit_are_labels_however_they_are_written(shape):
     assert torch.equal(target, wanted.long().view(6, 1))
     _, numbers = flattened(noise(*shape), wanted.view(shape), Layout(numbers=True))
     assert numbers.is_floating_point()  # in a task whose first batch was of others
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_labels_of_another_task_may_lie_outside_of_a_head_whose_logits_are_looked_at(classes):
+    of_samples, of_tokens, of_pixels = noise(4, classes), noise(4, 7, classes), noise(4, classes, 6, 6)
+    y = torch.tensor([0, 2, -100, 1])
+    assert torch.equal(largest_logits(of_samples, y, 3), of_samples.amax(1)[[0, 1, 3]])
+    y = labels(4, 7, classes=3)
+    y[1:3, 4:] = -100
+    assert torch.equal(largest_logits(of_tokens, y, 3), of_tokens.amax(2)[y >= 0])
+    y = labels(4, 6, 6, classes=3).masked_fill(labels(4, 6, 6, classes=5) == 0, 255)
+    assert torch.equal(largest_logits(of_pixels, y, 3, ignored={255}), of_pixels.amax(1)[y < 255])
+    several = labels(4, 3, classes=2).float()
+    assert torch.equal(largest_logits(of_samples, several, 3), of_samples.amax(1))
+
+
+def test_of_several_heads_at_once_the_rows_of_largest_logits_stand_as_those_of_flattened():
+    own = {"b": noise(4, 3), "a": noise(4, 2, seed=1)}
+    other = {"a": noise(4, 5, seed=2), "b": noise(4, 2, seed=3)}
+    target = {"b": torch.tensor([0, 2, -100, 1]), "a": torch.tensor([1, -100, 0, 0])}
+    rows, _ = flattened(own, target)
+    found = largest_logits(other, target, rows.shape[1])
+    assert torch.equal(found, torch.cat([other["a"].amax(1)[[0, 2, 3]], other["b"].amax(1)[[0, 1, 3]]]))
+    chosen = rows_of_samples(torch.tensor([True, False, False, True]), own, target)
+    assert chosen.tolist() == [True, False, True, True, False, True]
+    with pytest.raises(ValueError, match="another task has no head 'b'"):
+        largest_logits({"a": other["a"]}, target, 5)
+    with pytest.raises(TypeError, match="logits are of type str"):
+        largest_logits("x", torch.zeros(2), 5)
+
+
+def test_whose_rows_are_chosen_is_known_only_where_outputs_are_of_samples():
+    for output in (torch.zeros(8, 3), "x"):
+        with pytest.raises(ValueError, match=r"for 2 samples.* an entry for each sample"):
+            rows_of_samples(torch.tensor([True, False]), output, torch.zeros(8).long())

@@ -766,6 +766,40 @@ def test_networks_of_their_own_have_nothing_to_freeze_and_are_told_the_task(tmp_
         EXPERIMENT.made_with(read, "separate", options(scenario="class"), "a.yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "said"),
+    [
+        pytest.param("two_games", "default", "two_games.py tests each task by its name"),
+        pytest.param("imagenet_to_adience", "exact", "imagenet_to_adience.py tests each task by its name"),
+        pytest.param("monthly_series", "naive", "numbers don't say which task a sample is of"),
+        pytest.param("monthly_series", "paper", "methods.paper: .*portraits"),
+    ],
+)
+def test_an_experiment_that_needs_the_task_says_so_before_it_begins(capsys, tmp_path, name, method, said):
+    pytest.importorskip({"two_games": "gymnasium", "monthly_series": "statsmodels"}.get(name, "torchvision"))
+    given = ["--data", str(DATA), "--fast", "--scenario", "class", "--method", method, "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(given)
+    assert re.search(said, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@has("cifar10")
+def test_an_experiment_with_a_fit_of_its_own_is_tested_without_a_word_of_the_task(run):
+    small = ["--fast", "--samples", "1000", "--epochs", "2", "--tasks", "2", "--method", "exact"]
+    one = of(run("heatmaps", "--scenario", "class", *small, "--set", "methods.exact.freezing.criterion=0.06"), "exact")
+    for untold, told, found in zip(one["matrix"][1], one["accuracy_told"], one["tasks_found"], strict=True):
+        assert untold <= min(told, found)
+
+
+def test_of_numbers_without_a_word_of_the_task_the_told_share_stands_for_accuracy(run):
+    pytest.importorskip("statsmodels")
+    one = of(run("monthly_series", "--fast", "--scenario", "class", "--method", "default", "--epochs", "2"), "default")
+    for told, found in zip(one["accuracy_told"], one["tasks_found"], strict=True):
+        assert 0 <= told <= 1
+        assert 0 <= found <= 1
+
+
 def test_a_seed_is_there_once_though_two_processes_add_it(tmp_path):
     from result_files import Results
 

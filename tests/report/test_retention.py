@@ -63,6 +63,31 @@ def test_the_matrix_is_what_the_tests_have_logged(trained):
     assert matrix.isnan().tolist() == [[False, True, True], [False, False, True], [False, False, False]]
 
 
+def test_tests_that_are_not_told_the_task_are_shown_beside_those_that_are():
+    net = make(ConvNet)
+    state = two_tasks(net)
+    plain = RetentionReport.of(state)
+    title = "not told the task, after the last one: right untold, right told, tasks found"
+    assert title not in plain.sections
+    assert plain.to_dict()["untold"] == []
+    logged = {"accuracy": 0.5, "accuracy_told": 0.875, "tasks_found": 0.625}
+    of_numbers = {"r_squared": 0.25, "r_squared_told": 0.75, "tasks_found": 1.0}
+    state.task("first").tests["first"] = dict.fromkeys(logged, 1.0)
+    state.task("second").tests.update({"second": of_numbers, "first": logged, "given up": logged})
+    report = RetentionReport.of(state)
+    rows = [
+        {"task": "first", "scored by": "accuracy", "untold": 0.5, "told": 0.875, "task found": 0.625},
+        {"task": "second", "scored by": "r_squared", "untold": 0.25, "told": 0.75, "task found": 1.0},
+    ]
+    assert report.sections[title] == report.to_dict()["untold"] == rows
+    assert re.search(r"first +accuracy +0.5000 +0.8750 +0.6250", str(report))
+    assert "| first | accuracy | 0.5000 | 0.8750 | 0.6250 |" in report.to_markdown()
+    assert "<td>0.8750</td><td>0.6250</td>" in report.to_html()
+    state.task("second").tests.clear()
+    state.task("second").tests["first"] = {"accuracy": 0.5, "tasks_found": 0.5}  # the user's own name
+    assert title not in RetentionReport.of(state).sections
+
+
 def test_the_audit_finds_nothing_where_nothing_has_changed(trained):
     model, rnf = trained
     report = rnf.report(model)
