@@ -39,7 +39,8 @@ class TaskInference:
         names: of each sample's task; None: it is of none of them. One name for all if they were judged together.
         scores: ``(N, tasks)``, or ``(1, tasks)`` of all together, the larger the likelier: log probabilities, summed
             over samples that are judged together, each from ``-LARGEST_DOUBT`` up; or energies, or negative entropies,
-            in [-1, 0] for a sample.
+            in [-1, 0] for a sample. Never NaN: where a sub-network makes no finite numbers of a sample it tells no
+            tasks apart.
         tasks: whose scores they are, in the order of their ends.
         logits: what the model returns for each sample in the recall of its task, those of the likeliest where its name
             is None. Logits are as wide as those of the task with the most classes, with ``-inf`` where one has fewer.
@@ -116,8 +117,9 @@ class _Inferring:
         if densities is not None:
             usual = levels([one.usual for one in self.portraits.values()], of_samples, densities)
         names: list[str | None] = [tasks[index] for index in chosen.tolist()]
-        if self.unknown and usual is not None:
-            judged = [_are_unusual(usual)] if self.grouped else (usual < FALSE_ALARMS).tolist()
+        if self.unknown and usual is not None and densities is not None:
+            own = densities.gather(1, of_samples.unsqueeze(1)).view(-1)
+            judged = [_are_unusual(usual[~own.isnan().cpu()])] if self.grouped else (usual < FALSE_ALARMS).tolist()
             names = [None if is_none else name for name, is_none in zip(names, judged, strict=True)]
         places = [(of_samples == index).nonzero().view(-1).tolist() for index in range(len(tasks))]
         used = [index for index, some in enumerate(places) if some]
@@ -158,15 +160,18 @@ class _Inferring:
             largest = [own.of_classes(some).amax(1) for (_, own), some in pairs]
             return posterior(self.portraits, densities), torch.stack(largest, dim=1)
         if self.by == "energy":
-            return torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1), None
+            return _energies(torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1)), None
         return torch.stack([-_entropy(of_task.float()) for of_task in logits], dim=1), None
 
 
 def _are_unusual(levels: Tensor) -> bool:
     """Whether samples of one task would be so unusual together in `FALSE_ALARMS` of all cases at most.
 
-    Their levels are uniform in [0, 1] then, so the mean of several is nearly normal.
+    Their levels are uniform in [0, 1] then, so the mean of several is nearly normal. No sample has none: it is unusual
+    that all are left out.
     """
+    if not len(levels):
+        return True
     if len(levels) == 1:
         return bool(levels < FALSE_ALARMS)
     quantile = float(torch.special.ndtri(torch.tensor(FALSE_ALARMS, dtype=torch.float64)))
@@ -183,10 +188,22 @@ def _of_samples(logits: Tensor, head: nn.Module) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Of the softmax, as a share of the largest that so many classes have: in [0, 1]."""
+    """Of the softmax, as a share of the largest that so many classes have: in [0, 1]; 1 where it is no number."""
     shares = logits.log_softmax(1)
     most = torch.tensor(float(max(logits.shape[1], 2))).log()
-    return -(shares.exp() * shares).sum(1) / most.to(logits.device)
+    informed = shares.exp() * shares.clamp(min=torch.finfo(shares.dtype).min)  # of a masked class: 0, not 0 · inf
+    return (-informed.sum(1) / most.to(logits.device)).nan_to_num(nan=1.0)
+
+
+def _energies(found: Tensor) -> Tensor:
+    """Energies ``(N, tasks)`` without NaN or infinity: such a task is by a nat less likely than all others are.
+
+    So it is named for no sample that another task knows, and one such sample says little in a group: nothing, if no
+    task knows it.
+    """
+    known = found.isfinite()
+    least = found.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    return torch.where(known, found, torch.where(least.isfinite(), least - 1, torch.zeros_like(least)))
 
 
 @contextmanager

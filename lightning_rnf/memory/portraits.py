@@ -37,13 +37,14 @@ class Space:
         return self.projection.shape[1] or len(self.center)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Features ``(N, features)`` to float32 ``(N, dimensions)``."""
+        """Features ``(N, features)`` to float32 ``(N, dimensions)``; NaN: a sample whose features aren't all finite."""
         shares = (features.float() - self.center.to(features.device)) / self.scale.to(features.device)
         shares = shares.nan_to_num().clamp(-LARGEST, LARGEST)
-        if not self.projection.shape[1]:
-            return shares
-        with torch.autocast(shares.device.type, enabled=False):
-            return shares @ self.projection.to(shares.device)
+        if self.projection.shape[1]:
+            with torch.autocast(shares.device.type, enabled=False):
+                shares = shares @ self.projection.to(shares.device)
+        # Any place would be like some task's data: the centre is where they are most usual.
+        return shares.masked_fill(~features.isfinite().all(1, keepdim=True), torch.nan)
 
 
 LARGEST = 30.0

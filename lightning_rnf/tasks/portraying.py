@@ -90,6 +90,8 @@ class _Portraying:
         every = torch.cat(features).double() if features else torch.zeros(0, sum(sizes)).double()
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
         count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
+        if not bool(squares.isfinite().all()):
+            raise ValueError("its units' outputs are no finite numbers for some of its data")
         space = space_of(read, sizes, int(count), sums, squares)
         labels, classes = _numbered([one.labels for one in drawn], ranks)
         in_spaces: dict[str, Gaussians] = {}

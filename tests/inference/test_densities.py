@@ -118,6 +118,18 @@ def test_samples_of_no_class_are_left_out():
     assert torch.allclose(found.full(), without.full())
 
 
+def test_samples_without_a_place_are_left_out():
+    points, target = drawn(3, 5)
+    without = Sums.none(3, SIZE).with_samples(points[3:], target[3:]).gaussians()
+    points[:3, 1] = torch.nan
+    found = Sums.none(3, SIZE).with_samples(points, target).gaussians()
+    assert torch.equal(found.counts, without.counts)
+    assert torch.equal(found.means, without.means)
+    assert torch.equal(found.covariances, without.covariances)
+    with pytest.raises(ValueError, match="no sample is left"):
+        Sums.none(3, SIZE).with_samples(points * torch.nan, target).gaussians()
+
+
 def portraits(names: str = "abc") -> dict[str, Portrait]:
     """Of tasks that ended in this order, each in the spaces of those before, which differ in size."""
     sizes = {name: SIZE + index for index, name in enumerate(names)}
@@ -194,8 +206,9 @@ def test_a_space_centres_and_scales_by_layer_and_projects_what_is_large():
     assert space.layers == ("first", "second")
     assert space.dimensions == 7
     assert np.allclose(space(features).numpy(), expected, atol=1e-4)
-    assert space(torch.full((1, 7), torch.nan)).isfinite().all()
-    assert space(torch.full((1, 7), torch.inf)).isfinite().all()
+    assert space(torch.full((1, 7), 3e38)).tolist() == [[30.0] * 7]
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert space(torch.tensor([[0.0] * 6 + [value], [0.0] * 7])).isnan().all(1).tolist() == [True, False]
 
     large = space_of(layers, [100, 200], 2, torch.zeros(300).double(), torch.ones(300).double() * 2)
     assert large.dimensions == 128
