@@ -14,6 +14,9 @@ from lightning_rnf.memory import LEVELS, Gaussians, Portrait
 RIDGE = 1e-4
 """Of the mean variance, added to each: no covariance is singular; found on validation data."""
 
+LARGEST_PRECISION = 1e11
+"""Norm of what makes a class's points white: `RIDGE` allows 2e9 in 512 dimensions, and float32 has squares of this."""
+
 CHUNK = 2**22
 """Floats that are made at once for a density."""
 
@@ -94,14 +97,15 @@ class Judge:
         shrunk = (1 - share) * every + share * together
         shrunk += RIDGE * together.diagonal().mean().clamp(min=1e-12) * torch.eye(size, dtype=torch.float64)
         factors, failed = torch.linalg.cholesky_ex(shrunk)
-        if bool(failed.any()):
+        eye = torch.eye(size, dtype=torch.float64).expand_as(factors)
+        whiten = torch.linalg.solve_triangular(factors, eye, upper=False)
+        if bool(failed.any()) or not bool((whiten.norm(dim=(1, 2)) <= LARGEST_PRECISION).all()):
             raise ValueError(
                 f"what is remembered of the classes of {', '.join(map(repr, self.tasks))} are no covariances: the file "
                 "or checkpoint that it came from is damaged"
             )
-        eye = torch.eye(size, dtype=torch.float64).expand_as(factors)
         # To float32 where samples are: what comes of them is compared, not summed over many.
-        self._whiten = torch.linalg.solve_triangular(factors, eye, upper=False).float()
+        self._whiten = whiten.float()
         self._logdets = factors.diagonal(dim1=1, dim2=2).log().sum(1).float()
         means = torch.cat([one.means for one in of_tasks.values()])
         self._shifts = (self._whiten @ means.unsqueeze(2)).squeeze(2)

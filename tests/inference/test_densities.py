@@ -93,6 +93,18 @@ def test_covariances_that_are_none_are_refused():
         Judge({"a": broken})
 
 
+def test_covariances_that_no_samples_have_are_refused_before_they_overflow():
+    """What they lack of 0 is nearly what the ridge adds: there are Cholesky factors, of next to nothing."""
+    least = RIDGE * 1e-12
+    lacking = torch.nextafter(torch.tensor(least), torch.tensor(0.0))
+    assert 0 < least - float(lacking) < 1e-23
+    covariances = torch.tensor([[-1.0, 0.0, -1.0]]) * lacking
+    with pytest.raises(ValueError, match="classes of 'a' are no covariances"):
+        Judge({"a": Gaussians(torch.tensor([5]), torch.zeros(1, 2), covariances)})
+    flat = Judge({"a": Gaussians(torch.tensor([5]), torch.zeros(1, 2), torch.zeros(1, 3))})
+    assert flat(torch.full((1, 2), 30.0)).isfinite().all()
+
+
 def test_sums_of_batches_and_of_ranks_are_those_of_all_samples():
     points, target = drawn(3, 5)
     points = points + 20  # far from the origin, where squares cancel
