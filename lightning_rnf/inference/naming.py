@@ -149,7 +149,14 @@ class _Inferring:
                         "inferred by logits (N, classes), or by what portraits=True remembers"
                     )
                 else:
-                    logits.append(_of_samples(read.head, module.get_submodule(record.head)))
+                    of_task = _of_samples(read.head, module.get_submodule(record.head))
+                    if of_task.shape[1] < 2:
+                        raise ValueError(
+                            f"the head of task {name!r} says one number for a sample, and how sure of it the task is "
+                            f"can't be told by {self.by}, which compares classes: end tasks with "
+                            "RelevanceFreezing(portraits=True), which remembers what their data look like"
+                        )
+                    logits.append(of_task)
         return outputs, points, logits
 
     def _scores(self, points: list[Tensor], logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -115,7 +115,8 @@ class Recalling(KeptInFiles):
 
         Raises:
             ValueError: if there is no model or no finished task, what is to be compared is not remembered of all tasks,
-                a head runs that is not its task's, or the model can't be called with ``x``.
+                a head runs that is not its task's, or says one number for a sample where logits are compared, or the
+                model can't be called with ``x``.
         """
         arguments.one_of("by", by, By)
         with self._inferring(self._found(model, "x"), by=by, grouped=grouped, unknown=unknown) as found:

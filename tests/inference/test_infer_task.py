@@ -243,6 +243,26 @@ def test_without_portraits_logits_are_compared(by):
     assert_recalled(rnf, model, x, found.names, found.logits)
 
 
+@pytest.mark.parametrize("by", ["auto", "energy", "entropy"])
+@pytest.mark.parametrize(("of_a", "of_b", "named"), [(2, 1, "b"), (1, 2, "a"), (1, 1, "a")])
+def test_heads_of_one_number_are_refused_without_portraits(by, of_a, of_b, named):
+    """The entropy of one logit is that of who is sure, whatever it is."""
+    widths = {"a": of_a, "b": of_b}
+    model = Classifier()
+    model.heads = MultiHead(40, widths)
+
+    def of_task(task):
+        return [(x, x[:, :1] if widths[task] == 1 else y) for x, y in batches(task)]
+
+    model, rnf = protected(model, of_task=of_task, portraits=False)
+    said = rf"the head of task '{named}' says one number .* end tasks with RelevanceFreezing\(portraits=True\)"
+    with pytest.raises(ValueError, match=said):
+        rnf.infer_task(apart("a", "b")[0], model, by=by)
+    if by == "auto":
+        with pytest.raises(ValueError, match=said), rnf.recall("auto", model):
+            model(apart("a", "b")[0])
+
+
 def test_what_can_not_be_inferred_is_refused():
     rnf, model = plain(portraits=True), Classifier()
     x = torch.zeros(2, 6)
