@@ -101,8 +101,22 @@ class _Inferring:
         logits = self.switch.module(*inputs.args, **inputs.kwargs)
         return replace(self.last, logits=logits)
 
-    @torch.no_grad()
     def _infer(self, inputs: Inputs) -> TaskInference:
+        """With gradients the tasks that were found run once more: those that were not need no memory for a graph."""
+        with torch.no_grad():
+            found, outputs, places = self._named(inputs)
+        used = [index for index, some in enumerate(places) if some]
+        if torch.is_grad_enabled():
+            with own_forward(self.switch.module, self.switch.before):
+                for index in used:
+                    with self.switch.to(found.tasks[index]):
+                        outputs[index] = self.switch.module(*inputs.args, **inputs.kwargs)
+        # Of the whole batch, of which some are taken: the bits of a part are those of another size of batch.
+        parts = [part_of_batch(outputs[index], places[index], inputs.samples) for index in used]
+        return replace(found, logits=joined_outputs(parts, [places[index] for index in used]))
+
+    def _named(self, inputs: Inputs) -> tuple[TaskInference, list[Any], list[list[int]]]:
+        """All but the logits, what each task's recall returns for the whole batch, and the places of its samples."""
         sized = inputs.samples
         if not sized:
             raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
@@ -122,10 +136,7 @@ class _Inferring:
             judged = [_are_unusual(usual[~own.isnan().cpu()])] if self.grouped else (usual < FALSE_ALARMS).tolist()
             names = [None if is_none else name for name, is_none in zip(names, judged, strict=True)]
         places = [(of_samples == index).nonzero().view(-1).tolist() for index in range(len(tasks))]
-        used = [index for index, some in enumerate(places) if some]
-        parts = [part_of_batch(outputs[index], places[index], sized) for index in used]
-        joined = joined_outputs(parts, [places[index] for index in used])
-        return TaskInference(tuple(names), shown, tasks, joined, usual)
+        return TaskInference(tuple(names), shown, tasks, None, usual), outputs, places
 
     def _run(self, inputs: Inputs, samples: int) -> tuple[list[Any], list[Tensor], list[Tensor]]:
         """What each task's recall returns for the whole batch, its features in the task's space, and its logits."""

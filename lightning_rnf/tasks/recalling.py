@@ -51,7 +51,8 @@ class Recalling(KeptInFiles):
                 logits = model(three_samples)
 
         With ``"auto"`` each sample runs through the sub-network of the task that `infer_task` finds it to be of; the
-        context gives an object whose ``last`` is the `TaskInference` of the last forward.
+        context gives an object whose ``last`` is the `TaskInference` of the last forward. With gradients on, the tasks
+        that were found run a second time, and gradients go through each sample's own sub-network as in its recall.
 
         Args:
             task: name of the task, or ``(N,)`` names: one for each sample of the batches ``(N, ...)`` that the model

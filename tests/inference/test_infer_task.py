@@ -396,6 +396,39 @@ def test_the_innermost_of_nested_recalls_runs():
     assert not changes(before, snapshot(model))
 
 
+@pytest.mark.parametrize("portraits", [True, False])
+def test_gradients_go_through_each_samples_own_sub_network(portraits):
+    model = Classifier()
+    model.heads = MultiHead(40, {"a": 2, "b": 4})
+    model, rnf = protected(model, portraits=portraits)
+    x, _ = apart("a", "b", samples=8)
+    with rnf.recall("auto", model) as found:
+        given = x.clone().requires_grad_()
+        logits = model(given)
+        names = found.last.names
+        with torch.no_grad():
+            silent = model(x)
+        with torch.inference_mode():
+            assert torch.equal(model(x), silent)
+    assert set(names) == {"a", "b"} or not portraits
+    assert logits.requires_grad
+    assert not silent.requires_grad
+    assert torch.equal(logits, silent)
+    of_input, of_weight = torch.autograd.grad(logits.nan_to_num(neginf=0).square().sum(), (given, model.body[0].weight))
+    expected_input, expected_weight = torch.zeros_like(x), torch.zeros_like(of_weight)
+    for task in set(names):
+        rows = torch.tensor([name == task for name in names])
+        given = x.clone().requires_grad_()
+        with rnf.recall(task, model):
+            of_task = model(given)[rows].square().sum()
+        gradients = torch.autograd.grad(of_task, (given, model.body[0].weight))
+        expected_input, expected_weight = expected_input + gradients[0], expected_weight + gradients[1]
+    assert torch.allclose(of_input, expected_input, atol=1e-6)
+    assert torch.allclose(of_weight, expected_weight, rtol=1e-4, atol=1e-5)
+    assert of_input.abs().sum(1).gt(0).all()
+    assert not rnf.infer_task(x.requires_grad_(), model).logits.requires_grad
+
+
 class Lstm(Classifier):
     def __init__(self) -> None:
         super().__init__()
