@@ -72,7 +72,7 @@ class _Inferring:
         self.portraits = {name: one.portrait for name, one in records.items() if one.portrait is not None}
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
-        self.last: TaskInference
+        self._last: TaskInference | None = None
         self.judges: Sequence[tuple[Judge, Judge]] = ()
         lacking = [name for name in records if name not in self.portraits]
         if self.by == "gaussians":
@@ -92,8 +92,21 @@ class _Inferring:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, of each sample in the recall of the task that it is found to be of."""
-        self.last = self._infer(Inputs(args, kwargs))
-        return self.last.logits
+        self._last = self._infer(Inputs(args, kwargs))
+        return self._last.logits
+
+    @property
+    def last(self) -> TaskInference:
+        """Of the last forward.
+
+        Raises:
+            AttributeError: if there was none.
+        """
+        if self._last is None:
+            raise AttributeError(
+                "no sample has been told apart yet: call the model, model(x), inside of recall('auto') first"
+            )
+        return self._last
 
     @torch.no_grad()
     def infer(self, inputs: Inputs) -> TaskInference:

@@ -266,8 +266,10 @@ def test_heads_of_one_number_are_refused_without_portraits(by, of_a, of_b, named
 def test_what_can_not_be_inferred_is_refused():
     rnf, model = plain(portraits=True), Classifier()
     x = torch.zeros(2, 6)
-    with pytest.raises(ValueError, match="no model"):
+    with pytest.raises(ValueError, match=r"no model for infer_task\(x\): name it, infer_task\(x, model\)"):
         rnf.infer_task(x)
+    with pytest.raises(ValueError, match=r"no model for recall\('auto'\): name it, recall\('auto', model\)"):
+        rnf.recall("auto").__enter__()
     with pytest.raises(ValueError, match="no task has ended"):
         rnf.infer_task(x, model)
     with pytest.raises(ValueError, match="no task has ended"), rnf.recall("auto", model):
@@ -275,6 +277,12 @@ def test_what_can_not_be_inferred_is_refused():
     protected_model, rnf = protected(Classifier(), "a")
     with pytest.raises(ValueError, match="by is 'rubbish', expected one of 'auto', 'gaussians'"):
         rnf.infer_task(x, protected_model, by="rubbish")
+    with rnf.recall("auto", protected_model) as found:
+        with pytest.raises(AttributeError, match=r"call the model, model\(x\), inside of recall\('auto'\) first"):
+            _ = found.last
+        assert not hasattr(found, "last")
+        protected_model(x)
+        assert found.last.names == ("a", "a")
     before = snapshot(protected_model)
     for nothing in (torch.zeros(0, 6), (), {}, torch.tensor(1.0), None, {"x": "text"}):
         with pytest.raises(ValueError, match="the input has no samples"):
