@@ -14,6 +14,9 @@ from lightning_rnf.memory import LEVELS, Gaussians, Portrait
 RIDGE = 1e-4
 """Of the mean variance, added to each: no covariance is singular; found on validation data."""
 
+LARGEST_PRECISION = 1e11
+"""Norm of what makes a class's points white: `RIDGE` allows 2e9 in 512 dimensions, and float32 has squares of this."""
+
 CHUNK = 2**22
 """Floats that are made at once for a density."""
 
@@ -39,8 +42,13 @@ class Sums:
         return cls(*(torch.zeros(shape[:ndim], dtype=torch.float64) for ndim in (1, 2, 3)))
 
     def with_samples(self, points: Tensor, target: Tensor) -> Sums:
-        """With more samples: ``(N, dimensions)``, and the class ``(N,)`` of each; below 0: of none, it is left out."""
+        """With more samples: ``(N, dimensions)``, and the class ``(N,)`` of each.
+
+        Those of a class below 0, of none, are left out, and so is a sample that a space has no place for: NaN.
+        """
         points, target = points.detach().cpu().double(), target.cpu()
+        has_place = ~points.isnan().any(1)
+        points, target = points[has_place], target[has_place]
         counts, sums, products = self.counts.clone(), self.sums.clone(), self.products.clone()
         for label in target[target >= 0].unique().tolist():
             some = points[target == label]
@@ -53,8 +61,14 @@ class Sums:
         return Sums(self.counts + other.counts, self.sums + other.sums, self.products + other.products)
 
     def gaussians(self) -> Gaussians:
-        """Of the classes that have samples."""
+        """Of the classes that have samples.
+
+        Raises:
+            ValueError: if none has any.
+        """
         seen = self.counts > 0
+        if not bool(seen.any()):
+            raise ValueError("no sample is left of which its units' outputs are finite numbers")
         counts = self.counts[seen]
         means = self.sums[seen] / counts.unsqueeze(1)
         scatter = self.products[seen] / counts.view(-1, 1, 1) - means.unsqueeze(2) * means.unsqueeze(1)
@@ -83,14 +97,15 @@ class Judge:
         shrunk = (1 - share) * every + share * together
         shrunk += RIDGE * together.diagonal().mean().clamp(min=1e-12) * torch.eye(size, dtype=torch.float64)
         factors, failed = torch.linalg.cholesky_ex(shrunk)
-        if bool(failed.any()):
+        eye = torch.eye(size, dtype=torch.float64).expand_as(factors)
+        whiten = torch.linalg.solve_triangular(factors, eye, upper=False)
+        if bool(failed.any()) or not bool((whiten.norm(dim=(1, 2)) <= LARGEST_PRECISION).all()):
             raise ValueError(
                 f"what is remembered of the classes of {', '.join(map(repr, self.tasks))} are no covariances: the file "
                 "or checkpoint that it came from is damaged"
             )
-        eye = torch.eye(size, dtype=torch.float64).expand_as(factors)
         # To float32 where samples are: what comes of them is compared, not summed over many.
-        self._whiten = torch.linalg.solve_triangular(factors, eye, upper=False).float()
+        self._whiten = whiten.float()
         self._logdets = factors.diagonal(dim1=1, dim2=2).log().sum(1).float()
         means = torch.cat([one.means for one in of_tasks.values()])
         self._shifts = (self._whiten @ means.unsqueeze(2)).squeeze(2)
@@ -105,7 +120,7 @@ class Judge:
         return torch.stack([of_classes[:, owners == task].logsumexp(1) for task in range(len(self.tasks))], dim=1)
 
     def of_classes(self, points: Tensor) -> Tensor:
-        """Log densities of all classes: ``(N, classes)``."""
+        """Log densities of all classes: ``(N, classes)``; NaN: of a sample that the space has no place for."""
         whiten, shifts, logdets = (one.to(points.device) for one in (self._whiten, self._shifts, self._logdets))
         found = []
         with torch.autocast(points.device.type, enabled=False):  # in bfloat16 they would be nothing like the task's own
@@ -126,16 +141,17 @@ def posterior(portraits: Mapping[str, Portrait], densities: Sequence[Tensor]) ->
     In the space of the first task's sub-network all tasks have densities, in that of the second all but the first, and
     so on: each task's data were sent through the sub-networks that there were. So it is asked space by space whether a
     sample is of the task whose space it is, or of a later one, and the answers are multiplied. All tasks are as likely
-    beforehand.
+    beforehand, and stay so in a space that has no place for the sample.
 
     Args:
         portraits: by task, in the order of their ends.
-        densities: for each task's space ``(N, tasks from there on)``, as `Judge` gives them.
+        densities: for each task's space ``(N, tasks from there on)``, as `Judge` gives them, NaN without a place.
     """
     tasks = list(portraits)
     found, rest = [], torch.zeros_like(densities[0][:, 0])
     for index in range(len(tasks)):
-        shares = densities[index].log_softmax(1)
+        here = densities[index]
+        shares = here.masked_fill(here.isnan(), 0).log_softmax(1)
         found.append(rest + shares[:, 0])
         if index + 1 < len(tasks):
             rest = rest + shares[:, 1:].logsumexp(1)
@@ -173,11 +189,13 @@ def levels(usual: Iterable[Tensor], chosen: Tensor, densities: Tensor) -> Tensor
     Args:
         usual: `Portrait.usual` of each task.
         chosen: int64 ``(N,)``: which task.
-        densities: ``(N, tasks)``: the largest log density of that task's classes, in its own space.
+        densities: ``(N, tasks)``: the largest log density of that task's classes, in its own space. NaN: there is no
+            place for the sample, which no data are less usual than.
     """
     found = torch.zeros(len(chosen))
     for task, of_task in enumerate(usual):
         here = (chosen == task).cpu()
         own = densities[:, task].float().cpu()[here].contiguous()
+        own = own.masked_fill(own.isnan(), -torch.inf)  # NaN is sorted behind all numbers
         found[here] = torch.searchsorted(of_task, own).float() / len(of_task)
     return found

@@ -39,7 +39,8 @@ class TaskInference:
         names: of each sample's task; None: it is of none of them. One name for all if they were judged together.
         scores: ``(N, tasks)``, or ``(1, tasks)`` of all together, the larger the likelier: log probabilities, summed
             over samples that are judged together, each from ``-LARGEST_DOUBT`` up; or energies, or negative entropies,
-            in [-1, 0] for a sample.
+            in [-1, 0] for a sample. Never NaN: where a sub-network makes no finite numbers of a sample it tells no
+            tasks apart.
         tasks: whose scores they are, in the order of their ends.
         logits: what the model returns for each sample in the recall of its task, those of the likeliest where its name
             is None. Logits are as wide as those of the task with the most classes, with ``-inf`` where one has fewer.
@@ -71,7 +72,7 @@ class _Inferring:
         self.portraits = {name: one.portrait for name, one in records.items() if one.portrait is not None}
         self.by = ("gaussians" if len(self.portraits) == len(records) else "entropy") if by == "auto" else by
         self.grouped, self.unknown = grouped, unknown
-        self.last: TaskInference
+        self._last: TaskInference | None = None
         self.judges: Sequence[tuple[Judge, Judge]] = ()
         lacking = [name for name in records if name not in self.portraits]
         if self.by == "gaussians":
@@ -91,8 +92,21 @@ class _Inferring:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, of each sample in the recall of the task that it is found to be of."""
-        self.last = self._infer(Inputs(args, kwargs))
-        return self.last.logits
+        self._last = self._infer(Inputs(args, kwargs))
+        return self._last.logits
+
+    @property
+    def last(self) -> TaskInference:
+        """Of the last forward.
+
+        Raises:
+            AttributeError: if there was none.
+        """
+        if self._last is None:
+            raise AttributeError(
+                "no sample has been told apart yet: call the model, model(x), inside of recall('auto') first"
+            )
+        return self._last
 
     @torch.no_grad()
     def infer(self, inputs: Inputs) -> TaskInference:
@@ -100,8 +114,22 @@ class _Inferring:
         logits = self.switch.module(*inputs.args, **inputs.kwargs)
         return replace(self.last, logits=logits)
 
-    @torch.no_grad()
     def _infer(self, inputs: Inputs) -> TaskInference:
+        """With gradients the tasks that were found run once more: those that were not need no memory for a graph."""
+        with torch.no_grad():
+            found, outputs, places = self._named(inputs)
+        used = [index for index, some in enumerate(places) if some]
+        if torch.is_grad_enabled():
+            with own_forward(self.switch.module, self.switch.before):
+                for index in used:
+                    with self.switch.to(found.tasks[index]):
+                        outputs[index] = self.switch.module(*inputs.args, **inputs.kwargs)
+        # Of the whole batch, of which some are taken: the bits of a part are those of another size of batch.
+        parts = [part_of_batch(outputs[index], places[index], inputs.samples) for index in used]
+        return replace(found, logits=joined_outputs(parts, [places[index] for index in used]))
+
+    def _named(self, inputs: Inputs) -> tuple[TaskInference, list[Any], list[list[int]]]:
+        """All but the logits, what each task's recall returns for the whole batch, and the places of its samples."""
         sized = inputs.samples
         if not sized:
             raise ValueError(f"the input has no samples: {[tuple(tensor.shape) for tensor in inputs.tensors()]}")
@@ -116,14 +144,12 @@ class _Inferring:
         if densities is not None:
             usual = levels([one.usual for one in self.portraits.values()], of_samples, densities)
         names: list[str | None] = [tasks[index] for index in chosen.tolist()]
-        if self.unknown and usual is not None:
-            judged = [_are_unusual(usual)] if self.grouped else (usual < FALSE_ALARMS).tolist()
+        if self.unknown and usual is not None and densities is not None:
+            own = densities.gather(1, of_samples.unsqueeze(1)).view(-1)
+            judged = [_are_unusual(usual[~own.isnan().cpu()])] if self.grouped else (usual < FALSE_ALARMS).tolist()
             names = [None if is_none else name for name, is_none in zip(names, judged, strict=True)]
         places = [(of_samples == index).nonzero().view(-1).tolist() for index in range(len(tasks))]
-        used = [index for index, some in enumerate(places) if some]
-        parts = [part_of_batch(outputs[index], places[index], sized) for index in used]
-        joined = joined_outputs(parts, [places[index] for index in used])
-        return TaskInference(tuple(names), shown, tasks, joined, usual)
+        return TaskInference(tuple(names), shown, tasks, None, usual), outputs, places
 
     def _run(self, inputs: Inputs, samples: int) -> tuple[list[Any], list[Tensor], list[Tensor]]:
         """What each task's recall returns for the whole batch, its features in the task's space, and its logits."""
@@ -147,7 +173,14 @@ class _Inferring:
                         "inferred by logits (N, classes), or by what portraits=True remembers"
                     )
                 else:
-                    logits.append(_of_samples(read.head, module.get_submodule(record.head)))
+                    of_task = _of_samples(read.head, module.get_submodule(record.head))
+                    if of_task.shape[1] < 2:
+                        raise ValueError(
+                            f"the head of task {name!r} says one number for a sample, and how sure of it the task is "
+                            f"can't be told by {self.by}, which compares classes: end tasks with "
+                            "RelevanceFreezing(portraits=True), which remembers what their data look like"
+                        )
+                    logits.append(of_task)
         return outputs, points, logits
 
     def _scores(self, points: list[Tensor], logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -158,15 +191,18 @@ class _Inferring:
             largest = [own.of_classes(some).amax(1) for (_, own), some in pairs]
             return posterior(self.portraits, densities), torch.stack(largest, dim=1)
         if self.by == "energy":
-            return torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1), None
+            return _energies(torch.stack([of_task.float().logsumexp(1) for of_task in logits], dim=1)), None
         return torch.stack([-_entropy(of_task.float()) for of_task in logits], dim=1), None
 
 
 def _are_unusual(levels: Tensor) -> bool:
     """Whether samples of one task would be so unusual together in `FALSE_ALARMS` of all cases at most.
 
-    Their levels are uniform in [0, 1] then, so the mean of several is nearly normal.
+    Their levels are uniform in [0, 1] then, so the mean of several is nearly normal. No sample has none: it is unusual
+    that all are left out.
     """
+    if not len(levels):
+        return True
     if len(levels) == 1:
         return bool(levels < FALSE_ALARMS)
     quantile = float(torch.special.ndtri(torch.tensor(FALSE_ALARMS, dtype=torch.float64)))
@@ -183,10 +219,22 @@ def _of_samples(logits: Tensor, head: nn.Module) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Of the softmax, as a share of the largest that so many classes have: in [0, 1]."""
+    """Of the softmax, as a share of the largest that so many classes have: in [0, 1]; 1 where it is no number."""
     shares = logits.log_softmax(1)
     most = torch.tensor(float(max(logits.shape[1], 2))).log()
-    return -(shares.exp() * shares).sum(1) / most.to(logits.device)
+    informed = shares.exp() * shares.clamp(min=torch.finfo(shares.dtype).min)  # of a masked class: 0, not 0 · inf
+    return (-informed.sum(1) / most.to(logits.device)).nan_to_num(nan=1.0)
+
+
+def _energies(found: Tensor) -> Tensor:
+    """Energies ``(N, tasks)`` without NaN or infinity: such a task is by a nat less likely than all others are.
+
+    So it is named for no sample that another task knows, and one such sample says little in a group: nothing, if no
+    task knows it.
+    """
+    known = found.isfinite()
+    least = found.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    return torch.where(known, found, torch.where(least.isfinite(), least - 1, torch.zeros_like(least)))
 
 
 @contextmanager

@@ -36,18 +36,30 @@ class Space:
         """Of what comes out."""
         return self.projection.shape[1] or len(self.center)
 
+    @property
+    def reach(self) -> float:
+        """The largest coordinate that a point can have, of either sign."""
+        return LARGEST * float(self.projection.double().abs().sum(0).amax()) if self.projection.shape[1] else LARGEST
+
     def __call__(self, features: Tensor) -> Tensor:
-        """Features ``(N, features)`` to float32 ``(N, dimensions)``."""
+        """Features ``(N, features)`` to float32 ``(N, dimensions)``; NaN: a sample whose features aren't all finite."""
         shares = (features.float() - self.center.to(features.device)) / self.scale.to(features.device)
         shares = shares.nan_to_num().clamp(-LARGEST, LARGEST)
-        if not self.projection.shape[1]:
-            return shares
-        with torch.autocast(shares.device.type, enabled=False):
-            return shares @ self.projection.to(shares.device)
+        if self.projection.shape[1]:
+            with torch.autocast(shares.device.type, enabled=False):
+                shares = shares @ self.projection.to(shares.device)
+        # Any place would be like some task's data: the centre is where they are most usual.
+        return shares.masked_fill(~features.isfinite().all(1, keepdim=True), torch.nan)
 
 
 LARGEST = 30.0
 """Features are cut off at so many deviations: beyond, all that counts is that they are."""
+
+DRAWN = 10.0
+"""A projection has numbers of a normal distribution, divided by more than one: none is larger, in float32."""
+
+SLACK = 1.001
+"""By so much a mean may be rounded beyond the points that it is of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +144,8 @@ class Portrait:
         center, scale = (_taken(tensors, key, (features,)) for key in ("center", "scale"))
         projection = _taken(tensors, "projection", (features, None))
         usual = _taken(tensors, "usual", (LEVELS,))
-        if not bool((scale > 0).all()) or not bool((usual.diff() >= 0).all()) or projection.shape[1] > features:
+        is_drawn = bool((projection.abs() <= DRAWN).all()) and projection.shape[1] <= features
+        if not bool((scale > 0).all()) or not bool((usual.diff() >= 0).all()) or not is_drawn:
             raise ValueError("not a state of lightning_rnf: a portrait's scale, projection or quantiles are none")
         classes = {}
         for index, name in enumerate(spaces):
@@ -177,7 +190,10 @@ def _is_held(tensor: Tensor) -> bool:
 
 
 def check(portraits: Mapping[str, Portrait | None]) -> None:
-    """Check that tasks' portraits are in the spaces of all that had one by then, and have their dimensions.
+    """Check that tasks' portraits are in the spaces of all that had one by then, of their dimensions and within them.
+
+    Points of a space have coordinates up to its `Space.reach`, so means have no larger ones, and covariances at most
+    their square. What is larger was measured nowhere, and densities of it would overflow.
 
     Args:
         portraits: of all finished tasks, in the order of their ends.
@@ -200,3 +216,13 @@ def check(portraits: Mapping[str, Portrait | None]) -> None:
                 raise ValueError(
                     f"not a state of lightning_rnf: the portrait of {name!r:.80} doesn't fit that of {space!r:.80}"
                 )
+            reach = known[space].space.reach * SLACK
+            for what, found, most in (
+                ("mean", gaussians.means, reach),
+                ("covariance", gaussians.covariances, reach**2),
+            ):
+                if float(found.abs().max()) > most:
+                    raise ValueError(
+                        f"not a state of lightning_rnf: the portrait of {name!r:.80} has a {what} of "
+                        f"{float(found.abs().max()):.3g} in the space of {space!r:.80}, where none is beyond {most:.3g}"
+                    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -21,7 +21,7 @@ from lightning_rnf.runtime import Ranks, borrowed
 from lightning_rnf.tasks.reference import ReferenceData
 
 SAMPLES = 2000
-"""Of a task's data, so many at most are sent through each sub-network."""
+"""Of a task's data, at most so many are looked at."""
 
 FOLDS = 5
 """Of a task's data, where no others are held out."""
@@ -81,44 +81,47 @@ class _Portraying:
         if not read:
             raise ValueError("no layer of plain units has any that is relevant")
         sizes = [int(record.relevant[layer.name].sum()) for layer in read]
-        inputs, labels, features = ranks.agreed(lambda: self._own_pass(record, read, data))
+        places = {id(batch): index for index, batch in enumerate(reference.batches)}  # the data may be every other one
+        drawn = _spread(ranks.agreed(lambda: self._own_pass(record, read, data, places)), ranks)
         described = {id(batch) for batch in data.batches}
-        others = [batch for batch in reference.batches if id(batch) not in described]
-        held_out = ranks.agreed(lambda: self._own_pass(record, read, replace(reference, batches=others)))[2]
+        others = replace(reference, batches=[batch for batch in reference.batches if id(batch) not in described])
+        held_out = _spread(ranks.agreed(lambda: self._own_pass(record, read, others, places)), ranks)
+        features = [one.features for one in drawn]
         every = torch.cat(features).double() if features else torch.zeros(0, sum(sizes)).double()
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
         count, sums, squares = (reduce(add, one) for one in zip(*shares, strict=True))
+        if not bool(squares.isfinite().all()):
+            raise ValueError("its units' outputs are no finite numbers for some of its data")
         space = space_of(read, sizes, int(count), sums, squares)
-        labels, classes = _numbered(labels, ranks)
+        labels, classes = _numbered([one.labels for one in drawn], ranks)
         in_spaces: dict[str, Gaussians] = {}
         for other in earlier:
             if other.portrait is not None:
                 known = other.portrait.space
                 there = [by_name[name] for name in known.layers]
-                seen = ranks.agreed(lambda: [self._read(other, there, one, data) for one in inputs])  # noqa: B023 - now
+                seen = ranks.agreed(lambda: [self._read(other, there, one, data) for one in drawn])  # noqa: B023 - now
                 in_spaces[other.name] = _gaussians(known, seen, labels, classes, ranks)
         in_spaces[record.name] = _gaussians(space, features, labels, classes, ranks)
         if any(ranks.gather(len(held_out))):
-            own = ranks.agreed(lambda: _largest(in_spaces[record.name], space, held_out))
+            own = ranks.agreed(lambda: _largest(in_spaces[record.name], space, [one.features for one in held_out]))
         else:
-            own = _largest_by_folds(space, features, labels, classes, ranks)
+            folds = [one.order % FOLDS for one in drawn]
+            own = _largest_by_folds(space, features, labels, classes, folds, ranks)
         usual = [one for share in ranks.gather(own) for one in share]
         return Portrait(space, in_spaces, quantiles(torch.cat(usual)))
 
     def _own_pass(
-        self, record: TaskRecord, read: Sequence[UnitLayer], data: ReferenceData
-    ) -> tuple[list[Inputs], list[Tensor], list[Tensor]]:
-        """Of each batch what the model is called with, the class of each sample, and its features."""
-        inputs: list[Inputs] = []
-        labels, features = [], []
+        self, record: TaskRecord, read: Sequence[UnitLayer], data: ReferenceData, places: Mapping[int, int]
+    ) -> list[_Batch]:
+        """All samples of the data; ``places`` among this rank's reference batches, by identity, are kept."""
+        found: list[_Batch] = []
 
         def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append(Inputs(args, kwargs))
 
-        seen, most = 0, SAMPLES // data.ranks.size
-        for batch in map(data.convert, data.batches):
-            calls: list[Inputs] = []
-            with self._recalled(record) as relevant, reading(self.module, read, relevant, record.head) as found:
+        for index, given in enumerate(data.batches):
+            batch, calls = data.convert(given), list[Inputs]()
+            with self._recalled(record) as relevant, reading(self.module, read, relevant, record.head) as seen:
                 # Before the user's own, which change it when the model is called with it once more.
                 handle = self.module.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
                 with handle, data.forward_context():
@@ -126,25 +129,70 @@ class _Portraying:
             if len(calls) != 1:
                 raise ValueError(f"predict calls the model's forward {len(calls)} times for a batch, expected once")
             samples = calls[0].samples
-            inputs += calls
-            labels.append(_labels(target, samples))
-            features.append(found.features(samples))
-            seen += samples
-            if seen >= most:
-                break
-        return inputs, labels, features
+            every = torch.arange(samples)
+            place = places.get(id(given), index) * data.ranks.size + data.ranks.rank
+            found.append(_Batch(place, calls[0], every, every, _labels(target, samples), seen.features(samples)))
+        return found
 
-    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], inputs: Inputs, data: ReferenceData) -> Tensor:
-        read = partial(reading, self.module, layers, head=record.head)
+    def _read(self, record: TaskRecord, layers: Sequence[UnitLayer], batch: _Batch, data: ReferenceData) -> Tensor:
+        inputs, read = batch.inputs, partial(reading, self.module, layers, head=record.head)
         with self._recalled(record) as relevant, read(relevant=relevant) as seen, data.forward_context():
             self.module(*inputs.args, **inputs.kwargs)
-        return seen.features(inputs.samples)
+        features = seen.features(inputs.samples)
+        return features[batch.rows.to(features.device)]
 
     @contextmanager
     def _recalled(self, record: TaskRecord) -> Iterator[Mapping[str, Tensor]]:
         """The recall of a task; its relevant units, in the shape that the model has in it."""
         with subnetwork.recall(self.module, self.layers, record, self.widenings, masked=self.masked):
             yield record_before(record, self.widenings[record.widenings :]).relevant
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Some samples of one batch.
+
+    Attributes:
+        place: of the batch, in the order of one process.
+        inputs: what the model is called with: of the whole batch, since not all that can be run can be cut (graphs).
+        rows: int64 ``(N,)``: which samples.
+        order: int64 ``(N,)``: their places among those of all batches of all ranks.
+        labels: int64 ``(N,)``.
+        features: ``(N, features)``.
+    """
+
+    place: int
+    inputs: Inputs
+    rows: Tensor
+    order: Tensor
+    labels: Tensor
+    features: Tensor
+
+
+def _spread(batches: Sequence[_Batch], ranks: Ranks) -> list[_Batch]:
+    """`SAMPLES` of those of all ranks, however many ranks there are: data may be sorted, by class or by anything else.
+
+    One is drawn of each of so many equal parts. Every n-th would see one of two classes that take turns.
+    """
+    sizes = dict(one for share in ranks.gather([(one.place, len(one.rows)) for one in batches]) for one in share)
+    begins, total = dict[int, int](), 0
+    for place in sorted(sizes):
+        begins[place], total = total, total + sizes[place]
+    picks = torch.arange(total)
+    if total > SAMPLES:
+        borders = torch.arange(SAMPLES + 1) * total // SAMPLES
+        shares = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(total), dtype=torch.float64)
+        picks = borders[:-1] + (shares * borders.diff()).long()
+    found: list[_Batch] = []
+    for one in batches:
+        begin = begins[one.place]
+        first, end = torch.searchsorted(picks, torch.tensor([begin, begin + len(one.rows)])).tolist()
+        if first < end:
+            rows = picks[first:end] - begin
+            features = one.features[rows.to(one.features.device)]
+            order = torch.arange(first, end)
+            found.append(replace(one, rows=one.rows[rows], order=order, labels=one.labels[rows], features=features))
+    return found
 
 
 def _labels(target: Any, samples: int) -> Tensor:
@@ -183,13 +231,17 @@ def _largest(gaussians: Gaussians, space: Space, features: Sequence[Tensor]) -> 
 
 
 def _largest_by_folds(
-    space: Space, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, ranks: Ranks
+    space: Space,
+    features: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    classes: int,
+    folds: Sequence[Tensor],
+    ranks: Ranks,
 ) -> list[Tensor]:
     """The same, where there are no other samples than those that the classes are described by.
 
     These are more usual than others of the task: so each is compared with what is left without its fold.
     """
-    folds = (torch.arange(sum(map(len, labels))) % FOLDS).split([len(one) for one in labels])
     found: list[Tensor] = []
     for fold in range(FOLDS):
         chosen = [one == fold for one in folds]

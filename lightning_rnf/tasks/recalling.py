@@ -51,7 +51,8 @@ class Recalling(KeptInFiles):
                 logits = model(three_samples)
 
         With ``"auto"`` each sample runs through the sub-network of the task that `infer_task` finds it to be of; the
-        context gives an object whose ``last`` is the `TaskInference` of the last forward.
+        context gives an object whose ``last`` is the `TaskInference` of the last forward. With gradients on, the tasks
+        that were found run a second time, and gradients go through each sample's own sub-network as in its recall.
 
         Args:
             task: name of the task, or ``(N,)`` names: one for each sample of the batches ``(N, ...)`` that the model
@@ -65,17 +66,17 @@ class Recalling(KeptInFiles):
                 is not its task's, or outputs can't be put together.
         """
         if isinstance(task, str) and task == "auto" and task not in self.state.tasks:  # an array has no one answer
-            with self._inferring(self._found(model, repr(task))) as found:
+            with self._inferring(self._found(model, "recall('auto')")) as found:
                 yield found
             return
         if isinstance(task, str):
-            module = self._found(model, repr(task))
+            module = self._found(model, f"recall({task!r})")
             with unswitched(module), self._recalled_task(task, module), _alone(module):
                 yield
             return
         for name in task:
             self.state.task(name)
-        module = self._found(model, "tasks")
+        module = self._found(model, "recall(tasks)")
         _check_not_alone(module)
         if sharding.is_sharded(module):
             raise ValueError("a sharded model can't run several tasks in one batch: recall one after the other")
@@ -115,10 +116,11 @@ class Recalling(KeptInFiles):
 
         Raises:
             ValueError: if there is no model or no finished task, what is to be compared is not remembered of all tasks,
-                a head runs that is not its task's, or the model can't be called with ``x``.
+                a head runs that is not its task's, or says one number for a sample where logits are compared, or the
+                model can't be called with ``x``.
         """
         arguments.one_of("by", by, By)
-        with self._inferring(self._found(model, "x"), by=by, grouped=grouped, unknown=unknown) as found:
+        with self._inferring(self._found(model, "infer_task(x)"), by=by, grouped=grouped, unknown=unknown) as found:
             result: TaskInference = found.infer(Inputs.of(x))
             return result
 
@@ -137,11 +139,11 @@ class Recalling(KeptInFiles):
         layers = {layer.name: layer for layer in self.state.layers}
         return inferring(module, lambda name: self._recalled_task(name, module), layers, records, **how)
 
-    def _found(self, model: torch.nn.Module | None, task: str) -> torch.nn.Module:
-        """The given model, without what torch.compile wraps it in, or that of the last fit."""
+    def _found(self, model: torch.nn.Module | None, call: str) -> torch.nn.Module:
+        """The given model, without what torch.compile wraps it in, or that of the last fit; ``call`` lacks one."""
         module: torch.nn.Module | None = self._model() if model is None else getattr(model, "_orig_mod", model)
         if module is None:
-            raise ValueError(f"no model to recall {task} in: name it, recall({task}, model)")
+            raise ValueError(f"no model for {call}: name it, {call[:-1]}, model)")
         return module
 
     @contextmanager

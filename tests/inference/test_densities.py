@@ -93,6 +93,18 @@ def test_covariances_that_are_none_are_refused():
         Judge({"a": broken})
 
 
+def test_covariances_that_no_samples_have_are_refused_before_they_overflow():
+    """What they lack of 0 is nearly what the ridge adds: there are Cholesky factors, of next to nothing."""
+    least = RIDGE * 1e-12
+    lacking = torch.nextafter(torch.tensor(least), torch.tensor(0.0))
+    assert 0 < least - float(lacking) < 1e-23
+    covariances = torch.tensor([[-1.0, 0.0, -1.0]]) * lacking
+    with pytest.raises(ValueError, match="classes of 'a' are no covariances"):
+        Judge({"a": Gaussians(torch.tensor([5]), torch.zeros(1, 2), covariances)})
+    flat = Judge({"a": Gaussians(torch.tensor([5]), torch.zeros(1, 2), torch.zeros(1, 3))})
+    assert flat(torch.full((1, 2), 30.0)).isfinite().all()
+
+
 def test_sums_of_batches_and_of_ranks_are_those_of_all_samples():
     points, target = drawn(3, 5)
     points = points + 20  # far from the origin, where squares cancel
@@ -116,6 +128,18 @@ def test_samples_of_no_class_are_left_out():
     assert torch.equal(found.counts, without.counts)
     assert torch.allclose(found.means, without.means)
     assert torch.allclose(found.full(), without.full())
+
+
+def test_samples_without_a_place_are_left_out():
+    points, target = drawn(3, 5)
+    without = Sums.none(3, SIZE).with_samples(points[3:], target[3:]).gaussians()
+    points[:3, 1] = torch.nan
+    found = Sums.none(3, SIZE).with_samples(points, target).gaussians()
+    assert torch.equal(found.counts, without.counts)
+    assert torch.equal(found.means, without.means)
+    assert torch.equal(found.covariances, without.covariances)
+    with pytest.raises(ValueError, match="no sample is left"):
+        Sums.none(3, SIZE).with_samples(points * torch.nan, target).gaussians()
 
 
 def portraits(names: str = "abc") -> dict[str, Portrait]:
@@ -194,8 +218,9 @@ def test_a_space_centres_and_scales_by_layer_and_projects_what_is_large():
     assert space.layers == ("first", "second")
     assert space.dimensions == 7
     assert np.allclose(space(features).numpy(), expected, atol=1e-4)
-    assert space(torch.full((1, 7), torch.nan)).isfinite().all()
-    assert space(torch.full((1, 7), torch.inf)).isfinite().all()
+    assert space(torch.full((1, 7), 3e38)).tolist() == [[30.0] * 7]
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert space(torch.tensor([[0.0] * 6 + [value], [0.0] * 7])).isnan().all(1).tolist() == [True, False]
 
     large = space_of(layers, [100, 200], 2, torch.zeros(300).double(), torch.ones(300).double() * 2)
     assert large.dimensions == 128

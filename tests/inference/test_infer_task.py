@@ -243,11 +243,33 @@ def test_without_portraits_logits_are_compared(by):
     assert_recalled(rnf, model, x, found.names, found.logits)
 
 
+@pytest.mark.parametrize("by", ["auto", "energy", "entropy"])
+@pytest.mark.parametrize(("of_a", "of_b", "named"), [(2, 1, "b"), (1, 2, "a"), (1, 1, "a")])
+def test_heads_of_one_number_are_refused_without_portraits(by, of_a, of_b, named):
+    """The entropy of one logit is that of who is sure, whatever it is."""
+    widths = {"a": of_a, "b": of_b}
+    model = Classifier()
+    model.heads = MultiHead(40, widths)
+
+    def of_task(task):
+        return [(x, x[:, :1] if widths[task] == 1 else y) for x, y in batches(task)]
+
+    model, rnf = protected(model, of_task=of_task, portraits=False)
+    said = rf"the head of task '{named}' says one number .* end tasks with RelevanceFreezing\(portraits=True\)"
+    with pytest.raises(ValueError, match=said):
+        rnf.infer_task(apart("a", "b")[0], model, by=by)
+    if by == "auto":
+        with pytest.raises(ValueError, match=said), rnf.recall("auto", model):
+            model(apart("a", "b")[0])
+
+
 def test_what_can_not_be_inferred_is_refused():
     rnf, model = plain(portraits=True), Classifier()
     x = torch.zeros(2, 6)
-    with pytest.raises(ValueError, match="no model"):
+    with pytest.raises(ValueError, match=r"no model for infer_task\(x\): name it, infer_task\(x, model\)"):
         rnf.infer_task(x)
+    with pytest.raises(ValueError, match=r"no model for recall\('auto'\): name it, recall\('auto', model\)"):
+        rnf.recall("auto").__enter__()
     with pytest.raises(ValueError, match="no task has ended"):
         rnf.infer_task(x, model)
     with pytest.raises(ValueError, match="no task has ended"), rnf.recall("auto", model):
@@ -255,6 +277,12 @@ def test_what_can_not_be_inferred_is_refused():
     protected_model, rnf = protected(Classifier(), "a")
     with pytest.raises(ValueError, match="by is 'rubbish', expected one of 'auto', 'gaussians'"):
         rnf.infer_task(x, protected_model, by="rubbish")
+    with rnf.recall("auto", protected_model) as found:
+        with pytest.raises(AttributeError, match=r"call the model, model\(x\), inside of recall\('auto'\) first"):
+            _ = found.last
+        assert not hasattr(found, "last")
+        protected_model(x)
+        assert found.last.names == ("a", "a")
     before = snapshot(protected_model)
     for nothing in (torch.zeros(0, 6), (), {}, torch.tensor(1.0), None, {"x": "text"}):
         with pytest.raises(ValueError, match="the input has no samples"):
@@ -374,6 +402,39 @@ def test_the_innermost_of_nested_recalls_runs():
             assert torch.equal(in_recall(rnf, model, names, x), mixed)
             assert torch.equal(in_recall(rnf, model, "auto", x), alone.logits)
     assert not changes(before, snapshot(model))
+
+
+@pytest.mark.parametrize("portraits", [True, False])
+def test_gradients_go_through_each_samples_own_sub_network(portraits):
+    model = Classifier()
+    model.heads = MultiHead(40, {"a": 2, "b": 4})
+    model, rnf = protected(model, portraits=portraits)
+    x, _ = apart("a", "b", samples=8)
+    with rnf.recall("auto", model) as found:
+        given = x.clone().requires_grad_()
+        logits = model(given)
+        names = found.last.names
+        with torch.no_grad():
+            silent = model(x)
+        with torch.inference_mode():
+            assert torch.equal(model(x), silent)
+    assert set(names) == {"a", "b"} or not portraits
+    assert logits.requires_grad
+    assert not silent.requires_grad
+    assert torch.equal(logits, silent)
+    of_input, of_weight = torch.autograd.grad(logits.nan_to_num(neginf=0).square().sum(), (given, model.body[0].weight))
+    expected_input, expected_weight = torch.zeros_like(x), torch.zeros_like(of_weight)
+    for task in set(names):
+        rows = torch.tensor([name == task for name in names])
+        given = x.clone().requires_grad_()
+        with rnf.recall(task, model):
+            of_task = model(given)[rows].square().sum()
+        gradients = torch.autograd.grad(of_task, (given, model.body[0].weight))
+        expected_input, expected_weight = expected_input + gradients[0], expected_weight + gradients[1]
+    assert torch.allclose(of_input, expected_input, atol=1e-6)
+    assert torch.allclose(of_weight, expected_weight, rtol=1e-4, atol=1e-5)
+    assert of_input.abs().sum(1).gt(0).all()
+    assert not rnf.infer_task(x.requires_grad_(), model).logits.requires_grad
 
 
 class Lstm(Classifier):

@@ -152,6 +152,12 @@ BROKEN: dict[str, Any] = {
         "0.covariances": lambda tensor: torch.zeros(CLASSES, 45),
     },
     "a projection to more": {"projection": lambda tensor: torch.zeros(len(tensor), len(tensor) + 1)},
+    "a projection of what is never drawn": {"projection": lambda tensor: set_at(tensor, 10.1)},
+    **{
+        f"{key} beyond the space, {value:g}": {key: lambda tensor, value=value: set_at(tensor, value)}
+        for key, bound in (("0.means", 30.0), ("0.covariances", 900.0))
+        for value in (3e38, -3e38, bound * 1.01)
+    },
     "sparse": {"0.means": lambda tensor: tensor.to_sparse()},
     "huge": {key: lambda tensor, value=value: value for key, value in expanded(1, 2_000_000).items()},
     "huge in counts": {key: lambda tensor, value=value: value for key, value in expanded(1000, 10_000).items()},
@@ -243,6 +249,27 @@ def test_covariances_that_are_none_are_refused_where_they_are_used():
         rnf.infer_task(x, net)
     with rnf.recall("first", net), torch.no_grad():  # a task is recalled all the same
         net(x)
+
+
+def test_what_is_beyond_its_space_is_named():
+    plain = through_a_checkpoint(two_tasks(make(Mlp)).to_plain())
+    tensors = plain["tasks"][0]["portrait"]["tensors"]
+    tensors["0.means"] = set_at(tensors["0.means"], 3e38)
+    said = r"the portrait of '.*' has a mean of 3e\+38 in the space of '.*', where none is beyond 30"
+    with pytest.raises(ValueError, match=said):
+        FreezeState.from_plain(plain)
+
+
+def test_what_is_at_the_edge_of_its_space_is_taken_and_scored():
+    net, rnf = with_state()
+    plain = through_a_checkpoint(rnf.state_dict())
+    for task in plain["tasks"]:
+        tensors = task["portrait"]["tensors"]  # the first space is not projected
+        tensors["0.means"] = torch.full_like(tensors["0.means"], -30.0)
+        tensors["0.covariances"] = torch.zeros_like(tensors["0.covariances"])
+    rnf.load_state_dict(plain)
+    found = rnf.infer_task(torch.randn(3, *net.shape) * 1e30, net)
+    assert not found.scores.isnan().any()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from processes import RANK, WORLD, trained
 from training import Classifier, plain, trainer
 
 from lightning_rnf.streams import TaskDataModule
+from lightning_rnf.tasks import portraying
 
 
 def portraits(*tasks, **options):
@@ -27,6 +28,15 @@ def portraits(*tasks, **options):
     return [None if one is None else one.to_plain() for one in found]
 
 
+def of_few_samples():
+    """Of fewer samples than there are, each compared with the other folds."""
+    all_of_them, portraying.SAMPLES = portraying.SAMPLES, 50
+    try:
+        return portraits("a", "b")
+    finally:
+        portraying.SAMPLES = all_of_them
+
+
 def twice_for_one(module, batch):
     """Calls the forward once more for the last batch, which is smaller: one process of several has it."""
     x, y = batch
@@ -39,4 +49,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = {"portraits": portraits("a", "b", fit_head="auto"), "unread": portraits("a", predict=twice_for_one)}
+    found["of_few"] = of_few_samples()
     torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")
