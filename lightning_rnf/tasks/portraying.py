@@ -18,10 +18,14 @@ from lightning_rnf.memory import Gaussians, Portrait, Space, TaskRecord, record_
 from lightning_rnf.packages import rank_zero_warn
 from lightning_rnf.recall import subnetwork
 from lightning_rnf.runtime import Ranks, borrowed
+from lightning_rnf.tasks.loaders import rows_of
 from lightning_rnf.tasks.reference import ReferenceData
 
 SAMPLES = 2000
 """Of a task's data, at most so many are looked at."""
+
+BATCHES = 16
+"""They come of so many batches at least, if there are as many: of sorted data one batch would show one class."""
 
 FOLDS = 5
 """Of a task's data, where no others are held out."""
@@ -82,10 +86,10 @@ class _Portraying:
             raise ValueError("no layer of plain units has any that is relevant")
         sizes = [int(record.relevant[layer.name].sum()) for layer in read]
         places = {id(batch): index for index, batch in enumerate(reference.batches)}  # the data may be every other one
-        drawn = _spread(ranks.agreed(lambda: self._own_pass(record, read, data, places)), ranks)
+        drawn = self._drawn(record, read, data, places)
         described = {id(batch) for batch in data.batches}
         others = replace(reference, batches=[batch for batch in reference.batches if id(batch) not in described])
-        held_out = _spread(ranks.agreed(lambda: self._own_pass(record, read, others, places)), ranks)
+        held_out = self._drawn(record, read, others, places)
         features = [one.features for one in drawn]
         every = torch.cat(features).double() if features else torch.zeros(0, sum(sizes)).double()
         shares = ranks.gather((len(every), every.sum(0).cpu(), every.square().sum(0).cpu()))
@@ -110,16 +114,27 @@ class _Portraying:
         usual = [one for share in ranks.gather(own) for one in share]
         return Portrait(space, in_spaces, quantiles(torch.cat(usual)))
 
-    def _own_pass(
+    def _drawn(
         self, record: TaskRecord, read: Sequence[UnitLayer], data: ReferenceData, places: Mapping[int, int]
     ) -> list[_Batch]:
-        """All samples of the data; ``places`` among this rank's reference batches, by identity, are kept."""
+        """Samples from all over the data; ``places`` among this rank's reference batches, by identity, are kept."""
+        ranks = data.ranks
+        batches = {
+            places.get(id(batch), index) * ranks.size + ranks.rank: batch for index, batch in enumerate(data.batches)
+        }
+        wanted = _some(batches, ranks)
+        return _spread(ranks.agreed(lambda: self._own_pass(record, read, data, wanted)), ranks)
+
+    def _own_pass(
+        self, record: TaskRecord, read: Sequence[UnitLayer], data: ReferenceData, batches: Mapping[int, Any]
+    ) -> list[_Batch]:
+        """All samples of some batches, by place."""
         found: list[_Batch] = []
 
         def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append(Inputs(args, kwargs))
 
-        for index, given in enumerate(data.batches):
+        for place, given in batches.items():
             batch, calls = data.convert(given), list[Inputs]()
             with self._recalled(record) as relevant, reading(self.module, read, relevant, record.head) as seen:
                 # Before the user's own, which change it when the model is called with it once more.
@@ -130,7 +145,6 @@ class _Portraying:
                 raise ValueError(f"predict calls the model's forward {len(calls)} times for a batch, expected once")
             samples = calls[0].samples
             every = torch.arange(samples)
-            place = places.get(id(given), index) * data.ranks.size + data.ranks.rank
             found.append(_Batch(place, calls[0], every, every, _labels(target, samples), seen.features(samples)))
         return found
 
@@ -169,20 +183,38 @@ class _Batch:
     features: Tensor
 
 
-def _spread(batches: Sequence[_Batch], ranks: Ranks) -> list[_Batch]:
-    """`SAMPLES` of those of all ranks, however many ranks there are: data may be sorted, by class or by anything else.
+def _some(batches: Mapping[int, Any], ranks: Ranks) -> dict[int, Any]:
+    """As many batches of those of all ranks as `SAMPLES` need, from all over them: the same for any number of ranks.
 
-    One is drawn of each of so many equal parts. Every n-th would see one of two classes that take turns.
+    Args:
+        batches: of this rank, by place in one process.
+        ranks: all.
     """
+    sizes = {place: rows_of(batch) or 1 for place, batch in batches.items()}
+    every = sorted(one for share in ranks.gather(sizes) for one in share.items())
+    total = sum(size for _, size in every)
+    parts = max(-(-SAMPLES * len(every) // max(total, 1)), BATCHES)
+    wanted = {every[index][0] for index in _one_of_each(len(every), min(parts, len(every))).tolist()}
+    return {place: batch for place, batch in batches.items() if place in wanted}
+
+
+def _one_of_each(total: int, parts: int) -> Tensor:
+    """Of each of so many equal parts of 0 … total - 1 a number at random: int64 ``(parts,)``, ascending.
+
+    Every n-th would see one of two classes that take turns.
+    """
+    borders = torch.arange(parts + 1) * total // max(parts, 1)
+    shares = torch.rand(parts, generator=torch.Generator().manual_seed(total), dtype=torch.float64)
+    return borders[:-1] + (shares * borders.diff()).long()
+
+
+def _spread(batches: Sequence[_Batch], ranks: Ranks) -> list[_Batch]:
+    """`SAMPLES` of those of all ranks, however many ranks there are: data may be sorted, by class or anything else."""
     sizes = dict(one for share in ranks.gather([(one.place, len(one.rows)) for one in batches]) for one in share)
     begins, total = dict[int, int](), 0
     for place in sorted(sizes):
         begins[place], total = total, total + sizes[place]
-    picks = torch.arange(total)
-    if total > SAMPLES:
-        borders = torch.arange(SAMPLES + 1) * total // SAMPLES
-        shares = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(total), dtype=torch.float64)
-        picks = borders[:-1] + (shares * borders.diff()).long()
+    picks = _one_of_each(total, min(SAMPLES, total))
     found: list[_Batch] = []
     for one in batches:
         begin = begins[one.place]
