@@ -30,10 +30,10 @@ def test_imagenet_split_forgets_nothing_on_its_stand_in(run):  # noqa: F811
     options = ["--fast", "--tasks", "2", "--samples", "2000", "--epochs", "3", "--set", "stream.classes=5"]
     options[-1:] = [
         "stream.classes=5",
-        "methods.best.freezing.criterion=0.2",
-        "methods.best.freezing.recovery_epochs=1",
+        "methods.tuned.freezing.criterion=0.2",
+        "methods.tuned.freezing.recovery_epochs=1",
     ]
-    summary = run("imagenet_split", "--settings", settings("imagenet_split_tiny"), "--method", "best", *options)
+    summary = run("imagenet_split", "--settings", settings("imagenet_split_tiny"), "--method", "tuned", *options)
     one = of(summary, "best")
     assert "Tiny-ImageNet" in summary["title"]
     assert "Tiny-ImageNet" in summary["stand_in"]
