@@ -34,7 +34,7 @@ def test_imagenet_split_forgets_nothing_on_its_stand_in(run):  # noqa: F811
         "methods.tuned.freezing.recovery_epochs=1",
     ]
     summary = run("imagenet_split", "--settings", settings("imagenet_split_tiny"), "--method", "tuned", *options)
-    one = of(summary, "best")
+    one = of(summary, "tuned")
     assert "Tiny-ImageNet" in summary["title"]
     assert "Tiny-ImageNet" in summary["stand_in"]
     assert one["forgetting"] == 0
