@@ -91,7 +91,7 @@ class RelevanceFreezing(BetweenFits):
         over_samples: how a unit's relevance is summed over samples: ``"absolute"``: that of each sample by its size, so
             that a unit which speaks for some classes and against others is not taken for a silent one. ``"signed"``:
             the paper.
-        composite: Zennit's rules for relevance; None: ``EpsilonPlus`` (equations 1 and 2), and our own for attention.
+        composite: Zennit's rules for relevance; None: ``EpsilonPlus`` (equations 1 and 2), our own for the rest.
         normalize: ``"layer"``: each layer's absolute relevance sums to 1 before units of all layers are ranked, and
             units without any go first. ``"none"``: raw, the paper; not followed, with a warning, where something has no
             rule (a layer norm, attention): raw relevance doesn't compare across layers then.

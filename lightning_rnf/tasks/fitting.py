@@ -130,8 +130,7 @@ class Offer:
 
 def _halves(drawn: ReferenceData) -> Iterator[Offer]:
     """Every other batch of the reference data to fit on, the rest to measure on."""
-    size, rank = drawn.ranks.size, drawn.ranks.rank
-    ours = [(index * size + rank) % 2 == 0 for index in range(len(drawn.batches))]  # by its place in one process
+    ours = [drawn.place(index) % 2 == 0 for index in range(len(drawn.batches))]  # the same for any number of ranks
     measured, fitted_on = (
         [batch for batch, is_ours in zip(drawn.batches, ours, strict=True) if is_ours == which]
         for which in (True, False)

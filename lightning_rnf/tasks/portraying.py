@@ -119,9 +119,7 @@ class _Portraying:
     ) -> list[_Batch]:
         """Samples from all over the data; ``places`` among this rank's reference batches, by identity, are kept."""
         ranks = data.ranks
-        batches = {
-            places.get(id(batch), index) * ranks.size + ranks.rank: batch for index, batch in enumerate(data.batches)
-        }
+        batches = {data.place(places.get(id(batch), index)): batch for index, batch in enumerate(data.batches)}
         wanted = _some(batches, ranks)
         return _spread(ranks.agreed(lambda: self._own_pass(record, read, data, wanted)), ranks)
 

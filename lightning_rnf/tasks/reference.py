@@ -57,6 +57,10 @@ class ReferenceData:
         predict = self.predict.predict if isinstance(self.predict, Flat) else self.predict
         return replace(self, predict=Flat(predict, layout))
 
+    def place(self, index: int) -> int:
+        """Where a batch of this rank, by its index here, stands among those of all ranks, as one process has them."""
+        return index * self.ranks.size + self.ranks.rank
+
     @property
     def example(self) -> Any:
         """One batch, in the fit's precision. Of several ranks only rank 0 is sure to have one."""

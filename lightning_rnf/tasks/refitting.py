@@ -149,7 +149,7 @@ class Refitting:
 
     def _run(self) -> None:
         for index, batch in self.batches.items():
-            self._batch = index * self.data.ranks.size + self.data.ranks.rank  # its place in one process
+            self._batch = self.data.place(index)
             with torch.no_grad(), self.data.forward_context():
                 self.data.predict(self.module, batch)
 
@@ -239,13 +239,13 @@ class Refitting:
 def _some(data: ReferenceData) -> dict[int, Any]:
     """Batches by their place in one process, whatever the number of ranks."""
     batches = data.of_like_size
-    sizes = {index * data.ranks.size + data.ranks.rank: rows_of(batch) for index, batch in batches.items()}
+    sizes = {data.place(index): rows_of(batch) for index, batch in batches.items()}
     wanted, seen = set[int](), 0
     for place, size in sorted(one for share in data.ranks.gather(sizes) for one in share.items()):
         if seen < SAMPLES:
             wanted.add(place)
         seen += size or 0
-    return {index: one for index, one in batches.items() if index * data.ranks.size + data.ranks.rank in wanted}
+    return {index: one for index, one in batches.items() if data.place(index) in wanted}
 
 
 def _in_rows(values: Tensor, axis: int, places: Tensor) -> Tensor:

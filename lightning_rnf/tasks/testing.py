@@ -58,8 +58,9 @@ def tested(
             or as `predict_checked`, and of samples that are found one by one, as `rows_of_samples`.
     """
     precision = trainer.precision_plugin
-    right = {"": AccuracyMatrix(1), "_told": AccuracyMatrix(1)}
-    explained: dict[str, list[Explained]] = {"": [], "_told": []}
+    kinds = ("",) if sofar is None else ("", "_told")
+    right = {kind: AccuracyMatrix(1) for kind in kinds}
+    explained: dict[str, list[Explained]] = {kind: [] for kind in kinds}
     found: list[Tensor] = []
     numbers: bool | None = None  # as the first batch shows: one of another may all be 0 or 1
     with set_up(task, trainer, "test"), _asking(model, task, sofar, callback, activate) as ask, torch.no_grad():
@@ -70,19 +71,19 @@ def tested(
             numbers = is_numbers(said.target) if numbers is None else numbers
             found += [] if said.found is None else [said.found.cpu()]
             target = said.target.cpu()
-            for name, logits, named in (("", said.untold, said.named), ("_told", said.told, None)):
+            answers = {"": (said.untold, said.named), "_told": (said.told, None)}
+            for kind in kinds:
+                logits, named = answers[kind]
                 if numbers:
-                    explained[name].append(Explained.of(logits, target))
+                    explained[kind].append(Explained.of(logits, target))
                 else:
-                    right[name].update(logits.cpu(), target, trained=0, task=0, named=named)
-    shares = {
-        f"r_squared{name}" if numbers else f"accuracy{name}": reduce(add, explained[name]).share
-        if numbers
-        else float(right[name].correct.sum() / right[name].samples.sum())
-        for name in ("", "_told")
-    }
+                    right[kind].update(logits.cpu(), target, trained=0, task=0, named=named)
+    if numbers:
+        shares = {f"r_squared{kind}": reduce(add, parts).share for kind, parts in explained.items()}
+    else:
+        shares = {f"accuracy{kind}": float(one.correct.sum() / one.samples.sum()) for kind, one in right.items()}
     if sofar is None:
-        return dict([next(iter(shares.items()))])
+        return shares
     return {**shares, "tasks_found": float(torch.cat(found).float().mean()) if found else math.nan}
 
 
