@@ -109,6 +109,7 @@ def written(folder, **content):
 
 def fit_config(folder, task="a", **changes):
     content = {
+        "seed_everything": 0,  # or it is what a test before has left in the environment
         "model": {"class_path": "project.Model"},
         "data": {"class_path": "project.Clusters", "init_args": {"task": task}},
         "trainer": {**QUIET, "max_epochs": 2, "default_root_dir": str(folder)},
