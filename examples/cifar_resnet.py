@@ -25,12 +25,40 @@ from lightning_rnf import MultiHead
 from lightning_rnf.streams import TaskDataModule, split_by_class
 
 
-class ResNet18(LightningModule):
-    """The ResNet-18 for small images: a 3 × 3 stem without pooling; SGD with Nesterov momentum, one cycle a task."""
+class OneCycle(LightningModule):
+    """Cross-entropy by SGD with Nesterov momentum, and one cycle of the learning rate for each task.
+
+    Args:
+        learning_rate: the largest of the cycle.
+        augment: crop and mirror training images at random.
+    """
+
+    def __init__(self, learning_rate: float, *, augment: bool) -> None:
+        super().__init__()
+        self.learning_rate, self.augment = learning_rate, augment
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return (crop_and_flip(x) if self.augment and self.trainer.training else x), y
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ResNet18(OneCycle):
+    """The ResNet-18 for small images: a 3 × 3 stem without pooling."""
 
     def __init__(self, *, width: int, stem_stride: int, learning_rate: float) -> None:
-        super().__init__()
-        self.learning_rate = learning_rate
+        super().__init__(learning_rate, augment=True)
         blocks: list[nn.Module] = []
         before = width
         for stage, channels in enumerate((width, 2 * width, 4 * width, 8 * width)):
@@ -54,28 +82,17 @@ class ResNet18(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.heads(self.body(x.contiguous(memory_format=torch.channels_last)))
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        x, y = batch
-        return (crop_and_flip(x) if self.trainer.training else x), y
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.SGD(
-            self.parameters(), self.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+def random_classes(data: Data, seed: int, classes: int) -> list[TaskDataModule]:
+    """CIFAR-100 in tasks of so many random classes."""
+    train, test = (normalised(cifar(data, 100, is_train)) for is_train in (True, False))
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [order[first : first + classes] for first in range(0, 100, classes)]
+    return split_by_class(train, test, groups, name=[f"task {number}" for number in range(len(groups))], seed=seed)
 
 
 def stream(data: Data, seed: int) -> list[TaskDataModule]:
-    train, test = (normalised(cifar(data, 100, is_train)) for is_train in (True, False))
-    classes = torch.randperm(100, generator=torch.Generator().manual_seed(seed)).tolist()
-    groups = [classes[first : first + 10] for first in range(0, 100, 10)]
-    return split_by_class(train, test, groups, name=[f"task {number}" for number in range(len(groups))], seed=seed)
+    return random_classes(data, seed, 10)
 
 
 EXPERIMENT = Experiment(stream, ResNet18)

@@ -4,10 +4,11 @@
     python examples/results.py FOLDER         # of a folder of yours: figures beside the files, tables on the screen
     python examples/results.py --check        # exit with 1 if a page or a figure shows other results than the files
 
-In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``,
-between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each, and between ``<!-- costs -->`` and ``<!--
-/costs -->`` what they took: see `costs.py`. Numbers in sentences, there and on the project's other pages, are written
-and checked, too: see `prose.py`.
+In the README, what stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` belongs to ``NAME.json``.
+Between ``<!-- overview -->`` and ``<!-- /overview -->`` is a line for each, between ``<!-- costs -->`` and ``<!--
+/costs -->`` what they took (`costs.py`), between ``<!-- peers -->`` and ``<!-- /peers -->`` what others' methods reach
+on the same streams (`compared.py`). Numbers in sentences, there and on the project's other pages, are written and
+checked, too: see `prose.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import prose
 import torch
+from compared import compared, mean_and_deviation
 from costs import costs
 from images import from_text
 from PIL import Image
@@ -43,6 +45,7 @@ ROOT = OWN.resolve().parent
 COMPARED = ("naive", "paper", "exact", "default", "tuned")
 _OVERVIEW = re.compile(r"(<!-- overview -->\n)(.*?)(<!-- /overview -->)", flags=re.DOTALL)
 _COSTS = re.compile(r"(<!-- costs -->\n)(.*?)(<!-- /costs -->)", flags=re.DOTALL)
+_PEERS = re.compile(r"(<!-- peers -->\n)(.*?)(<!-- /peers -->)", flags=re.DOTALL)
 _BLOCK = re.compile(r"(<!-- results:(\S+) -->\n)(.*?)(<!-- /results -->)", flags=re.DOTALL)
 
 
@@ -103,11 +106,16 @@ def _pages(
             if page == readme:
                 text = filled(text, summaries, folder.resolve().relative_to(page.parent.resolve()).as_posix())
                 text = _COSTS.sub(lambda found: f"{found[1]}\n{costs(OWN, summaries)}\n\n{found[3]}", text)
+                text = _PEERS.sub(lambda found: f"{found[1]}\n{_beside_peers(summaries)}\n\n{found[3]}", text)
             texts[page], wrong = prose.corrected(text, known, os.path.relpath(page), all_bound=page.name == "README.md")
         except ValueError as error:
             raise ValueError(f"{page}: {error}") from error
         problems += wrong
     return texts, problems
+
+
+def _beside_peers(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    return compared(prose.recorded("peers_told_cpu"), summaries)
 
 
 def filled(text: str, summaries: Mapping[str, Mapping[str, Any]], folder: str) -> str:
@@ -217,18 +225,6 @@ def _shows(figure: Path, source: str) -> bool:
             return picture.info.get("Source") == source
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow says of no PNG
         return False
-
-
-def mean_and_deviation(values: Sequence[float], digits: int = 2, *, signed: bool = False) -> str:
-    """Mean, and with several values their standard deviation.
-
-    >>> mean_and_deviation([97.5, 98.5])
-    '98.00 ± 0.71'
-    >>> mean_and_deviation([0.5], signed=True)
-    '+0.50'
-    """
-    deviation = f" ± {torch.tensor(values, dtype=torch.float64).std().item():.{digits}f}" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):{'+' if signed else ''}.{digits}f}{deviation}"
 
 
 def matrix(run: Mapping[str, Any]) -> Tensor:

@@ -61,10 +61,10 @@ from avalanche.models import MultiHeadClassifier, MultiTaskModule
 from avalanche.models.packnet import PackNetModel, PackNetPlugin
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, SupervisedPlugin, SynapticIntelligencePlugin
 from avalanche.training.supervised import Naive
+from compared import mean_and_deviation
 from experiment import environment
 from images import Data
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from results import mean_and_deviation
 from run import README, RESULTS, filled
 from torch import Tensor, nn
 

@@ -17,7 +17,6 @@ samples of each class. Nothing was chosen for these streams.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import warnings
@@ -25,73 +24,39 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import settings as yaml_settings
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
 from avalanche.benchmarks.utils import DataAttribute, TaskAwareSupervisedClassificationDataset, TaskLabels
-from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin
 from avalanche.training.supervised import Naive
+from compared import mean_and_deviation
 from experiment import environment
-from images import Data, crop_and_flip
 from lightning.pytorch import seed_everything
 from peers import EWC_STRENGTH, LWF_STRENGTH
-from results import mean_and_deviation
+from peers_streams import STREAMS, Stream, prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_rnf.streams import TaskDataModule
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-STREAMS = {
-    "mnist_split": "default",
-    "mnist_permuted": "default",
-    "cifar_split": "naive",
-    "cifar_resnet_narrow": "naive",
-}
-"""Files of settings, and the method whose training it is."""
 REPLAYED = 200
 
 
 class OneHead(nn.Module):
     """An example's body, and one output layer for the classes of all tasks."""
 
-    def __init__(self, network: nn.Module, classes: int) -> None:
+    def __init__(self, stream: Stream, classes: int) -> None:
         super().__init__()
-        self.body = network.body if hasattr(network, "body") else network.hidden
-        self.head = nn.Linear(network.heads.in_features, classes)
+        self.body = stream.body
+        self.head = nn.Linear(stream.network.heads.in_features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
 
 
-class OfTheResNet(SupervisedPlugin):
-    """A cycle of the learning rate for each task, and augmented images, as in the example."""
-
-    def __init__(self, learning_rate: float, steps: Sequence[int]) -> None:
-        super().__init__()
-        self.learning_rate = learning_rate
-        self.steps = iter(steps)
-
-    def before_training_exp(self, strategy, **kwargs):
-        self.left = next(self.steps)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            strategy.optimizer, self.learning_rate, total_steps=self.left
-        )
-
-    def before_forward(self, strategy, **kwargs):
-        strategy.mbatch[0] = crop_and_flip(strategy.mbatch[0])
-
-    def after_update(self, strategy, **kwargs):
-        self.left -= 1
-        if self.left > 0:
-            self.schedule.step()
-
-
 METHODS = {
-    "naive": lambda classes, is_resnet: [],
-    "EWC": lambda classes, is_resnet: [EWCPlugin(1e3 if is_resnet else EWC_STRENGTH)],
-    "LwF": lambda classes, is_resnet: [LwFPlugin(LWF_STRENGTH)],
-    "replay": lambda classes, is_resnet: [ReplayPlugin(mem_size=REPLAYED * classes)],
+    "naive": lambda classes, has_cycle: [],
+    "EWC": lambda classes, has_cycle: [EWCPlugin(1e3 if has_cycle else EWC_STRENGTH)],
+    "LwF": lambda classes, has_cycle: [LwFPlugin(LWF_STRENGTH)],
+    "replay": lambda classes, has_cycle: [ReplayPlugin(mem_size=REPLAYED * classes)],
 }
 
 
@@ -111,34 +76,19 @@ def experiences(tasks: Sequence[TensorDataset]) -> list:
 
 def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
     """One method on one stream."""
-    script = importlib.import_module(name.removesuffix("_narrow"))
-    settings = yaml_settings.read(EXAMPLES / f"{name}.yaml", fast=options.fast)
-    made_with = yaml_settings.of_method(settings, STREAMS[name])
-    training = made_with["training"]
-    epochs, batch_size = training.pop("epochs"), training.pop("batch_size")
-    seed_everything(seed, verbose=False)
-    data = Data(options.data, samples=made_with["samples"])
-    stream: list[TaskDataModule] = script.EXPERIMENT.stream(data, seed, **made_with["stream"])[: made_with["tasks"]]
-    network = script.EXPERIMENT.model(**made_with["network"], **training)
-    firsts = [sum(task.classes for task in stream[:number]) for number in range(len(stream) + 1)]
+    stream = prepared(name, seed, options.data, fast=options.fast)
+    firsts = [sum(task.classes for task in stream.tasks[:number]) for number in range(len(stream.tasks) + 1)]
     train, test = (
-        [of_all_classes(getattr(task, part), first) for task, first in zip(stream, firsts, strict=False)]
+        [of_all_classes(getattr(task, part), first) for task, first in zip(stream.tasks, firsts, strict=False)]
         for part in ("train", "test")
     )
-    model = OneHead(network, firsts[-1])
-    rate, is_resnet = training["learning_rate"], hasattr(network, "body")
-    optimizer = (
-        torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        if is_resnet
-        else torch.optim.Adam(model.parameters(), rate)
-    )
-    own = OfTheResNet(rate, [epochs * -(-len(task) // batch_size) for task in train])
+    model = OneHead(stream, firsts[-1])
     strategy = Naive(
         model=model,
-        optimizer=optimizer,
-        train_mb_size=batch_size,
-        train_epochs=epochs,
-        plugins=[*METHODS[method](firsts[-1], is_resnet), *([own] if is_resnet else [])],
+        optimizer=stream.optimizer(model),
+        train_mb_size=stream.training["batch_size"],
+        train_epochs=stream.training["epochs"],
+        plugins=[*METHODS[method](firsts[-1], stream.has_cycle), *stream.plugins()],
         evaluator=None,
     )
     for number, experience in enumerate(experiences(train)):
@@ -156,7 +106,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
             told = logits[:, own_classes].argmax(1) + own_classes.start
             for key, right in (("told", told == y), ("found", of_task), ("untold", answer == y)):
                 found[key].append(float(right.float().mean()))
-    return {"stream": name, "method": method, "seed": seed, "epochs": epochs, **found}
+    return {"stream": name, "method": method, "seed": seed, "epochs": stream.training["epochs"], **found}
 
 
 def table(content: dict) -> str:

@@ -118,6 +118,8 @@ MILD = "freezing.criterion=0.2"  # one sample of 10 or 20 weighs more than the u
             marks=has("cifar10", "cifar100"),
         ),
         pytest.param("cifar_resnet", "tuned", ["--samples", "2000", "--set", MILD], marks=has("cifar100")),
+        pytest.param("cifar_alexnet", "default", ["--samples", "1000", "--set", MILD], marks=has("cifar100")),
+        pytest.param("tiny_split", "default", ["--set", MILD], marks=has("tinyimagenet200")),
     ],
 )
 def test_nothing_is_forgotten_on_a_slice_of_the_real_data(run, name, method, options):

@@ -1,0 +1,231 @@
+"""Avalanche's methods where tests are told the task, on streams of the examples. No test: run it apart.
+
+In the environment of `peers.py`, with ``-e '.[examples]'``:
+
+    PYTHONPATH=tests/support:examples ../peers/bin/python tests/benchmarks/peers_told.py --data FOLDER \
+        --streams mnist_permuted cifar_resnet_narrow --output tests/benchmarks/results/peers_told_cpu.json
+
+Tasks, samples, order of classes, body, optimizer, epochs and batch size are those of the example; a tenth of the
+training data is held out there, and here, too. Each task has a head of its own; float32. Strengths are those of
+`peers.py`, which were chosen for MNIST-Split; EWC's makes the training of the ResNet diverge, which gets a weaker one.
+Nothing was chosen for these streams. `joint` learns all tasks at once, in as many steps as all tasks take elsewhere.
+PackNet keeps an equal share of the weights for each task, and trains the second half of a task's epochs inside of what
+it keeps, as the defaults of `RelevanceFreezing` do.
+
+Avalanche 0.6 as it is, but for Synaptic Intelligence, as in `peers.py`, and PackNet in the ResNet, which without these
+would not run or would forget: a bias that is None is none, norms are those of the first task, as the authors have them,
+and frozen weights are put back after each step, since weight decay moves them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from avalanche.models.packnet import PackNetModule, PackNetPlugin, WeightAndBiasPackNetModule
+from avalanche.training.plugins import EWCPlugin, LwFPlugin, SupervisedPlugin, SynapticIntelligencePlugin
+from avalanche.training.supervised import JointTraining, Naive
+from compared import mean_and_deviation
+from experiment import add_heads, environment
+from lightning.pytorch import seed_everything
+from peers import (
+    EWC_STRENGTH,
+    LWF_STRENGTH,
+    SI_STRENGTH,
+    MultiTask,
+    PackNetBody,
+    experiences,
+    repair_synaptic_intelligence,
+    size,
+)
+from peers_streams import STREAMS, Stream, prepared
+from torch import Tensor, nn
+
+from lightning_rnf.metrics import AccuracyMatrix, average_accuracy, forgetting
+
+METHODS: dict[str, Callable[[Stream], list[SupervisedPlugin]]] = {
+    "naive": lambda stream: [],
+    "joint": lambda stream: [],
+    "EWC": lambda stream: [EWCPlugin(1e3 if stream.has_cycle else EWC_STRENGTH)],
+    "SI": lambda stream: [SynapticIntelligencePlugin(SI_STRENGTH, excluded_parameters=["heads"])],
+    "LwF": lambda stream: [LwFPlugin(LWF_STRENGTH)],
+    "PackNet": lambda stream: [
+        PackNetPlugin(max(1, stream.training["epochs"] // 2), lambda task: 1 - 1 / (len(stream.tasks) - task)),
+        KeptInPlace(),
+    ],
+}
+
+
+class FirstNorm(PackNetModule):
+    """A batch norm that stays what the first task has made of it."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def train(self, mode: bool = True) -> FirstNorm:
+        return super().train(mode and self.task_count == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def _prune(self, prune_proportion: float) -> None:
+        pass
+
+    def _freeze_pruned(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    def _activate_task(self, task_id: int) -> None:
+        pass
+
+
+class KeptInPlace(SupervisedPlugin):
+    """Puts the weights of finished tasks back after each step."""
+
+    def before_training_epoch(self, strategy, **kwargs):
+        self.before = [
+            (layer, layer.wrappee.weight.detach().clone(), layer.task_index < layer.task_count)
+            for layer in strategy.model.modules()
+            if isinstance(layer, WeightAndBiasPackNetModule)
+        ]
+
+    @torch.no_grad()
+    def after_update(self, strategy, **kwargs):
+        for layer, weight, is_frozen in self.before:
+            layer.wrappee.weight.copy_(torch.where(is_frozen, weight, layer.wrappee.weight))
+
+
+def of_packnet(stream: Stream) -> PackNetBody:
+    """The network with layers that are pruned."""
+    norms = [name for name, module in stream.body.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for name in norms:
+        stream.body.set_submodule(name, FirstNorm(stream.body.get_submodule(name)))
+    model = PackNetBody(stream.network)
+    for layer in model.modules():
+        if isinstance(layer, WeightAndBiasPackNetModule):
+            layer.has_bias = layer.wrappee.bias is not None
+    return model
+
+
+def kept(method: str, strategy: Naive, plugin: SupervisedPlugin | None) -> int:
+    """Bytes that are kept because of finished tasks, besides the model."""
+    if method == "EWC":
+        of_tasks = [*plugin.saved_params.values(), *plugin.importances.values()]
+        return size(one.data for of_task in of_tasks for one in of_task.values())
+    if method == "SI":
+        return size(one.data for part in (*plugin.ewc_data, *plugin.syn_data.values()) for one in part.values())
+    if method == "LwF":
+        before = plugin.lwf.prev_model
+        return size([*before.parameters(), *before.buffers()])
+    if method == "PackNet":
+        masks = (layer for layer in strategy.model.modules() if isinstance(layer, WeightAndBiasPackNetModule))
+        return size(layer.task_index for layer in masks)
+    return 0
+
+
+def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
+    """One method on one stream."""
+    stream = prepared(name, seed, options.data, fast=options.fast)
+    add_heads(stream.network, stream.tasks)
+    tasks = experiences(stream.tasks)
+    model: nn.Module = of_packnet(stream) if method == "PackNet" else MultiTask(stream.network, tasks)
+    own = METHODS[method](stream)
+    strategy = (JointTraining if method == "joint" else Naive)(
+        model=model,
+        optimizer=stream.optimizer(model),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=stream.training["batch_size"],
+        train_epochs=stream.training["epochs"],
+        plugins=[*own, *stream.plugins()],
+        evaluator=None,
+    )
+    matrix = AccuracyMatrix(len(tasks))
+    seconds = 0.0
+    for number, task in enumerate(tasks):
+        seed_everything(seed + 1000 * number, verbose=False)
+        started = time.perf_counter()
+        if method != "joint":
+            strategy.train(task, eval_streams=[], reset_optimizer_state=True)
+        elif number == 0:  # then it has learned all of them
+            strategy.train(tasks, eval_streams=[])
+        seconds += time.perf_counter() - started
+        model.eval()
+        with torch.no_grad():
+            for seen in range(number + 1):
+                for x, y in stream.tasks[seen].test_dataloader():
+                    matrix.update(model(x, torch.full((len(x),), seen)), y, trained=number, task=seen)
+    found = matrix.compute()
+    return {
+        "stream": name,
+        "method": method,
+        "seed": seed,
+        "epochs": stream.training["epochs"],
+        "seconds": round(seconds, 1),
+        "bytes": kept(method, strategy, own[0] if own else None),
+        "matrix": [[None if entry != entry else round(entry, 6) for entry in row] for row in found.tolist()],
+        "average": float(average_accuracy(found)[-1]),
+        "forgetting": float(forgetting(found)),
+    }
+
+
+def table(content: dict) -> str:
+    """Means over seeds, with the deviation, as Markdown."""
+    lines = [
+        "| stream | method | average, % | forgetting, points | bytes a task, kB | minutes | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    pairs = {(row["stream"], row["method"]): None for row in content["rows"]}
+    for stream, method in pairs:
+        rows = [row for row in content["rows"] if (row["stream"], row["method"]) == (stream, method)]
+        cells = [
+            *(mean_and_deviation([100 * row[key] for row in rows]) for key in ("average", "forgetting")),
+            f"{rows[0]['bytes'] / len(rows[0]['matrix']) / 1000:,.0f}",
+            f"{sum(row['seconds'] for row in rows) / len(rows) / 60:.0f}",
+            ", ".join(str(row["seed"]) for row in rows),
+        ]
+        lines.append(f"| {stream} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data of the examples")
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--fast", action="store_true", help="the examples' reduced schedules: to see that it runs")
+    parser.add_argument("--output", type=Path, help="JSON; runs that are in it are not made again")
+    options = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    repair_synaptic_intelligence()
+
+    content = {**environment("cpu"), "rows": []}
+    content["versions"]["avalanche-lib"] = version("avalanche-lib")
+    if options.output and options.output.exists():
+        content["rows"] = json.loads(options.output.read_text())["rows"]
+    made = {(row["stream"], row["method"], row["seed"]) for row in content["rows"]}
+    for seed in options.seeds:
+        for stream in options.streams:
+            for method in options.methods:
+                if (stream, method, seed) in made:
+                    continue
+                content["rows"].append(run(stream, method, seed, options))
+                print(stream, method, seed, content["rows"][-1]["average"], flush=True)
+                if options.output:
+                    options.output.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content))
+
+
+if __name__ == "__main__":
+    main()
