@@ -8,7 +8,7 @@ import pytest
 import torch
 from launched import assert_same_records, launched, one_thread
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from processes import FEW, SAME, gone_on, records, recovered, saved
+from processes import IN_THREE, IN_TWO, gone_on, records, recovered, saved
 from training import clusters
 
 from lightning_rnf.runtime.ranks import ALONE, Ranks, joined
@@ -33,7 +33,7 @@ def run(request, tmp_path_factory):
 
 def test_masks_and_what_led_to_them_are_those_of_one_process(run, alone):
     for rank in run.ranks:
-        assert set(rank["records"]) == set(SAME if len(run.ranks) == 2 else FEW)
+        assert set(rank["records"]) == set(IN_TWO if len(run.ranks) == 2 else IN_THREE)
         assert_same_records(rank["records"], alone)
 
 
@@ -87,7 +87,8 @@ def test_all_ranks_keep_the_record_of_the_first(run):
 def test_what_can_not_be_indexed_is_walked_by_all_with_a_warning(run):
     for name, record in run.ranks[0]["records"].items():
         assert bool(record["warned"]) == (name in STREAMS), name
-    assert "walks through all of it and keeps every" in run.ranks[0]["records"]["stream"]["warned"][0]
+    (stream,) = STREAMS & run.ranks[0]["records"].keys()
+    assert "walks through all of it and keeps every" in run.ranks[0]["records"][stream]["warned"][0]
 
 
 def test_a_stream_that_deals_itself_out_is_taken_as_shares(run):

@@ -23,8 +23,11 @@ from lightning_rnf import RelevanceFreezing
 from lightning_rnf.freezing.freezer import Freezer
 from lightning_rnf.runtime import sharding
 
-NAMES = ("many", "odd", "seven", "one batch", "metric", "budget", "taylor", "random", "own", "ration")
-FEW = ("many", "own", "ration")  # in two processes; three have all
+NAMES = {
+    2: ("many", "metric", "budget", "taylor", "random"),
+    3: ("odd", "seven", "one batch", "own", "ration"),
+}
+"""What is tried, by the number of processes."""
 
 
 class Spread:
@@ -104,7 +107,7 @@ def parameters(model):
 
 def records():
     found = {}
-    for name in NAMES if WORLD == 3 else FEW:
+    for name in NAMES[WORLD]:
         model, rnf = trained(Conv), RelevanceFreezing(**SAME[name])
         before = {key: value.clone() for key, value in model.state_dict().items() if "num_batches" not in key}
         seed_everything(3, verbose=False)
