@@ -26,18 +26,25 @@ from lightning_rnf.streams import TaskDataModule
 
 
 class AlexNet(OneCycle):
-    """Three convolutions with pooling and two wide linear layers, with dropout and without norms."""
+    """Three convolutions with pooling and two wide linear layers, with dropout and without norms.
 
-    def __init__(self, *, learning_rate: float) -> None:
+    Args:
+        width: channels of the first convolution; the next has twice as many, and a linear layer 32 times as many units.
+        learning_rate: the largest of the cycle.
+    """
+
+    def __init__(self, *, width: int, learning_rate: float) -> None:
         super().__init__(learning_rate, augment=False)
         layers: list[nn.Module] = []
-        for before, channels, size, dropped in ((3, 64, 4, 0.2), (64, 128, 3, 0.2), (128, 256, 2, 0.5)):
+        before = 3
+        for channels, size, dropped in ((width, 4, 0.2), (2 * width, 3, 0.2), (4 * width, 2, 0.5)):
             layers += [nn.Conv2d(before, channels, size), nn.ReLU(), nn.Dropout(dropped), nn.MaxPool2d(2)]
+            before = channels
         layers.append(nn.Flatten())
-        for before in (256 * 2 * 2, 2048):
-            layers += [nn.Linear(before, 2048), nn.ReLU(), nn.Dropout(0.5)]
+        for inputs in (before * 2 * 2, 32 * width):
+            layers += [nn.Linear(inputs, 32 * width), nn.ReLU(), nn.Dropout(0.5)]
         self.body = nn.Sequential(*layers)
-        self.heads = MultiHead(2048)
+        self.heads = MultiHead(32 * width)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
