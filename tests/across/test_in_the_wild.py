@@ -24,7 +24,7 @@ WILD = st.builds(
     batch_size=st.sampled_from([1, 8, 40]),
 )
 # RNF_MODULES=300 pytest -m slow tests/across/test_in_the_wild.py is the long run.
-MORE = int(os.environ.get("RNF_MODULES", 30))
+MORE = int(os.environ.get("RNF_MODULES", 15))
 NOTHING = {
     "two runs of its sub-network": "noise",
     "recall of 'a' is not what it was": "drift",

@@ -1,6 +1,7 @@
 """Well-known architectures, unchanged, and two of torch's modules: three short tasks each; the last one diverges.
 
-Those that are wide take a minute and are marked slow; narrow ones of the same classes stand for them every day.
+Those that are wide take a minute and are marked slow; narrow ones of the same classes stand for them every day, and for
+VGG-16, whose hundred million weights would take as long as three others, always.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "architecture", [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in LAST)]
+    "architecture",
+    [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in LAST if name != "vgg16_bn")],
 )
 def test_three_tasks_on_an_unchanged_architecture(architecture):
     torch.manual_seed(0)
