@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 OWN = ("naive", "separate", "default")
-"""The examples' methods that are shown; the time of all is over naive's, each system's own."""
+"""The examples' methods that are shown."""
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -27,11 +27,11 @@ def compared(peers: Mapping[str, Any], summaries: Mapping[str, Mapping[str, Any]
     for stream, theirs in of_streams.items():
         methods = summaries[stream]["methods"]
         own = {name: methods[name]["runs"] for name in OWN if name in methods}
-        lines.append(f"| **{summaries[stream]['title']}** | | | | | |")
-        lines += [_line(f"Avalanche, {name}", runs, theirs.get("naive")) for name, runs in theirs.items()]
-        lines += [_line(_called(name), runs, own.get("naive")) for name, runs in own.items()]
-    head = "| method | average, % | forgetting, points | time over naive | kept for a task, kB | seeds |"
-    return "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *lines])
+        lines.append(f"| **{summaries[stream]['title']}** | | | | |")
+        lines += [_line(f"Avalanche, {name}", runs) for name, runs in theirs.items()]
+        lines += [_line(_called(name), runs) for name, runs in own.items()]
+    head = "| method | average, % | forgetting, points | kept for a task, kB | seeds |"
+    return "\n".join([head, "| --- | --- | --- | --- | --- |", *lines])
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 2, *, signed: bool = False) -> str:
@@ -50,21 +50,11 @@ def _called(method: str) -> str:
     return "**`RelevanceFreezing()`**" if method == "default" else f"Lightning, {method}"
 
 
-def _line(name: str, runs: Runs, naive: Runs | None) -> str:
+def _line(name: str, runs: Runs) -> str:
     cells = [
         name,
         *(mean_and_deviation([100 * run[key] for run in runs]) for key in ("average", "forgetting")),
-        _over(runs, naive),
         f"{runs[0]['bytes'] / len(runs[0]['matrix']) / 1000:,.0f}" if "bytes" in runs[0] else "",
         ", ".join(str(run["seed"]) for run in runs) if len(runs) < 6 else f"{runs[0]['seed']} to {runs[-1]['seed']}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _over(runs: Runs, naive: Runs | None) -> str:
-    """The ratio of the mean seconds of the runs that were timed; empty where none were."""
-    seconds = [[run["seconds"] for run in some or () if run["seconds"]] for some in (runs, naive)]
-    if not all(seconds):
-        return ""
-    took, plain = (sum(some) / len(some) for some in seconds)
-    return f"{took / plain:.1f}"
