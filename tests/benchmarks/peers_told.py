@@ -13,8 +13,9 @@ PackNet keeps an equal share of the weights for each task, and trains the second
 it keeps, as the defaults of `RelevanceFreezing` do.
 
 Avalanche 0.6 as it is, but for Synaptic Intelligence, as in `peers.py`, and PackNet in the ResNet, which without these
-would not run or would forget: a bias that is None is none, norms are those of the first task, as the authors have them,
-and frozen weights are put back after each step, since weight decay moves them.
+would not run or would forget: a bias that is None is none, each task has norms of its own (with those of the first
+task, as its authors have them, the second one's training diverges at this learning rate), and frozen weights are put
+back after each step, since weight decay moves them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,25 +65,21 @@ METHODS: dict[str, Callable[[Stream], list[SupervisedPlugin]]] = {
 }
 
 
-class FirstNorm(PackNetModule):
-    """A batch norm that stays what the first task has made of it."""
+class OwnNorms(PackNetModule):
+    """A batch norm for each task."""
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, tasks: int) -> None:
         super().__init__()
-        self.norm = norm
-
-    def train(self, mode: bool = True) -> FirstNorm:
-        return super().train(mode and self.task_count == 0)
+        self.norms = nn.ModuleList(deepcopy(norm) for _ in range(tasks))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        return self.norms[self.active_task](x)
 
     def _prune(self, prune_proportion: float) -> None:
         pass
 
     def _freeze_pruned(self) -> None:
-        self.requires_grad_(False)
-        self.eval()
+        pass
 
     def _activate_task(self, task_id: int) -> None:
         pass
@@ -107,7 +105,7 @@ def of_packnet(stream: Stream) -> PackNetBody:
     """The network with layers that are pruned."""
     norms = [name for name, module in stream.body.named_modules() if isinstance(module, nn.BatchNorm2d)]
     for name in norms:
-        stream.body.set_submodule(name, FirstNorm(stream.body.get_submodule(name)))
+        stream.body.set_submodule(name, OwnNorms(stream.body.get_submodule(name), len(stream.tasks)))
     model = PackNetBody(stream.network)
     for layer in model.modules():
         if isinstance(layer, WeightAndBiasPackNetModule):
@@ -127,7 +125,10 @@ def kept(method: str, strategy: Naive, plugin: SupervisedPlugin | None) -> int:
         return size([*before.parameters(), *before.buffers()])
     if method == "PackNet":
         masks = (layer for layer in strategy.model.modules() if isinstance(layer, WeightAndBiasPackNetModule))
-        return size(layer.task_index for layer in masks)
+        norms = (layer for layer in strategy.model.modules() if isinstance(layer, OwnNorms))
+        return size(
+            [*(layer.task_index for layer in masks), *(value for one in norms for value in one.state_dict().values())]
+        )
     return 0
 
 
