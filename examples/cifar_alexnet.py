@@ -5,10 +5,10 @@
     python examples/cifar_alexnet.py --data FOLDER --settings examples/cifar_alexnet_short.yaml           # for a CPU
 
 Not one of the paper's experiments: the protocol that HAT (Serrà et al. 2018) began, and by which methods that forget
-nothing are compared since: its network, batches of 64, at most 200 epochs a task, no augmentation. There the learning
-rate falls where the loss on validation data does, and training ends early; here it has one cycle in all epochs. Classes
-are assigned to tasks at random by the seed. A tenth of the training data is held out: reference data comes from there,
-the test set is only for the report.
+nothing are compared since: its network (some of the later ones have added norms), batches of 64, at most 200 epochs a
+task, no augmentation. There the learning rate falls where the loss on validation data does not, and training ends
+early; here it has one cycle in all epochs. Classes are assigned to tasks at random by the seed. A tenth of the training
+data is held out: reference data comes from there, the test set is only for the report.
 """
 
 from __future__ import annotations

@@ -18,16 +18,17 @@ def compared(peers: Mapping[str, Any], summaries: Mapping[str, Mapping[str, Any]
 
     Args:
         peers: the content of ``peers_told_cpu.json``.
-        summaries: contents of the examples' JSON files, by name: of each of those streams.
+        summaries: contents of the examples' JSON files, by name; a stream that is none of these is called by its name.
     """
     of_streams: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in peers["rows"]:
         of_streams.setdefault(row["stream"], {}).setdefault(row["method"], []).append(row)
     lines = []
     for stream, theirs in of_streams.items():
-        methods = summaries[stream]["methods"]
+        summary = summaries.get(stream, {"title": stream, "methods": {}})
+        methods = summary["methods"]
         own = {name: methods[name]["runs"] for name in OWN if name in methods}
-        lines.append(f"| **{summaries[stream]['title']}** | | | | |")
+        lines.append(f"| **{summary['title']}** | | | | |")
         lines += [_line(f"Avalanche, {name}", runs) for name, runs in theirs.items()]
         lines += [_line(_called(name), runs) for name, runs in own.items()]
     head = "| method | average, % | forgetting, points | kept for a task, kB | seeds |"

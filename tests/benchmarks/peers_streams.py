@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import settings as yaml_settings
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from cifar_resnet import OneCycle
+from experiment import environment
 from images import Data, crop_and_flip
 from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
@@ -113,3 +116,21 @@ def prepared(name: str, seed: int, folder: Path, *, fast: bool = False) -> Strea
     network = script.EXPERIMENT.model(**made_with["network"], **of_network)
     # Avalanche's PackNet prunes nothing of a weight that isn't contiguous, without a word.
     return Stream(tasks, network.to(memory_format=torch.contiguous_format), training)
+
+
+def begun(path: Path | None) -> dict[str, Any]:
+    """What runs are added to: the content of a file that was begun with the same builds, or a new one.
+
+    Raises:
+        ValueError: if its rows are of other versions.
+    """
+    content: dict[str, Any] = {**environment("cpu"), "rows": []}
+    content["versions"]["avalanche-lib"] = version("avalanche-lib")
+    if path is not None and path.exists():
+        found = json.loads(path.read_text())
+        for package in ("torch", "avalanche-lib"):
+            theirs, ours = found["versions"][package], content["versions"][package]
+            if theirs != ours:
+                raise ValueError(f"{path} is of {package} {theirs}, and here is {ours}: name another file")
+        content["rows"] = found["rows"]
+    return content

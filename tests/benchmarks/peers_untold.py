@@ -21,7 +21,6 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,10 +29,9 @@ from avalanche.benchmarks.utils import DataAttribute, TaskAwareSupervisedClassif
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin
 from avalanche.training.supervised import Naive
 from compared import mean_and_deviation
-from experiment import environment
 from lightning.pytorch import seed_everything
 from peers import EWC_STRENGTH, LWF_STRENGTH
-from peers_streams import STREAMS, Stream, prepared
+from peers_streams import STREAMS, Stream, begun, prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -140,10 +138,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
 
-    content = {**environment("cpu"), "rows": []}
-    content["versions"]["avalanche-lib"] = version("avalanche-lib")
-    if options.output and options.output.exists():
-        content["rows"] = json.loads(options.output.read_text())["rows"]
+    if options.fast and options.output:
+        parser.error("--fast only shows that it runs: it writes no --output")
+    content = begun(options.output)
     made = {(row["stream"], row["method"], row["seed"]) for row in content["rows"]}
     for seed in options.seeds:
         for stream in options.streams:

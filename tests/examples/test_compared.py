@@ -19,7 +19,12 @@ def peer(method: str, seed: int, average: float) -> dict:
 
 
 def test_a_stream_has_its_peers_and_our_methods(compared):
-    theirs = [peer("naive", 1, 0.5), peer("PackNet", 1, 0.6), peer("PackNet", 2, 0.7)]
+    theirs = [
+        {**peer("EWC", 1, 0.3), "stream": "another"},
+        peer("naive", 1, 0.5),
+        peer("PackNet", 1, 0.6),
+        peer("PackNet", 2, 0.7),
+    ]
     ours = {
         "naive": [run(1, 0.4), run(2, 0.4)],
         "paper": [run(1, 0.6)],
@@ -28,6 +33,8 @@ def test_a_stream_has_its_peers_and_our_methods(compared):
     methods = {name: {"runs": runs} for name, runs in ours.items()}
     shown = compared.compared({"rows": theirs}, {"stream": {"title": "The stream", "methods": methods}})
     assert shown.splitlines()[2:] == [
+        "| **another** | | | | |",
+        "| Avalanche, EWC | 30.00 | 0.00 | 2 | 1 |",
         "| **The stream** | | | | |",
         "| Avalanche, naive | 50.00 | 0.00 | 2 | 1 |",
         "| Avalanche, PackNet | 65.00 ± 7.07 | 0.00 ± 0.00 | 2 | 1, 2 |",
