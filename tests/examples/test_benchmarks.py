@@ -43,7 +43,7 @@ def test_what_the_peers_scripts_take_from_here_is_there(name):
     imports = [node for node in script.body if isinstance(node, ast.ImportFrom)]
     own = [node for node in imports if str(node.module).partition(".")[0] in {*names, "lightning_rnf"}]
     taken = [f"from {node.module} import {', '.join(one.name for one in node.names)}" for node in own]
-    assert len(taken) > 2
+    assert taken
     path = f"import sys; sys.path[:0] = {[str(ROOT / 'examples'), str(BENCHMARKS)]!r}"
     assert ended(started(exec, "\n".join([path, *taken]))) == [0]
 
