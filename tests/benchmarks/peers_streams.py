@@ -1,11 +1,16 @@
-"""The examples' streams as the scripts of the peers take them: tasks, network and training of a file of settings."""
+"""What the scripts of the peers share: the examples' streams as they take them, and runs that go on where they were."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import logging
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 
 from lightning_rnf.streams import TaskDataModule
+
+Rows = Sequence[Mapping[str, Any]]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STREAMS = {
@@ -134,3 +141,58 @@ def begun(path: Path | None) -> dict[str, Any]:
                 raise ValueError(f"{path} is of {package} {theirs}, and here is {ours}: name another file")
         content["rows"] = found["rows"]
     return content
+
+
+def main(
+    description: str | None,
+    methods: Collection[str],
+    run: Callable[[str, str, int, argparse.Namespace], dict[str, Any]],
+    columns: Mapping[str, Callable[[Rows], str]],
+    seeds: Sequence[int],
+) -> None:
+    """Run what the command line names and the file has not, and print a table.
+
+    Args:
+        description: for ``--help``.
+        methods: to choose from.
+        run: of a stream, a method and a seed, with the command line's options: a row.
+        columns: of the table: what each says of the rows of a stream and method.
+        seeds: if none are named.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data of the examples")
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--fast", action="store_true", help="the examples' reduced schedules: to see that it runs")
+    parser.add_argument("--output", type=Path, help="JSON; runs that are in it are not made again")
+    options = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+
+    if options.fast and options.output:
+        parser.error("--fast only shows that it runs: it writes no --output")
+    content = begun(options.output)
+    made = {(row["stream"], row["method"], row["seed"]) for row in content["rows"]}
+    for seed, stream, method in product(options.seeds, options.streams, options.methods):
+        if (stream, method, seed) in made:
+            continue
+        content["rows"].append(run(stream, method, seed, options))
+        print(table({"rows": content["rows"][-1:]}, columns).splitlines()[-1], flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content, columns))
+
+
+def table(content: Mapping[str, Any], columns: Mapping[str, Callable[[Rows], str]]) -> str:
+    """A line for each method of each stream, as Markdown."""
+    titles = ["stream", "method", *columns, "seeds"]
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    pairs = {(row["stream"], row["method"]): None for row in content["rows"]}
+    for stream, method in pairs:
+        rows = [row for row in content["rows"] if (row["stream"], row["method"]) == (stream, method)]
+        seeds = ", ".join(str(row["seed"]) for row in rows)
+        lines.append(f"| {' | '.join([stream, method, *(cell(rows) for cell in columns.values()), seeds])} |")
+    return "\n".join(lines)

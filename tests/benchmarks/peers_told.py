@@ -22,13 +22,9 @@ back after each step, since weight decay moves them.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from avalanche.models.packnet import PackNetModule, PackNetPlugin, WeightAndBiasPackNetModule
@@ -47,7 +43,7 @@ from peers import (
     repair_synaptic_intelligence,
     size,
 )
-from peers_streams import STREAMS, Stream, begun, prepared
+from peers_streams import Rows, Stream, main, prepared
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -186,55 +182,17 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
     }
 
 
-def table(content: dict) -> str:
-    """Means over seeds, with the deviation, as Markdown."""
-    lines = [
-        "| stream | method | average, % | forgetting, points | bytes a task, kB | minutes | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    pairs = {(row["stream"], row["method"]): None for row in content["rows"]}
-    for stream, method in pairs:
-        rows = [row for row in content["rows"] if (row["stream"], row["method"]) == (stream, method)]
-        cells = [
-            *(mean_and_deviation([100 * row[key] for row in rows]) for key in ("average", "forgetting")),
-            f"{rows[0]['bytes'] / len(rows[0]['matrix']) / 1000:,.0f}",
-            f"{sum(row['seconds'] for row in rows) / len(rows) / 60:.0f}",
-            ", ".join(str(row["seed"]) for row in rows),
-        ]
-        lines.append(f"| {stream} | {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def mean_of(key: str) -> Callable[[Rows], str]:
+    return lambda rows: mean_and_deviation([100 * row[key] for row in rows])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data of the examples")
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--fast", action="store_true", help="the examples' reduced schedules: to see that it runs")
-    parser.add_argument("--output", type=Path, help="JSON; runs that are in it are not made again")
-    options = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    repair_synaptic_intelligence()
-
-    if options.fast and options.output:
-        parser.error("--fast only shows that it runs: it writes no --output")
-    content = begun(options.output)
-    made = {(row["stream"], row["method"], row["seed"]) for row in content["rows"]}
-    for seed in options.seeds:
-        for stream in options.streams:
-            for method in options.methods:
-                if (stream, method, seed) in made:
-                    continue
-                content["rows"].append(run(stream, method, seed, options))
-                print(stream, method, seed, content["rows"][-1]["average"], flush=True)
-                if options.output:
-                    options.output.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(content))
-
+COLUMNS: dict[str, Callable[[Rows], str]] = {
+    "average, %": mean_of("average"),
+    "forgetting, points": mean_of("forgetting"),
+    "bytes a task, kB": lambda rows: f"{rows[0]['bytes'] / len(rows[0]['matrix']) / 1000:,.0f}",
+    "minutes": lambda rows: f"{sum(row['seconds'] for row in rows) / len(rows) / 60:.0f}",
+}
 
 if __name__ == "__main__":
-    main()
+    repair_synaptic_intelligence()
+    main(__doc__, METHODS, run, COLUMNS, seeds=(1, 2, 3))

@@ -17,11 +17,7 @@ samples of each class. Nothing was chosen for these streams.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
@@ -31,7 +27,7 @@ from avalanche.training.supervised import Naive
 from compared import mean_and_deviation
 from lightning.pytorch import seed_everything
 from peers import EWC_STRENGTH, LWF_STRENGTH
-from peers_streams import STREAMS, Stream, begun, prepared
+from peers_streams import Rows, Stream, main, prepared
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -107,52 +103,12 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
     return {"stream": name, "method": method, "seed": seed, "epochs": stream.training["epochs"], **found}
 
 
-def table(content: dict) -> str:
-    """Means over tasks, with the deviation over seeds, as Markdown."""
-    lines = [
-        "| stream | method | told, % | task found, % | untold, % | seeds |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    pairs = {(row["stream"], row["method"]): None for row in content["rows"]}
-    for stream, method in pairs:
-        rows = [row for row in content["rows"] if (row["stream"], row["method"]) == (stream, method)]
-        cells = [
-            mean_and_deviation([100 * sum(row[key]) / len(row[key]) for row in rows])
-            for key in ("told", "found", "untold")
-        ]
-        lines.append(f"| {stream} | {method} | {' | '.join(cells)} | {', '.join(str(row['seed']) for row in rows)} |")
-    return "\n".join(lines)
+def mean_of(key: str) -> Callable[[Rows], str]:
+    """Over tasks and seeds, with the deviation over seeds."""
+    return lambda rows: mean_and_deviation([100 * sum(row[key]) / len(row[key]) for row in rows])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data of the examples")
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--fast", action="store_true", help="the examples' reduced schedules: to see that it runs")
-    parser.add_argument("--output", type=Path, help="JSON; runs that are in it are not made again")
-    options = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-
-    if options.fast and options.output:
-        parser.error("--fast only shows that it runs: it writes no --output")
-    content = begun(options.output)
-    made = {(row["stream"], row["method"], row["seed"]) for row in content["rows"]}
-    for seed in options.seeds:
-        for stream in options.streams:
-            for method in options.methods:
-                if (stream, method, seed) in made:
-                    continue
-                content["rows"].append(run(stream, method, seed, options))
-                print(stream, method, seed, *(sum(content["rows"][-1][key]) for key in ("told", "untold")), flush=True)
-                if options.output:
-                    options.output.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(content))
-
+COLUMNS = {"told, %": mean_of("told"), "task found, %": mean_of("found"), "untold, %": mean_of("untold")}
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, METHODS, run, COLUMNS, seeds=(0, 1, 2))
