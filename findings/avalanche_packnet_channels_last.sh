@@ -3,7 +3,7 @@
 #
 # The numbers of the weights to prune are written into `task_index.flatten()`, which is a view where a tensor is contiguous
 # and a copy where it isn't; `task_index` has its layout from the weight. After `prune(0.75)` a convolution in channels_last,
-# which torch advises on GPUs and for bfloat16, has all its weights, all belong to the first task, and the second task has
+# a layout for faster convolutions, has all its weights, all belong to the first task, and the second task has
 # none to learn with. The oracle is the same layer in the usual layout. Seen:
 #
 #   contiguous: 75 % pruned, left to the second task: 75 %; channels_last: 0 % pruned, left to the second task: 0 %

@@ -15,7 +15,7 @@ these it is told how many tasks there will be.
 
 Avalanche 0.6 as it is, but for Synaptic Intelligence, as in `peers.py`, and PackNet in the ResNet, which without these
 would not run or would forget: a bias that is None is none, each task has norms of its own (with those of the first
-task, as its authors have them, the second one's training diverges at this learning rate), and frozen weights are put
+task the second one's training diverged at this learning rate, in the one seed that was run), and frozen weights are put
 back after each step, since weight decay moves them.
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
@@ -186,11 +186,16 @@ def mean_of(key: str) -> Callable[[Rows], str]:
     return lambda rows: mean_and_deviation([100 * row[key] for row in rows])
 
 
+def minutes(seconds: Sequence[float]) -> str:
+    """The mean; runs that were paused have none."""
+    return f"{sum(seconds) / len(seconds) / 60:.0f}" if seconds else ""
+
+
 COLUMNS: dict[str, Callable[[Rows], str]] = {
     "average, %": mean_of("average"),
     "forgetting, points": mean_of("forgetting"),
     "bytes a task, kB": lambda rows: f"{rows[0]['bytes'] / len(rows[0]['matrix']) / 1000:,.0f}",
-    "minutes": lambda rows: f"{sum(row['seconds'] for row in rows) / len(rows) / 60:.0f}",
+    "minutes": lambda rows: minutes([row["seconds"] for row in rows if row["seconds"]]),
 }
 
 if __name__ == "__main__":

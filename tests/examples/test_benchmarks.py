@@ -34,6 +34,14 @@ def run(*command: str, **environment: str) -> str:
     return ended.stdout
 
 
+def defined(path: Path) -> set[str]:
+    """What stands at the top of a script that can't be imported here."""
+    top = ast.parse(path.read_text()).body
+    assigned = [one for node in top if isinstance(node, ast.Assign | ast.AnnAssign) for one in ast.walk(node)]
+    names = {one.id for one in assigned if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    return names | {node.name for node in top if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
 @pytest.mark.parametrize("name", ["peers", "peers_streams", "peers_told", "peers_untold"])
 def test_what_the_peers_scripts_take_from_here_is_there(name):
     """Avalanche has an environment of its own, so the scripts themselves can't run here."""
@@ -44,6 +52,9 @@ def test_what_the_peers_scripts_take_from_here_is_there(name):
     own = [node for node in imports if str(node.module).partition(".")[0] in {*names, "lightning_rnf"}]
     taken = [f"from {node.module} import {', '.join(one.name for one in node.names)}" for node in own]
     assert taken
+    for node in imports:
+        if node.module in {"peers", "peers_streams"}:
+            assert {one.name for one in node.names} <= defined(BENCHMARKS / f"{node.module}.py")
     path = f"import sys; sys.path[:0] = {[str(ROOT / 'examples'), str(BENCHMARKS)]!r}"
     assert ended(started(exec, "\n".join([path, *taken]))) == [0]
 
