@@ -109,8 +109,8 @@ def mixed(module: nn.Module, recalls: Recalls, tasks: Sequence[str], heads: Mapp
     ``x[[i for i, name in enumerate(tasks) if name == task]]`` for each tensor ``x`` of its arguments that has as many
     entries in its first dimension as there are samples, and with all else as it is. So what comes of each sample is to
     the bit what the recall of its task makes of that part of the batch. Then outputs are put together: logits
-    ``(N, C)`` are as wide as those of the task with the most classes, with ``-inf`` for classes that a task doesn't
-    have.
+    ``(N, C)``, of pixels ``(N, C, …)``, of tokens ``(N, …, C)``, are as wide as those of the task with the most
+    classes, with ``-inf`` for classes that a task doesn't have.
 
     Args:
         module: the model.
@@ -241,23 +241,39 @@ def _joined_leaf(parts: tuple[Any, ...], places: list[list[int]], order: Tensor)
         return parts[0]
     shapes = [tuple(part.shape) if of_sample else None for part, of_sample in zip(parts, of_samples, strict=True)]
     fit = [shape is not None and shape[0] == len(of_task) for shape, of_task in zip(shapes, places, strict=True)]
-    inner = {shape[1:-1] if shape and len(shape) > 1 else () for shape in shapes}
-    if not all(fit) or len({part.ndim for part in parts}) > 1 or len(inner) > 1:
+    axis = _axis_of_classes(shapes)
+    if not all(fit) or axis is None:
         raise ValueError(
             f"outputs of {[len(of_task) for of_task in places]} samples of several tasks have the shapes {shapes}: "
-            "only what has one entry for each sample, and but for its last dimension one shape, can be put together"
+            "only what has one entry for each sample, and one shape but for its second or its last dimension, can be "
+            "put together"
         )
-    widest = max(part.shape[-1] for part in parts) if parts[0].ndim > 1 else None
-    if widest is not None:
-        if any(part.shape[-1] < widest and not part.is_floating_point() for part in parts):
+    if axis:
+        widest = max(part.shape[axis] for part in parts)
+        if any(part.shape[axis] < widest and not part.is_floating_point() for part in parts):
             raise ValueError(f"outputs of several tasks have the shapes {shapes} and are no logits")
-        parts = tuple(_padded(part, widest) for part in parts)
+        parts = tuple(_padded(part, widest, axis) for part in parts)
     return torch.cat(parts)[order.to(parts[0].device)]
 
 
-def _padded(logits: Tensor, width: int) -> Tensor:
-    missing = width - logits.shape[-1]
-    return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+def _axis_of_classes(shapes: Sequence[tuple[int, ...] | None]) -> int | None:
+    """The dimension in which outputs of several tasks differ: the last, or of pixels the second; 0: in none of them.
+
+    None: in another, or in several.
+    """
+    known = [shape for shape in shapes if shape is not None]
+    if len({len(shape) for shape in known}) > 1:
+        return None
+    differ = [axis for axis, sizes in enumerate(zip(*known, strict=True)) if axis and len(set(sizes)) > 1]
+    if not differ:
+        return 0
+    return differ[0] if differ in ([1], [len(known[0]) - 1]) else None
+
+
+def _padded(logits: Tensor, width: int, axis: int) -> Tensor:
+    missing = width - logits.shape[axis]
+    behind = [0, 0] * (logits.ndim - 1 - axis)  # pad counts from the last dimension
+    return nn.functional.pad(logits, (*behind, 0, missing), value=-torch.inf) if missing else logits
 
 
 class _Known:

@@ -561,6 +561,26 @@ def test_pictures_with_a_class_for_each_pixel_are_told_apart():
     assert torch.allclose(energies, of_pixels.mean((3, 4)).exp().sum(2).log(), atol=1e-5)
 
 
+def test_heads_of_pixels_may_have_different_numbers_of_classes():
+    model = Segmenter()
+    model.heads = MultiHead(12, {"a": nn.Conv2d(12, 2, 1), "b": nn.Conv2d(12, 3, 1)})
+    model, rnf = protected(model, of_task=pictures)
+    x = torch.cat([pictures(task)[0][0] for task in "ab"])
+    names = ["a"] * 32 + ["b"] * 32
+    narrow, wide = (in_recall(rnf, model, task, x[first : first + 32]) for task, first in (("a", 0), ("b", 32)))
+    with rnf.recall(names, model), torch.no_grad():
+        told = model(x)
+    assert torch.equal(told[:32, :2], narrow)
+    assert bool((told[:32, 2] == -torch.inf).all())
+    assert torch.equal(told[32:], wide)
+    found = rnf.infer_task(x, model)
+    with rnf.recall("auto", model), torch.no_grad():
+        untold = model(x)
+    assert set(found.names) == {"a", "b"}
+    assert untold.shape == (64, 3, 6, 6)
+    assert torch.equal(untold, found.logits)
+
+
 class Words(Classifier):
     """A class for each word, in the last dimension."""
 

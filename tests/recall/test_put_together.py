@@ -34,6 +34,15 @@ def test_heads_of_different_widths_are_padded_with_what_no_softmax_chooses():
     assert joined[1].softmax(0)[2] == 0
 
 
+@pytest.mark.parametrize("axis", [1, 3])
+def test_classes_of_pixels_and_of_tokens_are_padded_where_they_are(axis):
+    narrow, wide = (torch.rand(1, 4, 4, 4).narrow(axis, 0, width) for width in (2, 3))
+    joined = joined_outputs([narrow, wide], [[1], [0]])
+    assert torch.equal(joined[:1], wide)
+    assert torch.equal(joined[1:].narrow(axis, 0, 2), narrow)
+    assert bool((joined[1:].narrow(axis, 2, 1) == -math.inf).all())
+
+
 @pytest.mark.parametrize(
     ("outputs", "said"),
     [
@@ -42,7 +51,8 @@ def test_heads_of_different_widths_are_padded_with_what_no_softmax_chooses():
         ((1.5, 2.5), "an output of type float is one for a whole batch"),
         ((torch.zeros(1, 2), torch.zeros(3, 2)), "outputs of [1, 2] samples of several tasks have the shapes"),
         ((torch.zeros(1), torch.zeros(2, 2)), "only what has one entry for each sample"),
-        ((torch.zeros(1, 3, 2), torch.zeros(2, 4, 2)), "and but for its last dimension one shape"),
+        ((torch.zeros(1, 3, 2), torch.zeros(2, 4, 5)), "one shape but for its second or its last dimension"),
+        ((torch.zeros(1, 3, 2, 4), torch.zeros(2, 3, 5, 4)), "one shape but for its second or its last dimension"),
         ((torch.zeros(1, 2).long(), torch.zeros(2, 3).long()), "have the shapes [(1, 2), (2, 3)] and are no logits"),
     ],
 )
