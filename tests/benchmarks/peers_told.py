@@ -11,7 +11,8 @@ training data is held out there, and here, too. Each task has a head of its own;
 of the learning rate it gets a weaker one. Nothing else was chosen for these streams. `joint` learns all
 tasks at once, in as many steps as all tasks take elsewhere. PackNet keeps an equal share of the weights for each task,
 and trains the second half of a task's epochs inside of what it keeps, as the defaults of `RelevanceFreezing` do; unlike
-these it is told how many tasks there will be.
+these it is told how many tasks there will be. With `whole kernels` it keeps or gives away all weights between two
+channels together, those of the largest norm: what it is worth to it that it chooses weights one by one.
 
 Avalanche 0.6 as it is, but for Synaptic Intelligence, as in `peers.py`, and PackNet in the ResNet, which without these
 would not run or would forget: a bias that is None is none, each task has norms of its own (with those of the first
@@ -25,6 +26,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
 from avalanche.models.packnet import PackNetModule, PackNetPlugin, WeightAndBiasPackNetModule
@@ -49,6 +51,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rnf.metrics import AccuracyMatrix, average_accuracy, forgetting
 
+WHOLE_KERNELS = "PackNet, whole kernels"
 METHODS: dict[str, Callable[[Stream], list[SupervisedPlugin]]] = {
     "naive": lambda stream: [],
     "joint": lambda stream: [],
@@ -60,6 +63,7 @@ METHODS: dict[str, Callable[[Stream], list[SupervisedPlugin]]] = {
         KeptInPlace(),
     ],
 }
+METHODS[WHOLE_KERNELS] = METHODS["PackNet"]
 
 
 class Joint(JointTraining):
@@ -106,7 +110,16 @@ class KeptInPlace(SupervisedPlugin):
             layer.wrappee.weight.copy_(torch.where(is_frozen, weight, layer.wrappee.weight))
 
 
-def of_packnet(stream: Stream) -> PackNetBody:
+def by_kernels(layer: WeightAndBiasPackNetModule) -> Tensor:
+    """Places of the weights that may be given away, in the flattened weight, the smallest kernels first."""
+    weight = layer.wrappee.weight.detach()
+    squares = weight.square().flatten(2).sum(2) if weight.ndim > 2 else weight.square()
+    norms = squares.view(*squares.shape, *[1] * (weight.ndim - 2)).expand_as(weight)
+    order = torch.argsort(norms.flatten(), stable=True)
+    return order[layer.unfrozen_mask.flatten()[order]]
+
+
+def of_packnet(stream: Stream, *, whole_kernels: bool) -> PackNetBody:
     """The network with layers that are pruned."""
     norms = [name for name, module in stream.body.named_modules() if isinstance(module, nn.BatchNorm2d)]
     for name in norms:
@@ -115,6 +128,8 @@ def of_packnet(stream: Stream) -> PackNetBody:
     for layer in model.modules():
         if isinstance(layer, WeightAndBiasPackNetModule):
             layer.has_bias = layer.wrappee.bias is not None
+            if whole_kernels:
+                layer._rank_prunable = partial(by_kernels, layer)
     return model
 
 
@@ -128,7 +143,7 @@ def kept(method: str, strategy: Naive, plugin: SupervisedPlugin | None) -> int:
     if method == "LwF":
         before = plugin.lwf.prev_model
         return size([*before.parameters(), *before.buffers()])
-    if method == "PackNet":
+    if method.startswith("PackNet"):
         masks = (layer for layer in strategy.model.modules() if isinstance(layer, WeightAndBiasPackNetModule))
         norms = (layer for layer in strategy.model.modules() if isinstance(layer, OwnNorms))
         return size(
@@ -142,7 +157,10 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict:
     stream = prepared(name, seed, options.data, fast=options.fast)
     add_heads(stream.network, stream.tasks)
     tasks = experiences(stream.tasks)
-    model: nn.Module = of_packnet(stream) if method == "PackNet" else MultiTask(stream.network, tasks)
+    if method.startswith("PackNet"):
+        model: nn.Module = of_packnet(stream, whole_kernels=method == WHOLE_KERNELS)
+    else:
+        model = MultiTask(stream.network, tasks)
     own = METHODS[method](stream)
     strategy = (Joint if method == "joint" else Naive)(
         model=model,
