@@ -101,6 +101,13 @@ def read(path: Path, *, fast: bool = False, changes: Sequence[str] = ()) -> dict
         if keys.split(".")[0] == "fast":
             raise ValueError(f"{change!r}: changes are made after those of fast: name what it changes itself")
         patch = _yaml(value, change)
+        place, *inside = keys.split(".")
+        methods = settings.get("methods")
+        if place == "methods" and len(inside) > 1 and isinstance(methods, Mapping) and inside[0] not in methods:
+            raise ValueError(
+                f"{change!r}: {path.name} has the methods {', '.join(map(str, methods))}; a new one is set as a whole: "
+                f"methods.{inside[0]}={{...}}"
+            )
         for key in reversed(keys.split(".")):
             patch = {key: patch}
         settings = merge(settings, patch)

@@ -686,6 +686,7 @@ def test_settings_that_nobody_takes_are_refused_with_those_that_are_known(change
         (["--samples", "some"], "--samples: invalid"),
         (["--set", "title=["], r"title=\[ is no YAML"),
         (["--set", "fast.seeds=3"], "'fast.seeds=3': changes are made after those of fast"),
+        (["--set", "methods.defualt.freezing.ration=1.0"], "mnist_split.yaml has the methods naive, .*default"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(option, said, tmp_path, capsys):
