@@ -16,7 +16,15 @@ from lightning_rnf.anatomy import Inputs, UnitLayer
 from lightning_rnf.inference.densities import Judge, judges, levels, posterior
 from lightning_rnf.inference.reading import reading
 from lightning_rnf.memory import TaskRecord
-from lightning_rnf.recall import Recalls, Switch, joined_outputs, own_forward, part_of_batch, switched
+from lightning_rnf.recall import (
+    Recalls,
+    Switch,
+    dimension_of_classes,
+    joined_outputs,
+    own_forward,
+    part_of_batch,
+    switched,
+)
 
 By = Literal["auto", "gaussians", "energy", "entropy"]
 """``"gaussians"``: what sub-networks make of a sample beside the Gaussians of their tasks' classes. ``"energy"``, the
@@ -126,7 +134,8 @@ class _Inferring:
                         outputs[index] = self.switch.module(*inputs.args, **inputs.kwargs)
         # Of the whole batch, of which some are taken: the bits of a part are those of another size of batch.
         parts = [part_of_batch(outputs[index], places[index], inputs.samples) for index in used]
-        return replace(found, logits=joined_outputs(parts, [places[index] for index in used]))
+        heads = [self.switch.module.get_submodule(self.records[found.tasks[index]].head) for index in used]
+        return replace(found, logits=joined_outputs(parts, [places[index] for index in used], heads))
 
     def _named(self, inputs: Inputs) -> tuple[TaskInference, list[Any], list[list[int]]]:
         """All but the logits, what each task's recall returns for the whole batch, and the places of its samples."""
@@ -210,12 +219,10 @@ def _are_unusual(levels: Tensor) -> bool:
 
 
 def _of_samples(logits: Tensor, head: nn.Module) -> Tensor:
-    """Logits ``(N, classes)``, their means over positions. A linear layer has classes in its last dimension."""
+    """Logits ``(N, classes)``, their means over positions."""
     if logits.ndim == 2:
         return logits
-    weights = [one for one in head.parameters() if one.ndim > 1]
-    is_linear = bool(weights) and weights[-1].ndim == 2
-    return logits.movedim(-1 if is_linear else 1, 1).flatten(2).mean(2)
+    return logits.movedim(dimension_of_classes(head), 1).flatten(2).mean(2)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_rnf.recall.sizes import Size, SubnetworkFlops, size_of
 from lightning_rnf.recall.switching import (
     Recalls,
     Switch,
+    dimension_of_classes,
     joined_outputs,
     mixed,
     own_forward,
@@ -30,6 +31,7 @@ __all__ = [
     "SubnetworkFlops",
     "Switch",
     "as_it_was",
+    "dimension_of_classes",
     "export",
     "joined_outputs",
     "mixed",

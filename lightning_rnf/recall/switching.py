@@ -155,6 +155,7 @@ class _Mixed:
                 f"has {len(tasks)} entries in its first dimension"
             )
         outputs = []
+        heads = [module.get_submodule(self.heads[task]) for task in places]
         with own_forward(module, self.switch.before):
             for task, indices in places.items():
                 given = (args, kwargs) if len(places) == 1 else part_of_batch((args, kwargs), indices, len(tasks))
@@ -166,7 +167,7 @@ class _Mixed:
                         "be recalled only where the heads are a MultiHead, which is switched; recall one task after "
                         "the other"
                     )
-        return joined_outputs(outputs, list(places.values()))
+        return joined_outputs(outputs, list(places.values()), heads)
 
 
 @contextmanager
@@ -211,12 +212,13 @@ def part_of_batch(given: Any, indices: list[int], samples: int) -> Any:
     return apply_to_collection(given, Tensor, of_part)
 
 
-def joined_outputs(outputs: list[Any], places: list[list[int]]) -> Any:
+def joined_outputs(outputs: list[Any], places: list[list[int]], heads: Sequence[nn.Module]) -> Any:
     """What came of each part of a batch, in the order of the batch: see `mixed`.
 
     Args:
         outputs: of each part, of any form.
         places: of each part's samples in the batch.
+        heads: that made its logits.
 
     Raises:
         ValueError: if they have different forms, or are not of samples.
@@ -227,10 +229,18 @@ def joined_outputs(outputs: list[Any], places: list[list[int]]) -> Any:
     if any(form != forms[0] for form in forms):
         raise ValueError(f"the outputs of two tasks have another form: {forms[0]} and {forms[-1]}")
     order = torch.tensor([index for indices in places for index in indices]).argsort()
-    return pytree.tree_unflatten([_joined_leaf(leaf, places, order) for leaf in zip(*leaves, strict=True)], forms[0])
+    of_pixels = all(dimension_of_classes(head) == 1 for head in heads)
+    joined = [_joined_leaf(leaf, places, order, of_pixels=of_pixels) for leaf in zip(*leaves, strict=True)]
+    return pytree.tree_unflatten(joined, forms[0])
 
 
-def _joined_leaf(parts: tuple[Any, ...], places: list[list[int]], order: Tensor) -> Any:
+def dimension_of_classes(head: nn.Module) -> int:
+    """Of the logits that a head makes of positions: the last of a linear layer, the second of a convolution."""
+    weights = [one for one in head.parameters() if one.ndim > 1]
+    return -1 if weights and weights[-1].ndim == 2 else 1
+
+
+def _joined_leaf(parts: tuple[Any, ...], places: list[list[int]], order: Tensor, *, of_pixels: bool) -> Any:
     of_samples = [isinstance(part, Tensor) and part.ndim > 0 for part in parts]
     if not any(of_samples):
         if any(isinstance(part, Tensor) or (part is not parts[0] and part != parts[0]) for part in parts):
@@ -241,14 +251,14 @@ def _joined_leaf(parts: tuple[Any, ...], places: list[list[int]], order: Tensor)
         return parts[0]
     shapes = [tuple(part.shape) if of_sample else None for part, of_sample in zip(parts, of_samples, strict=True)]
     fit = [shape is not None and shape[0] == len(of_task) for shape, of_task in zip(shapes, places, strict=True)]
-    axis = _axis_of_classes(shapes)
-    if not all(fit) or axis is None:
+    axis = _where_they_differ(shapes)
+    if not all(fit) or axis not in (None, -1, 1 if of_pixels else -1):
         raise ValueError(
             f"outputs of {[len(of_task) for of_task in places]} samples of several tasks have the shapes {shapes}: "
-            "only what has one entry for each sample, and one shape but for its second or its last dimension, can be "
-            "put together"
+            "only what has one entry for each sample, and one shape but for the dimension of the classes (the last; of "
+            "a convolution the second), can be put together, so recall one task after the other"
         )
-    if axis:
+    if axis is not None:
         widest = max(part.shape[axis] for part in parts)
         if any(part.shape[axis] < widest and not part.is_floating_point() for part in parts):
             raise ValueError(f"outputs of several tasks have the shapes {shapes} and are no logits")
@@ -256,23 +266,20 @@ def _joined_leaf(parts: tuple[Any, ...], places: list[list[int]], order: Tensor)
     return torch.cat(parts)[order.to(parts[0].device)]
 
 
-def _axis_of_classes(shapes: Sequence[tuple[int, ...] | None]) -> int | None:
-    """The dimension in which outputs of several tasks differ: the last, or of pixels the second; 0: in none of them.
-
-    None: in another, or in several.
-    """
+def _where_they_differ(shapes: Sequence[tuple[int, ...] | None]) -> int | None:
+    """The dimension behind the first in which shapes differ, -1 for the last; None: in none; 0: in several."""
     known = [shape for shape in shapes if shape is not None]
     if len({len(shape) for shape in known}) > 1:
-        return None
-    differ = [axis for axis, sizes in enumerate(zip(*known, strict=True)) if axis and len(set(sizes)) > 1]
-    if not differ:
         return 0
-    return differ[0] if differ in ([1], [len(known[0]) - 1]) else None
+    differ = [axis for axis, sizes in enumerate(zip(*known, strict=True)) if axis and len(set(sizes)) > 1]
+    if len(differ) > 1:
+        return 0
+    return None if not differ else -1 if differ[0] == len(known[0]) - 1 else differ[0]
 
 
 def _padded(logits: Tensor, width: int, axis: int) -> Tensor:
     missing = width - logits.shape[axis]
-    behind = [0, 0] * (logits.ndim - 1 - axis)  # pad counts from the last dimension
+    behind = [0, 0] * (logits.ndim - 1 - axis if axis > 0 else 0)  # pad counts from the last dimension
     return nn.functional.pad(logits, (*behind, 0, missing), value=-torch.inf) if missing else logits
 
 

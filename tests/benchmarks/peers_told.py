@@ -11,8 +11,9 @@ training data is held out there, and here, too. Each task has a head of its own;
 of the learning rate it gets a weaker one. Nothing else was chosen for these streams. `joint` learns all
 tasks at once, in as many steps as all tasks take elsewhere. PackNet keeps an equal share of the weights for each task,
 and trains the second half of a task's epochs inside of what it keeps, as the defaults of `RelevanceFreezing` do; unlike
-these it is told how many tasks there will be. With `whole kernels` it keeps or gives away all weights between two
-channels together, those of the largest norm: what it is worth to it that it chooses weights one by one.
+these it is told how many tasks there will be. With `whole kernels` it keeps the kernels of the largest norm, all
+weights between two channels, and gives the others away (but for the one at the cut): so one sees what it gains by
+choosing weights one by one.
 
 Avalanche 0.6 as it is, but for Synaptic Intelligence, as in `peers.py`, and PackNet in the ResNet, which without these
 would not run or would forget: a bias that is None is none, each task has norms of its own (with those of the first

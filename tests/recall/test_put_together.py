@@ -20,7 +20,7 @@ from lightning_rnf.recall.whole import _difference
 def test_what_each_task_gives_of_its_samples_is_in_the_order_of_the_batch(places):
     logits, labels = torch.arange(12.0).view(3, 4), torch.arange(3)
     outputs = [{"logits": logits[of_task], "labels": (labels[of_task], "a name")} for of_task in places]
-    joined = joined_outputs(outputs, places)
+    joined = joined_outputs(outputs, places, [nn.Linear(4, 4)] * len(places))
     assert torch.equal(joined["logits"], logits)
     assert torch.equal(joined["labels"][0], labels)
     assert joined["labels"][1] == "a name"
@@ -28,7 +28,7 @@ def test_what_each_task_gives_of_its_samples_is_in_the_order_of_the_batch(places
 
 def test_heads_of_different_widths_are_padded_with_what_no_softmax_chooses():
     narrow, wide = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
-    joined = joined_outputs([narrow, wide], [[1], [0]])
+    joined = joined_outputs([narrow, wide], [[1], [0]], [nn.Linear(4, 2), nn.Linear(4, 3)])
     assert torch.equal(joined[0], wide[0])
     assert torch.equal(joined[1, :2], narrow[0])
     assert joined[1].softmax(0)[2] == 0
@@ -37,7 +37,8 @@ def test_heads_of_different_widths_are_padded_with_what_no_softmax_chooses():
 @pytest.mark.parametrize("axis", [1, 3])
 def test_classes_of_pixels_and_of_tokens_are_padded_where_they_are(axis):
     narrow, wide = (torch.rand(1, 4, 4, 4).narrow(axis, 0, width) for width in (2, 3))
-    joined = joined_outputs([narrow, wide], [[1], [0]])
+    heads = [nn.Conv2d(4, width, 1) if axis == 1 else nn.Linear(4, width) for width in (2, 3)]
+    joined = joined_outputs([narrow, wide], [[1], [0]], heads)
     assert torch.equal(joined[:1], wide)
     assert torch.equal(joined[1:].narrow(axis, 0, 2), narrow)
     assert bool((joined[1:].narrow(axis, 2, 1) == -math.inf).all())
@@ -51,14 +52,23 @@ def test_classes_of_pixels_and_of_tokens_are_padded_where_they_are(axis):
         ((1.5, 2.5), "an output of type float is one for a whole batch"),
         ((torch.zeros(1, 2), torch.zeros(3, 2)), "outputs of [1, 2] samples of several tasks have the shapes"),
         ((torch.zeros(1), torch.zeros(2, 2)), "only what has one entry for each sample"),
-        ((torch.zeros(1, 3, 2), torch.zeros(2, 4, 5)), "one shape but for its second or its last dimension"),
-        ((torch.zeros(1, 3, 2, 4), torch.zeros(2, 3, 5, 4)), "one shape but for its second or its last dimension"),
+        ((torch.zeros(1, 3, 2), torch.zeros(2, 4, 5)), "one shape but for the dimension of the classes"),
+        ((torch.zeros(1, 3, 2, 4), torch.zeros(2, 3, 5, 4)), "one shape but for the dimension of the classes"),
         ((torch.zeros(1, 2).long(), torch.zeros(2, 3).long()), "have the shapes [(1, 2), (2, 3)] and are no logits"),
     ],
 )
 def test_what_can_not_be_put_together_is_refused_by_what_it_is(outputs, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
-        joined_outputs(list(outputs), [[0], [1, 2]])
+    for head in (nn.Linear(4, 4), nn.Conv1d(4, 4, 1)):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            joined_outputs(list(outputs), [[0], [1, 2]], [head, head])
+
+
+def test_texts_of_different_lengths_are_not_put_together():
+    heads = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    with pytest.raises(
+        ValueError, match=r"have the shapes \[\(1, 5, 3\), \(2, 7, 3\)\]: .* recall one task after the other"
+    ):
+        joined_outputs([torch.zeros(1, 5, 3), torch.zeros(2, 7, 3)], [[0], [1, 2]], heads)
 
 
 def test_of_a_batch_what_has_an_entry_for_each_sample_is_dealt_out():
