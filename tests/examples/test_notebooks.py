@@ -118,7 +118,7 @@ def test_what_is_printed_is_what_was_measured(ran):
 def test_each_task_meets_its_criterion_and_later_ones_of_the_tour_claim_less(ran):
     counts = re.findall(r"^\| [\w-]+ \| 0\.\d+ \| 0\.\d+ \| \w+ \| (\d+) \|", ran.said, re.M)
     assert len(met(ran)) == len(counts) == len(ran.kept)
-    assert met(ran).count("no") <= 1
+    assert met(ran).count("no") <= (ran.name == "tour_transformer")  # whose third task meets it narrowly
     units = [0, *(int(count) for count in counts)]
     assert units == sorted(units)
     if ran.name == "tour":
