@@ -38,7 +38,7 @@ def run(tmp_path):
 
     def main(name: str, *options: str) -> dict:
         output = tmp_path / "results"
-        # Settings that name bfloat16 take several times as long on a CPU that has none.
+        # Settings that name bfloat16 take several times as long on a CPU that has none; a test of its own has it.
         given = ["--data", str(DATA), "--output", str(output), "--accelerator", "cpu", "--precision", "32-true"]
         given += options
         summary = importlib.import_module(script_of(name)).main(given)
