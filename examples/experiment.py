@@ -327,6 +327,7 @@ def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str,
     reduced += ["a reduced schedule on a slice of the data (--fast)"] if options.fast else []
     given = [f"--{key} {getattr(options, key)}" for key in ("epochs", "tasks", "samples") if getattr(options, key)]
     given += [f"--set {' '.join(options.set)}"] if options.set else []
+    aim = settings if options.scenario == "task" else {}  # goals are of tests that are told the task
     return {
         "title": settings["title"],
         "stand_in": settings.get("stand_in"),
@@ -335,8 +336,8 @@ def about(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str,
         "tested_on": ("validation data" if options.on_validation else "test data")
         + (", of all tasks as one label space" if options.scenario == "class" else ""),
         "tuning": settings.get("tuning"),
-        "goal": settings.get("goal"),
-        "published": settings.get("published"),
+        "goal": aim.get("goal"),
+        "published": aim.get("published"),
     }
 
 

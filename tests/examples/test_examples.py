@@ -707,6 +707,15 @@ def test_a_file_that_is_no_yaml_is_refused_by_its_name(tmp_path):
         settings.read(tmp_path / "a.yaml")
 
 
+def test_goals_are_of_tests_that_are_told_the_task():
+    read = {"title": "digits", "goal": 90.0, "published": "89 (SI)"}
+    about = importlib.import_module("experiment").about
+    whole = {"fast": False, "tasks": None, "samples": None, "set": [], "on_validation": False}
+    told, untold = (about(read, options(**whole, scenario=scenario)) for scenario in ("task", "class"))
+    assert (told["goal"], told["published"]) == (90.0, "89 (SI)")
+    assert (untold["goal"], untold["published"]) == (None, None)
+
+
 def test_precision_and_first_seed_are_the_settings_unless_the_command_line_has_others():
     import settings
     from mnist_split import EXPERIMENT
