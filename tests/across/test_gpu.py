@@ -13,6 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
+from apart import held_out, train_apart
 from lightning.pytorch.plugins import MixedPrecision
 from training import (
     Classifier,
@@ -264,6 +265,21 @@ def test_a_trainer_recalls_by_itself_on_the_device(device):
     with rnf.recall("a", model.to(KIND[device])), torch.no_grad():
         accuracy = (model(x).argmax(1) == y).float().mean().item()
     assert tested["test_accuracy"] == pytest.approx(accuracy)
+
+
+@MODELS
+def test_a_task_that_nobody_names_is_found_on_the_device(model_type, device):
+    model, rnf = model_type(), RelevanceFreezing(criterion=0.1, portraits=True)
+    train_apart(model, rnf, "a", "b", accelerator=device, devices=1, max_epochs=3)
+    model.to(KIND[device])
+    x, names = held_out("a", "b")
+    found = rnf.infer_task(x.to(KIND[device]), model)
+    assert sum(map(str.__eq__, found.names, names)) > 0.9 * len(names)
+    assert found.logits.device.type == KIND[device]
+    with rnf.recall("auto", model), torch.no_grad():
+        assert torch.equal(model(x.to(KIND[device])), found.logits)
+    elsewhere = rnf.infer_task(x, model.cpu())
+    assert sum(map(str.__eq__, found.names, elsewhere.names)) > 0.99 * len(names)  # rounding may tip a doubtful one
 
 
 def test_scores_of_a_user_s_function_are_copied_to_the_cpu(device):
