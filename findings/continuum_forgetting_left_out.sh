@@ -20,7 +20,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.14.1 torchvision==0.29.1 continuum==1.2.7
+# six: it is imported, and not asked for
+"$folder/venv/bin/pip" install -q torch==2.14.1 torchvision==0.29.1 continuum==1.2.7 six==1.17.0
 cat > "$folder/metrics.py" << 'PYTHON'
 import warnings
 
