@@ -4,7 +4,7 @@
 #
 # `MultiHeadClassifier` has a head for each task. Its documentation allows heads of different widths as long as a batch is of
 # one task, so one would expect a head of two classes to answer with two logits, whatever other heads there are. Where
-# tasks are given as a tensor, as all strategies do, the outputs of any `MultiTaskModule` are as wide as the widest head that
+# tasks are given as a tensor, as `Naive` does, the outputs of any `MultiTaskModule` are as wide as the widest head that
 # it has met, filled up with zeros, which count as logits: they enter the loss, and where a sample's own logits are all
 # below zero the answer is a class that its task has not got. `masking`, on by default, is for classes inside a head and
 # leaves these zeros alone. So an accuracy matrix shows forgetting where nothing was forgotten.

@@ -5,8 +5,9 @@
 # The library gives the metrics of continual learning from the answers to the test data after each task, with the papers
 # that define them. One would expect those papers' numbers. What is seen: the average of forgetting (Chaudhry et al. 2018,
 # eq. 3) leaves out the task before the last and takes the best accuracy from all but the last two moments, and still divides
-# by all; backward transfer (Diaz-Rodriguez et al. 2018, eq. 2, as it cites them) leaves out each time what the latest
-# task did to the one just before it. So after two tasks nothing is ever forgotten. Forward transfer, which is of tasks that
+# by all; backward transfer averages over all moments, as Diaz-Rodriguez et al. 2018 do, but leaves out each time what the
+# latest task did to the one just before it (its documentation names Lopez-Paz and Ranzato 2017, who take the last moment
+# alone: -0.500 and -0.750 below). So after two tasks nothing is ever forgotten. Forward transfer, which is of tasks that
 # are not learned yet, averages accuracies of those that are.
 # Seen, of accuracies of three tasks (columns) after each (rows) of 1, 0.2, 0.2; 0.5, 1, 0.2; 0.5, 0, 1:
 #
